@@ -1,0 +1,107 @@
+"""Index streams: who sees which sample when, on the device and without a hidden random number."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+
+class ShuffledStream:
+    """An endless stream of index batches: passes over ``range(size)``, each in a fresh order.
+
+    The last, incomplete batch of a pass is dropped, so every batch has the same shape. A batch size of the
+    whole set or more gives the whole set every time.
+
+    Args:
+        size: number of samples.
+        batch_size: indices per batch.
+        generator: source of the orders; its device is where the indices live.
+
+    Example:
+        >>> stream = ShuffledStream(5, 2, torch.Generator().manual_seed(0))
+        >>> sorted(torch.cat([stream.next(), stream.next()]).unique().tolist()) < list(range(6))
+        True
+    """
+
+    def __init__(self, size: int, batch_size: int, generator: torch.Generator) -> None:
+        self.size = size
+        self.batch_size = min(batch_size, size)
+        self.generator = generator
+        self._order = torch.empty(0, dtype=torch.int64, device=generator.device)
+        self._position = 0
+
+    def next(self) -> Tensor:
+        """Return the next ``(batch_size,)`` int64 indices."""
+        if self._position + self.batch_size > len(self._order):
+            self._order = torch.randperm(self.size, generator=self.generator, device=self.generator.device)
+            self._position = 0
+        batch = self._order[self._position : self._position + self.batch_size]
+        self._position += self.batch_size
+        return batch
+
+    def skip(self, batches: int) -> None:
+        """Advance as if ``batches`` batches had been drawn."""
+        for _ in range(batches):
+            self.next()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything a resumed stream needs to go on exactly."""
+        return {
+            "order": self._order.cpu(),
+            "position": self._position,
+            "generator": self.generator.get_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from :meth:`state_dict`."""
+        self._order = state["order"].to(self.generator.device)
+        self._position = int(state["position"])
+        self.generator.set_state(state["generator"].cpu())
+
+
+class EvalBatches(IterableDataset[tuple[Tensor, Tensor]]):
+    """Batches of a tensor pair for evaluation, each sample on exactly one rank.
+
+    A ``DistributedSampler`` pads the last round with repeated samples, which biases accuracy; here rank r of w
+    sees samples r, r + w, r + 2w, ... and nothing is repeated.
+
+    Args:
+        images: ``(N, C, H, W)``.
+        labels: ``(N,)``.
+        batch_size: samples per batch.
+        rank: this process.
+        world_size: number of processes.
+    """
+
+    def __init__(
+        self, images: Tensor, labels: Tensor, batch_size: int, rank: int = 0, world_size: int = 1
+    ) -> None:
+        self.images = images[rank::world_size]
+        self.labels = labels[rank::world_size]
+        self.batch_size = batch_size
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return iter(zip(self.images.split(self.batch_size), self.labels.split(self.batch_size), strict=True))
+
+    def loader(self) -> DataLoader[tuple[Tensor, Tensor]]:
+        """Return the loader that hands these batches to Lightning unchanged."""
+        return DataLoader(self, batch_size=None)
+
+
+class StepCounter(IterableDataset[int]):
+    """The train loader of a module that draws its own batches: it only counts steps.
+
+    Args:
+        steps: length of an epoch in steps.
+    """
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.steps))
+
+    def __len__(self) -> int:
+        return self.steps
