@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_dd.data.preprocess import KINDS, Preprocessing, fit_preprocessing, to_unit
-from lightning_dd.data.stream import EvalBatches, StepCounter
+from lightning_dd.data.stream import EvalBatches, StepCounter, pass_through
 from lightning_dd.errors import UserError
 
 
@@ -109,6 +109,7 @@ class RealData(LightningDataModule, ABC):
             raise UserError(f"data.val_fraction must be in [0, 1), got {val_fraction}")
         if eval_batch_size < 1:
             raise UserError(f"data.eval_batch_size must be at least 1, got {eval_batch_size}")
+        self.name: str = type(self).__name__  # by which a distilled set remembers where it came from
         self.root = root
         self.preprocessing_kind = preprocessing
         self.val_fraction = val_fraction
@@ -128,11 +129,6 @@ class RealData(LightningDataModule, ABC):
         Raises:
             UserError: the files are missing or not what this class reads.
         """
-
-    @property
-    def name(self) -> str:
-        """The class name, by which a distilled set remembers where it came from."""
-        return type(self).__name__
 
     def spec(self) -> dict[str, Any]:
         """Arguments another machine needs to rebuild this data from the class name (never a path)."""
@@ -161,6 +157,8 @@ class RealData(LightningDataModule, ABC):
         if stage in (None, "test", "predict") and self.test is None:
             raw = self.read(train=False)
             self._check(raw, "test")
+            if tuple(raw.images.shape[1:]) != self.facts.image_shape or raw.class_names != self.facts.class_names:
+                raise UserError(f"{self.name}: the test split has other image shapes or classes than the train split")
             self.test = self._normalise(raw.images, raw.labels)
 
     def _setup_train(self) -> None:
@@ -197,15 +195,13 @@ class RealData(LightningDataModule, ABC):
                 random_state=self.split_seed,
             )
         except ValueError as error:
-            raise UserError(
-                f"data.val_fraction={self.val_fraction} cannot be cut from {self.name}: {error}"
-            ) from None
+            raise UserError(f"data.val_fraction={self.val_fraction} cannot be cut from {self.name}: {error}") from None
         return torch.from_numpy(kept).sort().values, torch.from_numpy(held_out).sort().values
 
     def _normalise(self, pixels: Tensor, labels: Tensor) -> ImageTensors:
         assert self.preprocessing is not None
         device = self._device()
-        blocks = [self.preprocessing(to_unit(block.to(device))) for block in pixels.split(4096)]
+        blocks = [self.preprocessing(to_unit(block.to(device))) for block in torch.split(pixels, 4096)]
         return ImageTensors(torch.cat(blocks), labels.to(device))
 
     def _device(self) -> torch.device:
@@ -221,8 +217,11 @@ class RealData(LightningDataModule, ABC):
                 f"{where}: expected images (N, C, H, W) with N labels and N > 0, "
                 f"got {tuple(raw.images.shape)} and {len(raw.labels)} labels"
             )
-        if raw.images.is_floating_point() and not bool(torch.isfinite(raw.images).all()):
-            raise UserError(f"{where}: the images hold NaN or infinite values")
+        if raw.images.is_floating_point():
+            if not bool(torch.isfinite(raw.images).all()):
+                raise UserError(f"{where}: the images hold NaN or infinite values")
+            if float(raw.images.min()) < 0 or float(raw.images.max()) > 1:
+                raise UserError(f"{where}: pixels must be uint8 or floats in [0, 1]")
         low, high = int(raw.labels.min()), int(raw.labels.max())
         if low < 0 or high >= len(raw.class_names):
             raise UserError(f"{where}: labels must be in [0, {len(raw.class_names)}), found {low}..{high}")
@@ -236,7 +235,7 @@ class RealData(LightningDataModule, ABC):
         steps = 1000
         if self.trainer is not None and self.trainer.max_steps > 0:
             steps = self.trainer.max_steps * self.trainer.accumulate_grad_batches
-        return DataLoader(StepCounter(steps), batch_size=None)
+        return pass_through(StepCounter(steps))
 
     def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]] | list[Any]:
         """Batches of the validation split, or nothing when it was not cut."""
@@ -253,7 +252,7 @@ class RealData(LightningDataModule, ABC):
 
     def _eval_loader(self, split: ImageTensors) -> DataLoader[tuple[Tensor, Tensor]]:
         rank, world = (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
-        return EvalBatches(split.images, split.labels, self.eval_batch_size, rank, world).loader()
+        return pass_through(EvalBatches(split.images, split.labels, self.eval_batch_size, rank, world))
 
 
 def _fingerprint(pixels: Tensor, labels: Tensor) -> str:

@@ -132,7 +132,7 @@ def fit_zca(images: Tensor, ridge: float = 0.1) -> tuple[Tensor, Tensor, Tensor]
     count, dims = rows.shape
     mean = rows.double().mean(0)
     covariance = torch.zeros(dims, dims, dtype=torch.float64, device=rows.device)
-    for block in rows.split(8192):  # float64 copies of the whole set would triple its memory
+    for block in torch.split(rows, 8192):  # float64 copies of the whole set would triple its memory
         centred = block.double() - mean
         covariance += centred.T @ centred
     covariance /= count

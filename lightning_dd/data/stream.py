@@ -1,11 +1,13 @@
 """Index streams: who sees which sample when, on the device and without a hidden random number."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
+
+Batch = TypeVar("Batch")
 
 
 class ShuffledStream:
@@ -75,19 +77,15 @@ class EvalBatches(IterableDataset[tuple[Tensor, Tensor]]):
         world_size: number of processes.
     """
 
-    def __init__(
-        self, images: Tensor, labels: Tensor, batch_size: int, rank: int = 0, world_size: int = 1
-    ) -> None:
+    def __init__(self, images: Tensor, labels: Tensor, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
         self.images = images[rank::world_size]
         self.labels = labels[rank::world_size]
         self.batch_size = batch_size
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return iter(zip(self.images.split(self.batch_size), self.labels.split(self.batch_size), strict=True))
-
-    def loader(self) -> DataLoader[tuple[Tensor, Tensor]]:
-        """Return the loader that hands these batches to Lightning unchanged."""
-        return DataLoader(self, batch_size=None)
+        for start in range(0, len(self.images), self.batch_size):
+            rows = slice(start, start + self.batch_size)
+            yield self.images[rows], self.labels[rows]
 
 
 class StepCounter(IterableDataset[int]):
@@ -105,3 +103,11 @@ class StepCounter(IterableDataset[int]):
 
     def __len__(self) -> int:
         return self.steps
+
+
+def pass_through(batches: IterableDataset[Batch]) -> DataLoader[Batch]:
+    """Return a loader that hands ready-made batches to Lightning unchanged.
+
+    It has a generator of its own: a DataLoader otherwise takes a number from the global one at each pass.
+    """
+    return DataLoader(batches, batch_size=None, generator=torch.Generator())

@@ -1,0 +1,38 @@
+# Every target only wraps ordinary commands; the README shows them.
+PYTHON ?= python3
+VENV ?= .venv
+RUN = $(VENV)/bin/
+
+.PHONY: demo test test-slow check lint types install benchmark clean
+
+install: $(VENV)/.installed ## make the environment
+
+$(VENV)/.installed: requirements.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(RUN)python -m pip install --quiet -r requirements.txt
+	$(RUN)python -m pip install --quiet -e '.[dev]'
+	touch $@
+
+demo: install ## distil real digits to one image per class and train unseen architectures on them
+	rm -rf runs/demo
+	$(RUN)lightning-dd fit --config configs/mnist5k/frepo.yaml --config configs/demo.yaml
+	$(RUN)lightning-dd evaluate --config configs/evaluate/demo.yaml
+
+test: install lint types ## what CI runs
+	$(RUN)python -m pytest
+
+test-slow: install ## minutes rather than seconds: real CIFAR-10, subprocesses
+	$(RUN)python -m pytest -m slow
+
+lint: install
+	$(RUN)ruff check .
+	$(RUN)ruff format --check .
+
+types: install
+	$(RUN)mypy
+
+benchmark: install ## time the FRePo outer + inner step
+	$(RUN)python benchmarks/frepo_step.py
+
+clean:
+	rm -rf runs .mypy_cache .ruff_cache .pytest_cache

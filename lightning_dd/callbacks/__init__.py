@@ -1,0 +1,8 @@
+"""Lightning callbacks: the clock of the inner steps, the distilled-set file, pictures, and the speed."""
+
+from lightning_dd.callbacks.alternation import PoolAlternation
+from lightning_dd.callbacks.export import ExportDistilledSet
+from lightning_dd.callbacks.images import SyntheticImages
+from lightning_dd.callbacks.progress import DistillationProgress
+
+__all__ = ["DistillationProgress", "ExportDistilledSet", "PoolAlternation", "SyntheticImages"]

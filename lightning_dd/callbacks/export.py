@@ -1,0 +1,68 @@
+"""Write the distilled-set file: at the end, and whenever the validation score is the best so far."""
+
+from pathlib import Path
+from typing import Any
+
+from pytorch_lightning import Callback, LightningModule, Trainer
+
+from lightning_dd.callbacks.folder import run_folder
+from lightning_dd.distillers.base import Distiller
+from lightning_dd.files import require_writable
+
+
+class ExportDistilledSet(Callback):
+    """Write ``last.safetensors`` when the fit ends and ``best.safetensors`` at the best validation score.
+
+    Args:
+        dirpath: where to; ``None`` is the logger's folder, or the Trainer's root without a logger.
+        monitor: the score, larger is better.
+
+    Raises:
+        UserError: (before the first step) the folder cannot be written.
+    """
+
+    def __init__(self, dirpath: str | None = None, monitor: str = "val/accuracy") -> None:
+        self.dirpath = dirpath
+        self.monitor = monitor
+        self.best: float | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Find out now, not after hours, that the folder cannot be written."""
+        if stage == "fit":
+            folder = self._folder(trainer)
+            if trainer.is_global_zero:
+                require_writable(folder)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write ``best.safetensors`` if the score improved."""
+        score = trainer.callback_metrics.get(self.monitor)
+        if score is None or trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        if self.best is None or float(score) > self.best:
+            self.best = float(score)
+            self._write(trainer, pl_module, "best")
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write ``last.safetensors``."""
+        self._write(trainer, pl_module, "last")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Remember the best score, so that a resumed run does not overwrite a better set."""
+        return {"best": self.best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the best score back."""
+        self.best = state_dict["best"]
+
+    def _write(self, trainer: Trainer, pl_module: LightningModule, name: str) -> None:
+        if not isinstance(pl_module, Distiller):
+            return
+        score = trainer.callback_metrics.get(self.monitor)
+        distilled = pl_module.distilled_set(
+            outer_step=trainer.global_step, **({} if score is None else {self.monitor: float(score)})
+        )
+        if trainer.is_global_zero:
+            distilled.save(self._folder(trainer) / f"{name}.safetensors")
+
+    def _folder(self, trainer: Trainer) -> Path:
+        return run_folder(trainer, self.dirpath)

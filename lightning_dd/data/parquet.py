@@ -1,0 +1,237 @@
+"""Images in parquet files, as the Hugging Face hub stores them."""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from glob import glob
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_dd.data.base import RawSplit
+from lightning_dd.data.cache import CachedData, content_key
+from lightning_dd.data.folder import check_image_size, decode_images
+from lightning_dd.errors import UserError
+
+
+class ParquetImages(CachedData):
+    """Encoded images and integer labels in parquet files, the layout of the Hugging Face hub.
+
+    The image column is ``struct(bytes, path)`` or plain binary; ``path`` is not followed. Class names come from
+    the schema metadata (key ``huggingface``), else they are the label numbers seen in train. Pixels are uint8
+    ``(C, H, W)``: RGB as soon as one training image has colour (grayscale files are then converted), else one
+    channel. Channel statistics are measured on the training split.
+
+    File names may be patterns (``train-*.parquet``, ``**`` included), relative to ``root``. Without ``root`` they
+    are looked up in the working folder, then in the folder that the environment variable ``LIGHTNING_DD_DATA``
+    names.
+
+    Args:
+        train_files: name, pattern, or list of them; rows are taken in the order of the list, each pattern sorted.
+        test_files: likewise.
+        image_size: side of the square images: short side resized, centre cropped. ``None`` keeps the images,
+            which must then all have one size.
+        root: folder of the files.
+        image_column: name of the image column.
+        label_column: name of the label column.
+        **kwargs: the other arguments of :class:`~lightning_dd.data.base.RealData`.
+
+    Raises:
+        UserError: an argument is out of range, or (in ``setup``) files, columns or images are not usable.
+    """
+
+    def __init__(
+        self,
+        train_files: list[str] | str,
+        test_files: list[str] | str,
+        image_size: int | None = None,
+        root: str | None = None,
+        image_column: str = "image",
+        label_column: str = "label",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(root=root, **kwargs)
+        if image_size is not None:
+            check_image_size(image_size)
+        self.train_files = [train_files] if isinstance(train_files, str) else list(train_files)
+        self.test_files = [test_files] if isinstance(test_files, str) else list(test_files)
+        self.image_size = image_size
+        self.image_column = image_column
+        self.label_column = label_column
+        self._train_shape: torch.Size | None = None
+
+    def spec(self) -> dict[str, Any]:
+        """Arguments another machine needs to rebuild this data; files by a name that needs no path."""
+        return super().spec() | {
+            "train_files": [_portable(name) for name in self.train_files],
+            "test_files": [_portable(name) for name in self.test_files],
+            "image_size": self.image_size,
+            "image_column": self.image_column,
+            "label_column": self.label_column,
+        }
+
+    def source_key(self, *, train: bool) -> str:
+        """Return the key of the files' bytes, the columns and the size."""
+        columns = (self.image_column, self.label_column)
+        return content_key("parquet", self.image_size, columns, self._class_names(), *self._files(train))
+
+    def decode(self, *, train: bool) -> RawSplit:
+        """Decode the files of a split, uint8 ``(N, C, H, W)``."""
+        files = self._files(train)
+        labels = self._labels(files)
+        if len(labels) == 0:
+            raise UserError(f"data.{_argument(train)}: the files hold no rows")
+        rows = (row for file in files for row in self._rows(file))
+        return RawSplit(decode_images(rows, len(labels), self.image_size), labels, self._class_names())
+
+    def read(self, *, train: bool) -> RawSplit:
+        """Return the train or the test split, from the cache where it is there; both have one shape.
+
+        Raises:
+            UserError: files, columns or images are not usable, or the splits do not match.
+        """
+        split = super().read(train=train)
+        if train:
+            self._train_shape = split.images.shape[1:]
+            return split
+        if self._train_shape is None:
+            self.read(train=True)
+        wanted = self._train_shape
+        assert wanted is not None
+        images = split.images
+        if images.shape[1] == 1 and wanted[0] == 3:  # a test split may happen to be all grayscale
+            images = images.repeat(1, 3, 1, 1)
+        if images.shape[1:] != wanted:
+            raise UserError(
+                f"data.test_files: the images are {tuple(images.shape[1:])} and those of data.train_files "
+                f"{tuple(wanted)} (channels, height, width); set data.image_size, or use files of one kind"
+            )
+        return RawSplit(images, split.labels, split.class_names)
+
+    def _files(self, train: bool) -> list[Path]:
+        patterns = self.train_files if train else self.test_files
+        if not patterns:
+            raise UserError(f"data.{_argument(train)} must name at least one file")
+        # One file may match two patterns; its rows must not count twice. The name that was given is kept for
+        # error messages, because links into a download cache resolve to names that say nothing.
+        unique: dict[Path, Path] = {}
+        for name in patterns:
+            for file in self._find(name, _argument(train)):
+                unique.setdefault(file.resolve(), file)
+        return list(unique.values())
+
+    def _find(self, pattern: str, argument: str) -> list[Path]:
+        elsewhere = os.environ.get("LIGHTNING_DD_DATA")
+        defaults = [".", elsewhere] if elsewhere else ["."]
+        folders = defaults if self.root is None else [self.root]
+        name = str(Path(pattern).expanduser())
+        for folder in map(Path, folders):
+            home = folder.expanduser()
+            # Path.glob refuses absolute patterns. A name with brackets that exists is a name, not a pattern.
+            found = [name] if (home / name).is_file() else glob(name, root_dir=home, recursive=True)  # noqa: PTH207
+            if files := [home / item for item in sorted(found) if (home / item).is_file()]:
+                return files
+        where = " or ".join(f"'{folder}'" for folder in folders)
+        raise UserError(f"data.{argument}: no file matches '{pattern}' in {where} (set data.root or LIGHTNING_DD_DATA)")
+
+    def _class_names(self) -> tuple[str, ...]:
+        """Return the names all files agree on; label 3 must mean the same thing in train and test."""
+        train, test = self._files(True), self._files(False)
+        if both := {file.resolve() for file in train} & {file.resolve() for file in test}:
+            raise UserError(f"'{min(both)}' is in data.train_files and in data.test_files")
+        agreed: tuple[Path, tuple[str, ...]] | None = None
+        for file in [*train, *test]:
+            names = self._declared_names(file)
+            if names is None:
+                continue
+            if agreed is not None and agreed[1] != names:
+                raise UserError(f"'{agreed[0].name}' and '{file.name}' disagree on the names of the classes")
+            agreed = agreed or (file, names)
+        if agreed is not None:
+            return agreed[1]
+        labels = self._labels(train)
+        return tuple(str(label) for label in range(int(labels.max()) + 1 if len(labels) else 0))
+
+    def _declared_names(self, file: Path) -> tuple[str, ...] | None:
+        """Check the columns of a file and return its class names, ``None`` if it does not say."""
+        import pyarrow as pa
+
+        with _opened(file) as parquet:
+            schema = parquet.schema_arrow
+        for column in (self.image_column, self.label_column):
+            if column not in schema.names:
+                raise UserError(
+                    f"'{file.name}' has no column '{column}' (it has {', '.join(schema.names)}); "
+                    "set data.image_column and data.label_column"
+                )
+        kind = schema.field(self.image_column).type
+        if pa.types.is_struct(kind):
+            kind = kind.field("bytes").type if kind.get_field_index("bytes") >= 0 else kind
+        if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
+            raise UserError(f"'{file.name}': column '{self.image_column}' holds {kind}, not the bytes of images")
+        kind = schema.field(self.label_column).type
+        if not pa.types.is_integer(kind):
+            raise UserError(f"'{file.name}': column '{self.label_column}' holds {kind}, not integers")
+        return _names_in((schema.metadata or {}).get(b"huggingface"), self.label_column)
+
+    def _labels(self, files: Sequence[Path]) -> Tensor:
+        """Read the label columns, int64 ``(N,)``."""
+        parts = [np.empty(0, np.int64)]
+        for file in files:
+            with _opened(file) as parquet:
+                column = parquet.read(columns=[self.label_column]).column(0)
+            if column.null_count:
+                raise UserError(f"'{file.name}': column '{self.label_column}' has rows without a label")
+            parts.append(column.to_numpy().astype(np.int64))
+        return torch.from_numpy(np.concatenate(parts))
+
+    def _rows(self, file: Path) -> Iterator[tuple[str, bytes]]:
+        """Yield the place and the encoded bytes of each image of a file."""
+        row = 0
+        with _opened(file) as parquet:
+            for batch in parquet.iter_batches(batch_size=1024, columns=[self.image_column]):
+                for value in batch.column(0).to_pylist():
+                    payload = value["bytes"] if isinstance(value, dict) else value
+                    where = f"in '{file.name}', row {row}"
+                    if payload is None:
+                        raise UserError(f"cannot decode the image {where}: it has no bytes")
+                    yield where, payload
+                    row += 1
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    """Open a parquet file and turn Arrow's complaints, also those of later reads, into one line."""
+    import pyarrow as pa
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        with ParquetFile(file) as parquet:
+            yield parquet
+    except (pa.ArrowException, OSError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"cannot read '{file}' as parquet: {reason}") from error
+
+
+def _names_in(metadata: bytes | None, column: str) -> tuple[str, ...] | None:
+    """Find the class names in the Hugging Face metadata; anything unexpected means there are none."""
+    try:
+        names = json.loads(metadata or b"{}")["info"]["features"][column]["names"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return tuple(map(str, names)) if isinstance(names, list) and names else None
+
+
+def _portable(name: str) -> str:
+    """Drop the folders of a file name that points outside ``root``: they mean nothing on another machine."""
+    path = Path(name)
+    outside = path.is_absolute() or ".." in path.parts or name.startswith("~")
+    return path.name if outside else path.as_posix()
+
+
+def _argument(train: bool) -> str:
+    return "train_files" if train else "test_files"

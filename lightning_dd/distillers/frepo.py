@@ -1,0 +1,99 @@
+"""FRePo: neural feature regression with pooling (Zhou et al. 2022, arXiv 2206.00719)."""
+
+from typing import Any
+
+import torch
+from timm.optim import Lamb
+from torch import Tensor
+
+from lightning_dd.data.base import ImageTensors
+from lightning_dd.distillers.base import Distiller
+from lightning_dd.losses.krr import (
+    RIDGE,
+    centred_one_hot,
+    half_squared_error,
+    krr_predict,
+    label_margin,
+    label_margin_loss,
+)
+from lightning_dd.models.factory import ArchitectureSpec
+from lightning_dd.models.features import features_in_slices
+from lightning_dd.models.interface import Network
+from lightning_dd.recipe import warmup_cosine
+
+
+class FRePo(Distiller):
+    """Distil by kernel ridge regression on the features of a pool of partly trained networks.
+
+    An outer step predicts a real batch from the synthetic set by ridge regression on the current network's
+    features and minimises half the squared error; learned labels also keep a margin. Gradients reach synthetic
+    images and labels only. The defaults are the paper's; it runs 500,000 outer steps. A much shorter run needs a
+    larger ``lr``: LAMB moves the images by about ``lr`` of their norm per step.
+
+    Args:
+        ipc: images per class.
+        architecture: the network to distil with.
+        labels: ``learned``, or ``centred`` for fixed ones.
+        flip: add the mirror image of every synthetic image, with the same label (helps small sets, hurts large ones).
+        ridge: regulariser relative to the kernel's mean diagonal.
+        lr: LAMB's learning rate, decayed by a cosine to 10 % over the run.
+        **kwargs: see :class:`Distiller`.
+
+    Raises:
+        UserError: an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        ipc: int = 1,
+        architecture: str = "conv",
+        labels: str = "learned",
+        flip: bool = True,
+        ridge: float = RIDGE,
+        lr: float = 3e-4,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(ipc=ipc, architecture=architecture, labels=labels, lr=lr, **kwargs)
+        self.flip = flip
+        self.ridge = ridge
+
+    def outer_loss(self, network: Network, images: Tensor, labels: Tensor, real: ImageTensors) -> dict[str, Tensor]:
+        """Half the squared error of the ridge prediction, and the margin term of learned labels."""
+        targets = centred_one_hot(real.labels, labels.shape[1])
+        support, support_labels = images, labels
+        if self.flip:
+            support, support_labels = torch.cat([images, images.flip(-1)]), labels.repeat(2, 1)
+        features = network.features(support.contiguous(memory_format=torch.channels_last))
+        prediction = krr_predict(features, support_labels, features_in_slices(network, real.images), self.ridge)
+        terms = {"krr": half_squared_error(prediction.values, targets)}
+        if self.label_kind == "learned":
+            terms["label"] = label_margin_loss(labels)
+        hits = prediction.values.detach().argmax(1) == real.labels
+        self.watch(
+            **{
+                "outer/accuracy": hits.float().mean(),
+                "outer/condition": prediction.condition,
+                "outer/ridge": torch.tensor(prediction.ridge),
+                "labels/margin": label_margin(labels.detach()).mean(),
+            }
+        )
+        return terms
+
+    def configure_optimizers(self) -> Any:
+        """Return LAMB as the paper's code runs it (no decay, no clipping), with a cosine to 10 % over the run."""
+        optimizer = Lamb(
+            self.require_synthetic().parameters(),
+            lr=self.lr,
+            weight_decay=0.0,
+            always_adapt=True,  # timm skips the trust ratio where there is no weight decay
+            max_grad_norm=None,
+        )
+        steps = max(1, self.trainer.max_steps)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, steps, final=0.1))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    @property
+    def student_architecture(self) -> str:
+        """FRePo's students are its own network without normalisation: batch statistics of a few images mislead."""
+        spec = ArchitectureSpec.parse(self.architecture)
+        return str(spec.with_options(norm="none")) if spec.name == "conv" else self.architecture

@@ -1,0 +1,209 @@
+"""Architectures x seeds: train every student on every set, and on random real images of the same size."""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.callbacks import EMAWeightAveraging
+from pytorch_lightning.loggers import TensorBoardLogger
+
+from lightning_dd.data import RealData
+from lightning_dd.data.distilled import DistilledSet
+from lightning_dd.evaluators.data import DistilledData
+from lightning_dd.evaluators.student import Student
+from lightning_dd.models.factory import ArchitectureSpec
+from lightning_dd.recipe import Recipe
+from lightning_dd.seeding import make_generator
+from lightning_dd.synthetic.pixels import draw_per_class, initial_labels
+
+DISTILLED, RANDOM_REAL = "distilled", "random-real"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One student to train."""
+
+    set_name: str
+    architecture: str
+    source: str
+    """``distilled`` or ``random-real``."""
+    seed: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """One trained student; accuracies in [0, 1]."""
+
+    set: str
+    architecture: str
+    seen: bool
+    """Whether the set was distilled with an architecture of this name, whatever its options."""
+    source: str
+    seed: int
+    accuracy: float
+    """Test accuracy after the last step."""
+    accuracy_best: float | None
+    """Test accuracy at the step with the best validation accuracy; none without a validation split."""
+    best_step: int | None
+    steps: int
+    ipc: int
+    method: str
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """Where students are trained: Lightning's Trainer arguments."""
+
+    accelerator: str = "auto"
+    devices: int = 1
+    strategy: str = "auto"
+
+
+def cells_of(set_names: Sequence[str], architectures: Sequence[str], seeds: int) -> list[Cell]:
+    """List the students to train: every set x architecture x seed, distilled and random-real."""
+    return [
+        Cell(name, architecture, source, seed)
+        for name in set_names
+        for architecture in architectures
+        for source in (DISTILLED, RANDOM_REAL)
+        for seed in range(seeds)
+    ]
+
+
+def is_seen(architecture: str, distilled: DistilledSet) -> bool:
+    """Tell whether a set was distilled with an architecture of this name, whatever the options of either."""
+    own = distilled.architecture
+    return own is not None and ArchitectureSpec.parse(own).name == ArchitectureSpec.parse(architecture).name
+
+
+def random_real(distilled: DistilledSet, real: RealData, seed: int) -> DistilledSet:
+    """Draw a set of random real training images with the size, label form and preprocessing of a distilled one."""
+    assert real.train is not None
+    rows = draw_per_class(real.train.labels, distilled.ipc, distilled.num_classes, make_generator(seed, "random-real"))
+    classes = torch.arange(distilled.num_classes).repeat_interleave(distilled.ipc)
+    return DistilledSet(
+        images=real.train.images[rows.to(real.train.images.device)].cpu(),
+        labels=initial_labels(classes, distilled.num_classes, distilled.label_kind),
+        classes=classes,
+        label_kind=distilled.label_kind,
+        class_names=distilled.class_names,
+        preprocessing=distilled.preprocessing,
+        data=distilled.data,
+        method=RANDOM_REAL,
+    )
+
+
+def run_cell(
+    cell: Cell,
+    distilled: DistilledSet,
+    real: RealData,
+    recipe: Recipe,
+    hardware: Hardware,
+    log_dir: Path,
+    on_step: Callable[[], None],
+) -> Row:
+    """Train and test one student.
+
+    Args:
+        cell: which.
+        distilled: the set the cell names.
+        real: its real data; set up.
+        recipe: how students are trained.
+        hardware: where.
+        log_dir: folder of the TensorBoard logs.
+        on_step: called after every training step.
+    """
+    source = distilled if cell.source == DISTILLED else random_real(distilled, real, cell.seed)
+    data = DistilledData.from_set(source, real, recipe.batch_size, seed=cell.seed)
+    student = Student(cell.architecture, recipe.lr, recipe.warmup, recipe.final_lr, recipe.augment, seed=cell.seed)
+    steps = recipe.steps_for(len(distilled))
+    best = BestWeights()
+    version = re.sub(r"[^\w.=-]+", "-", f"{cell.architecture}-{cell.source}-{cell.seed}")
+    logger = TensorBoardLogger(log_dir, name=cell.set_name, version=version, default_hp_metric=False)
+    trainer = Trainer(
+        accelerator=hardware.accelerator,
+        devices=hardware.devices,
+        strategy=hardware.strategy,
+        max_steps=steps,
+        check_val_every_n_epoch=None,
+        val_check_interval=max(1, steps // 5),
+        log_every_n_steps=max(1, steps // 50),
+        num_sanity_val_steps=0,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        logger=logger,
+        callbacks=[
+            StepReport(on_step),
+            best,
+            *([EMAWeightAveraging(decay=recipe.ema)] if recipe.ema else []),
+        ],
+    )
+    trainer.fit(student, datamodule=data)
+    trainer.logger = None  # tests would each open another event file
+    last = _test(trainer, student, data)
+    at_best = None
+    if best.weights is not None:
+        changed = best.step != steps or bool(recipe.ema)
+        if changed:
+            student.load_state_dict(best.weights)
+        at_best = _test(trainer, student, data) if changed else last
+    logger.log_metrics({"test/accuracy": last}, steps)
+    logger.finalize("success")
+    return Row(
+        set=cell.set_name,
+        architecture=cell.architecture,
+        seen=is_seen(cell.architecture, distilled),
+        source=cell.source,
+        seed=cell.seed,
+        accuracy=last,
+        accuracy_best=at_best,
+        best_step=best.step,
+        steps=steps,
+        ipc=distilled.ipc,
+        method=source.method,
+    )
+
+
+def _test(trainer: Trainer, student: Student, data: DistilledData) -> float:
+    return float(trainer.test(student, datamodule=data, verbose=False)[0]["test/accuracy"])
+
+
+class StepReport(Callback):
+    """Call a function after every training step.
+
+    Args:
+        on_step: the function.
+    """
+
+    def __init__(self, on_step: Callable[[], None]) -> None:
+        self.on_step = on_step
+
+    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        """Report the step."""
+        self.on_step()
+
+
+class BestWeights(Callback):
+    """Keep the weights of the best validation accuracy in memory.
+
+    Attributes:
+        weights: the module's state at the best score; ``None`` while there was no validation.
+        step: the training step of the best score.
+    """
+
+    def __init__(self) -> None:
+        self.weights: dict[str, Any] | None = None
+        self.step: int | None = None
+        self._score = -1.0
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep a copy if the score is the best so far."""
+        score = float(trainer.callback_metrics.get("val/accuracy", -1.0))
+        if score > self._score:
+            self._score, self.step = score, trainer.global_step
+            self.weights = {name: value.clone() for name, value in pl_module.state_dict().items()}

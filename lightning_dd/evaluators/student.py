@@ -1,0 +1,110 @@
+"""A student: any architecture trained on a distilled set."""
+
+from typing import Any
+
+from torch import Tensor
+
+from lightning_dd.checkpoint import check_settings, public_settings
+from lightning_dd.data.augment import Augmentation, default_strategy
+from lightning_dd.errors import UserError
+from lightning_dd.evaluators.data import DistilledData
+from lightning_dd.models.factory import build_network
+from lightning_dd.recipe import Recipe, student_loss
+from lightning_dd.scoring import ScoredModule
+from lightning_dd.seeding import derive_seed, make_generator, seeded
+
+_STATE = "lightning_dd_student"
+
+
+class Student(ScoredModule):
+    """Train one architecture on a distilled set with FRePo's evaluation recipe (Zhou et al. 2022) as default.
+
+    It knows nothing of distillers: everything it needs comes from :class:`~lightning_dd.evaluators.DistilledData`.
+    Its length is the Trainer's ``max_steps``. For a moving average of the weights add Lightning's
+    ``EMAWeightAveraging`` callback.
+
+    Args:
+        architecture: any name of the factory, with options as ``name:option=value,...``.
+        lr: peak learning rate of Adam.
+        warmup: steps of linear warm-up, at most half the run.
+        final_lr: last learning rate relative to the peak.
+        augment: operations joined by ``_``; ``auto`` is FRePo's family for the data, ``none`` is none.
+        seed: of weights, dropout and augmentation.
+
+    Raises:
+        UserError: a number is out of range, or the network cannot take the data's images.
+    """
+
+    def __init__(
+        self,
+        architecture: str = "conv:norm=none",
+        lr: float = 3e-4,
+        warmup: int = 500,
+        final_lr: float = 0.01,
+        augment: str = "auto",
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.architecture = architecture
+        self.recipe = Recipe(lr=lr, warmup=warmup, final_lr=final_lr, augment=augment)
+        self.seed = seed
+
+    def setup(self, stage: str) -> None:
+        """Build the network for the data's classes and image shape."""
+        data = getattr(self.trainer, "datamodule", None)
+        if not isinstance(data, DistilledData):
+            raise UserError(f"a Student needs DistilledData as its data, got {type(data).__name__}")
+        self._build(data.distilled.num_classes, data.distilled.image_shape)
+        self.label_kind = data.distilled.label_kind
+        strategy = self.recipe.augment
+        self.augmentation = Augmentation(default_strategy(data.real.name) if strategy == "auto" else strategy)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map normalised images ``(N, C, H, W)`` to logits ``(N, num_classes)``."""
+        logits: Tensor = self.network(images)
+        return logits
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Fit one batch; randomness depends on seed, rank and step alone, so a resumed run is exact."""
+        images, labels = batch
+        place = (self.global_rank, self.trainer.fit_loop.total_batch_idx)
+        images = self.augmentation(images, make_generator(self.seed, "augment", *place))
+        with seeded(derive_seed(self.seed, "dropout", *place)):
+            loss = student_loss(self(images), labels, self.label_kind)
+        self.log("student/loss", loss.detach(), prog_bar=True)
+        return loss
+
+    def scored_logits(self, images: Tensor) -> Tensor:
+        """Return the network's logits."""
+        logits: Tensor = self(images)
+        return logits
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what it takes to rebuild the network without its data."""
+        checkpoint[_STATE] = {"num_classes": self.num_classes, "image_shape": list(self.image_shape)}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Rebuild the network, or refuse a checkpoint of another configuration.
+
+        Raises:
+            UserError: the checkpoint is not a student's, or its settings differ.
+        """
+        if _STATE not in checkpoint:
+            raise UserError("the checkpoint was not written by a lightning_dd student")
+        check_settings(public_settings(checkpoint["hyper_parameters"]), public_settings(self.hparams))
+        channels, height, width = checkpoint[_STATE]["image_shape"]
+        self._build(checkpoint[_STATE]["num_classes"], (channels, height, width))
+
+    def _build(self, num_classes: int, image_shape: tuple[int, int, int]) -> None:
+        if hasattr(self, "network"):
+            return
+        self.num_classes, self.image_shape = num_classes, image_shape
+        self.network = build_network(self.architecture, num_classes, image_shape, self.seed)
+        self.make_accuracy(num_classes)
+
+    def configure_optimizers(self) -> Any:
+        """Return Adam with warm-up and cosine over the Trainer's ``max_steps``."""
+        optimizer = self.recipe.optimizer(self.network)
+        schedule = self.recipe.scheduler(optimizer, max(1, self.trainer.max_steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

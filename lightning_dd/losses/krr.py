@@ -1,0 +1,118 @@
+"""Kernel ridge regression on network features: the objective of FRePo (Zhou et al. 2022, arXiv 2206.00719).
+
+Everything here runs outside autocast. The Gram matrix of the synthetic set and the solve are in float64: its
+condition number grows without bound as rows become near duplicates, and at float32 the ridge (1e-6 of the mean
+diagonal) is below the rounding error of the product itself.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+RIDGE = 1e-6
+"""FRePo's ridge, relative to the mean diagonal of the kernel."""
+
+_ESCALATIONS = 5
+
+
+class SolveError(ArithmeticError):
+    """The kernel could not be factorised even with a much larger ridge: features are NaN, infinite or all zero."""
+
+
+class KRRPrediction(NamedTuple):
+    """What kernel ridge regression says of the targets."""
+
+    values: Tensor
+    """``(T, C)`` float32 predictions."""
+    condition: Tensor
+    """Scalar: a lower bound on the condition number of the regularised kernel, without graph."""
+    ridge: float
+    """The relative ridge that was used: larger than asked for if the factorisation needed it."""
+
+
+def krr_predict(support: Tensor, support_labels: Tensor, query: Tensor, ridge: float = RIDGE) -> KRRPrediction:
+    """Predict ``query`` labels by ridge regression on the support features.
+
+    ``K_qs (K_ss + ridge * tr(K_ss)/n * I)^-1 y_s`` with linear kernels ``K_ab = F_a F_b^T``: no bias feature, no
+    centring. The ridge term stays in the graph, as in the paper's code. If the Cholesky factorisation fails the
+    ridge is raised tenfold, up to five times. Looking at its outcome is the one device synchronisation per call.
+
+    Args:
+        support: synthetic features ``(n, p)``, any float type.
+        support_labels: their labels ``(n, C)``.
+        query: real features ``(T, p)``.
+        ridge: regulariser relative to the mean diagonal.
+
+    Raises:
+        SolveError: no ridge tried made the kernel positive definite.
+
+    Example:
+        >>> features = torch.eye(2)
+        >>> krr_predict(features, torch.tensor([[1.0], [2.0]]), features).values.round(decimals=3)
+        tensor([[1.],
+                [2.]])
+    """
+    with torch.autocast(support.device.type, enabled=False):
+        wide = support.double()
+        gram = wide @ wide.T
+        mean_diagonal = gram.diagonal().mean()
+        identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        for escalation in range(_ESCALATIONS + 1):
+            used = ridge * 10**escalation
+            factor, info = torch.linalg.cholesky_ex(gram + used * mean_diagonal * identity)
+            if not int(info):
+                break
+        else:
+            raise SolveError(
+                f"the {len(gram)} x {len(gram)} synthetic kernel is not positive definite even with a ridge of "
+                f"{used:g} x its mean diagonal ({float(mean_diagonal.detach()):g}): "
+                "the features are NaN, infinite or all zero"
+            )
+        weights = torch.cholesky_solve(support_labels.double(), factor)
+        # (F_q F_s^T) a = F_q (F_s^T a): the second form never builds the T x n kernel.
+        values = query.float() @ (wide.T @ weights).float()
+        diagonal = factor.detach().diagonal()
+        condition = (diagonal.max() / diagonal.min()) ** 2
+    return KRRPrediction(values, condition, used)
+
+
+def half_squared_error(prediction: Tensor, target: Tensor) -> Tensor:
+    """Mean over rows of ``1/2 sum_c (prediction_c - target_c)^2``; both ``(N, C)``.
+
+    Example:
+        >>> half_squared_error(torch.zeros(1, 2), torch.tensor([[1.0, 1.0]]))
+        tensor(1.)
+    """
+    return 0.5 * (prediction.float() - target.float()).square().sum(-1).mean()
+
+
+def label_margin_loss(labels: Tensor) -> Tensor:
+    """Push each learned label to lead by at least ``1/C``: mean of ``-min(top1 - top2, 1/C)``.
+
+    The gradient of a row vanishes once its margin exceeds ``1/C``.
+
+    Args:
+        labels: learned labels ``(n, C)``, C >= 2.
+
+    Example:
+        >>> label_margin_loss(torch.tensor([[0.9, 0.1], [0.6, 0.5]]))
+        tensor(-0.3000)
+    """
+    return -label_margin(labels).clamp(max=1 / labels.shape[-1]).mean()
+
+
+def label_margin(labels: Tensor) -> Tensor:
+    """Gap between the largest and second largest entry of each row, ``(n,)``."""
+    top = labels.topk(2, dim=-1).values
+    return top[:, 0] - top[:, 1]
+
+
+def centred_one_hot(classes: Tensor, num_classes: int) -> Tensor:
+    """Regression targets ``onehot - 1/C``, ``(N, C)`` float32, from class indices ``(N,)``.
+
+    Example:
+        >>> centred_one_hot(torch.tensor([1]), 2)
+        tensor([[-0.5000,  0.5000]])
+    """
+    return torch.nn.functional.one_hot(classes, num_classes).float() - 1 / num_classes

@@ -1,0 +1,179 @@
+"""Networks by name: ``conv``, ``resnet18:channels=[16,32,64,128]``, ``torchvision/mobilenet_v2``."""
+
+import inspect
+import re
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import Any
+
+import yaml
+
+from lightning_dd.errors import UserError, unknown_name
+from lightning_dd.models.alexnet import AlexNet
+from lightning_dd.models.checks import check_count
+from lightning_dd.models.convnet import ConvNet, FRePoConv
+from lightning_dd.models.interface import Network
+from lightning_dd.seeding import seeded
+
+_OWN: dict[str, type[FRePoConv] | type[ConvNet] | type[AlexNet]] = {
+    "alexnet": AlexNet,
+    "conv": FRePoConv,
+    "convnet": ConvNet,
+}
+_LIBRARIES = ("timm", "torchvision")
+_SYNTAX = "write name or name:option=value,option=value, as in conv:norm=none,width=32"
+
+
+@dataclass(frozen=True)
+class ArchitectureSpec:
+    """An architecture's name and the options that differ from its defaults.
+
+    Attributes:
+        name: the name without options, with its library's prefix if one was given.
+        options: option names and values.
+
+    Example:
+        >>> spec = ArchitectureSpec.parse("resnet18:channels=[16,32,64,128]")
+        >>> spec.name, spec.options
+        ('resnet18', {'channels': [16, 32, 64, 128]})
+        >>> str(ArchitectureSpec.parse("conv:width=32").with_options(norm="none"))
+        'conv:width=32,norm=none'
+    """
+
+    name: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, text: str) -> "ArchitectureSpec":
+        """Read ``name`` or ``name:option=value,...``; values are YAML, so lists and ``true`` work.
+
+        Raises:
+            UserError: the text has another form.
+        """
+        name, colon, body = str(text).strip().partition(":")
+        if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+            raise UserError(f"cannot read architecture '{text}': {_SYNTAX}")
+        return cls(name, _read_options(body, text) if colon else {})
+
+    def with_options(self, **options: Any) -> "ArchitectureSpec":
+        """Return the same architecture with these options added or replaced."""
+        return ArchitectureSpec(self.name, {**self.options, **options})
+
+    def __str__(self) -> str:
+        if not self.options:
+            return self.name
+        flow = yaml.safe_dump(dict(self.options), default_flow_style=True, sort_keys=False, width=2**20).strip()
+        return f"{self.name}:{flow[1:-1].replace(': ', '=').replace(', ', ',')}"
+
+
+def build_network(
+    architecture: str, num_classes: int, image_shape: tuple[int, int, int], seed: int | None = None
+) -> Network:
+    """Build a network by name, with random weights, on the CPU, in train mode.
+
+    A name is looked up among the project's own (:func:`known_architectures`), then timm's, then torchvision's;
+    ``timm/`` or ``torchvision/`` before it asks for that library's.
+
+    Args:
+        architecture: see :class:`ArchitectureSpec`.
+        num_classes: number of logits.
+        image_shape: ``(C, H, W)`` of the images it will get.
+        seed: fixes the initial weights and leaves torch's global CPU generator as it was; None draws from it.
+
+    Raises:
+        UserError: the architecture or one of its options is unknown, or it cannot take images of this shape.
+
+    Example:
+        >>> network = build_network("conv:width=8", num_classes=10, image_shape=(1, 28, 28), seed=0)
+        >>> network.num_features
+        512
+    """
+    spec = ArchitectureSpec.parse(architecture)
+    check_count("num_classes", num_classes)
+    if len(image_shape) != 3:
+        raise UserError(f"image_shape must be (channels, height, width), got {tuple(image_shape)}")
+    for side in image_shape:
+        check_count("image_shape", side)
+    own = _OWN.get(spec.name)
+    library = None if own else _library_of(spec.name)
+    with nullcontext() if seed is None else seeded(seed):
+        try:
+            if own is not None:
+                return _build_own(own, spec, num_classes, image_shape)
+            return _build_from_library(library, spec, num_classes, image_shape)
+        except UserError:
+            raise
+        except Exception as error:  # whatever a library raises for a combination it cannot build or run
+            why = str(error).strip().partition("\n")[0] or type(error).__name__
+            shape = tuple(image_shape)
+            raise UserError(f"cannot build architecture '{spec}' for images of shape {shape}: {why}") from error
+
+
+def known_architectures() -> list[str]:
+    """Return the names of the project's own architectures; any timm or torchvision name works as well."""
+    return sorted(_OWN)
+
+
+def _read_options(body: str, text: str) -> dict[str, Any]:
+    try:
+        options = yaml.safe_load("{" + body.replace("=", ": ") + "}")
+    except yaml.YAMLError:
+        raise UserError(f"cannot read the options of architecture '{text}': {_SYNTAX}") from None
+    for name in options if isinstance(options, dict) else [None]:
+        # YAML takes a lone word for a key without a value, and the last of two equal keys.
+        if not isinstance(name, str) or len(re.findall(rf"(?<!\w){re.escape(name)}\s*=", body)) != 1:
+            raise UserError(f"cannot read the options of architecture '{text}': {_SYNTAX}")
+    return {name: _number(value) for name, value in options.items()}
+
+
+def _number(value: Any) -> Any:
+    """Turn ``1e-6`` into a number: YAML 1.1 asks for ``1.0e-6`` and calls the rest text."""
+    is_number = isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value)
+    return float(value) if is_number else value
+
+
+def _build_own(
+    own: type[FRePoConv] | type[ConvNet] | type[AlexNet],
+    spec: ArchitectureSpec,
+    num_classes: int,
+    image_shape: tuple[int, int, int],
+) -> Network:
+    accepted = list(inspect.signature(own).parameters)[3:]  # the first three are not options
+    for option in spec.options:
+        if option not in accepted:
+            raise unknown_name(f"option of {spec.name}", option, accepted)
+    channels, height, width = image_shape
+    return own(channels, num_classes, (height, width), **spec.options)
+
+
+def _library_of(name: str) -> str:
+    """Return the library that has an architecture.
+
+    Raises:
+        UserError: none has.
+    """
+    import timm  # here, not above: importing it takes seconds, and most runs need only the project's own networks
+    import torchvision
+
+    classifiers = torchvision.models.list_models(module=torchvision.models)
+    prefix, slash, bare = name.rpartition("/")
+    if slash and prefix not in _LIBRARIES:
+        raise unknown_name("library", prefix, _LIBRARIES)
+    if prefix != "torchvision" and timm.is_model(bare):
+        return "timm"
+    if prefix != "timm" and bare in classifiers:
+        return "torchvision"
+    close = get_close_matches(bare, {*_OWN, *timm.list_models(), *classifiers}, n=1)
+    error = unknown_name("architecture", name, {*_OWN, *close})
+    raise UserError(f"{error}, and every classification model of timm and torchvision")
+
+
+def _build_from_library(
+    library: str | None, spec: ArchitectureSpec, num_classes: int, image_shape: tuple[int, int, int]
+) -> Network:
+    from lightning_dd.models.library import build_timm, build_torchvision
+
+    build = build_timm if library == "timm" else build_torchvision
+    return build(spec.name.rpartition("/")[2], spec.options, num_classes, image_shape)

@@ -1,0 +1,128 @@
+"""Fitting networks made for 224 px to images of 28 to 64 px by giving their first layers smaller strides.
+
+At 32 px a network that halves its map five times ends in a single cell: it classifies worse, and a class activation
+map of one cell says nothing.
+"""
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+LARGEST_SMALL_SIDE = 64
+"""Images with a side above this many pixels keep the network's own stem."""
+
+_CELLS = 4  # wanted side of the last map: that of the literature's ResNet18 at 32 px
+
+_Undo = Callable[[], None]
+_Strided = nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d
+
+
+def fit_stem(model: nn.Module, images: Tensor) -> _Undo:
+    """Change a convolutional network in place so that small images leave a map worth looking at.
+
+    A ResNet gets the stem that the literature uses up to 64 px: a 3x3 convolution of stride 1 and no max pool (He et
+    al. 2016, CIFAR; SRe2L, arXiv 2306.13092, for Tiny ImageNet). In any other network the first strided layers lose
+    their stride until the last map would be 4x4. Transformers and whatever cannot be run are left alone.
+
+    Args:
+        model: a network in inference mode.
+        images: an example batch ``(N, C, H, W)``, padded as the network will get it.
+
+    Returns:
+        A function that takes the stride changes back, for networks that turn out not to work with them.
+    """
+    if min(images.shape[-2:]) > LARGEST_SMALL_SIDE:
+        return lambda: None
+    if _is_resnet(model):
+        _small_resnet_stem(model)
+        return lambda: None
+    return _reduce_strides(_strided_layers(model, images))
+
+
+def _is_resnet(model: nn.Module) -> bool:
+    """Tell the ResNets of timm and torchvision, and their many kin, by what they share."""
+    return all(hasattr(model, name) for name in ("conv1", "bn1", "maxpool", "layer1", "layer4"))
+
+
+def _small_resnet_stem(model: Any) -> None:
+    if isinstance(model.conv1, nn.Conv2d):
+        old = model.conv1
+        model.conv1 = nn.Conv2d(old.in_channels, old.out_channels, 3, padding=1, bias=old.bias is not None)
+        nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")  # as both libraries do
+    else:  # a deep stem is a row of 3x3 convolutions, the first with stride 2
+        next(layer for layer in model.conv1.modules() if isinstance(layer, nn.Conv2d)).stride = (1, 1)
+    model.maxpool = nn.Identity()
+
+
+def _strided_layers(model: nn.Module, images: Tensor) -> list[tuple[_Strided, int, int]]:
+    """Run the model once and list the layers that shrink their map, each with its input and output side.
+
+    The run is what tells which layers work side by side (a block and its shortcut): they see the same input side.
+    """
+    seen: list[tuple[_Strided, int, int]] = []
+
+    def note(layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        before, after = min(inputs[0].shape[-2:]), min(output.shape[-2:])
+        if _stride(cast(_Strided, layer)) > 1 and after < before:
+            seen.append((cast(_Strided, layer), before, after))
+
+    layers = [layer for layer in model.modules() if isinstance(layer, _Strided)]
+    handles = [layer.register_forward_hook(note) for layer in layers]
+    try:
+        with torch.no_grad():
+            model(images)
+    except Exception:
+        return []  # the caller's own trial will say why
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def _reduce_strides(layers: list[tuple[_Strided, int, int]]) -> _Undo:
+    """Take strides away from the front until the last map has the wanted side."""
+    surplus = max(1, _CELLS // min((after for _, _, after in layers), default=_CELLS))
+    changed: list[tuple[_Strided, dict[str, Any]]] = []
+    for side in sorted({before for _, before, _ in layers}, reverse=True):
+        if surplus == 1:
+            break
+        level = [layer for layer, before, _ in layers if before == side]
+        old = max(_stride(layer) for layer in level)
+        new = max(1, old // surplus)
+        for layer in level:
+            changed.append((layer, _set_stride(layer, new)))
+        surplus //= old // new
+
+    def undo() -> None:
+        for layer, attributes in changed:
+            for name, value in attributes.items():
+                setattr(layer, name, value)
+
+    return undo
+
+
+def _stride(layer: _Strided) -> int:
+    stride = layer.stride
+    return max(stride) if isinstance(stride, tuple) else int(stride)
+
+
+def _set_stride(layer: _Strided, stride: int) -> dict[str, Any]:
+    """Give a layer a smaller stride, keeping its map aligned, and return the attributes it had."""
+    old = {name: getattr(layer, name) for name in ("stride", "kernel_size", "padding")}
+    layer.stride = (stride, stride)
+    if not isinstance(layer, nn.Conv2d):
+        if stride == 1:  # a pool that no longer shrinks would only blur
+            layer.kernel_size, layer.padding = (1, 1), (0, 0)
+        return old
+    kernel = layer.kernel_size[0]
+    if kernel % 2 == 0:
+        # Patch layers (kernel = stride) become the overlapping 3x3 of a small-image stem: an even kernel would shift
+        # the map by half a pixel. Cropping keeps the library's scale of the initial weights.
+        old["weight"], kernel = layer.weight, kernel - 1
+        layer.weight = nn.Parameter(layer.weight.detach()[..., :kernel, :kernel].clone())
+        layer.kernel_size = (kernel, kernel)
+    if kernel % 2 and (layer.padding != (0, 0) or "weight" in old):
+        layer.padding = (kernel // 2, kernel // 2)
+    return old

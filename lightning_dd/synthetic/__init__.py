@@ -1,0 +1,1 @@
+"""Parameterisations of the synthetic set: what the learnable tensors are."""

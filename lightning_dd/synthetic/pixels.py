@@ -1,0 +1,138 @@
+"""The synthetic set: learnable images and labels."""
+
+import torch
+from torch import Tensor, nn
+
+from lightning_dd.errors import UserError
+from lightning_dd.losses.krr import centred_one_hot
+
+LABEL_KINDS = ("learned", "centred", "hard")
+
+
+class SyntheticSet(nn.Module):
+    """Learnable images and labels, in blocks of ``ipc`` rows per class, classes in order.
+
+    Images live in normalised space and are never clipped. Labels start from FRePo's
+    ``(onehot - 1/C) / sqrt(C/10)`` (Zhou et al. 2022) for the kinds ``learned`` (a parameter) and ``centred`` (the
+    same values, fixed), or from one-hot vectors for ``hard`` (fixed).
+
+    A parameterisation other than pixels overrides :meth:`render`.
+
+    Args:
+        ipc: images per class, at least 1.
+        num_classes: number of classes C.
+        image_shape: ``(channels, height, width)``.
+        label_kind: ``learned``, ``centred`` or ``hard``.
+
+    Attributes:
+        images: ``(C * ipc, channels, height, width)`` parameter.
+        labels: ``(C * ipc, C)`` parameter, or buffer when fixed.
+        classes: ``(C * ipc,)`` int64 buffer, the class each row belongs to.
+
+    Raises:
+        UserError: ``ipc`` or ``label_kind`` is out of range.
+    """
+
+    images: Tensor
+    labels: Tensor
+    classes: Tensor
+
+    def __init__(
+        self, ipc: int, num_classes: int, image_shape: tuple[int, int, int], label_kind: str = "learned"
+    ) -> None:
+        super().__init__()
+        check_synthetic(ipc, label_kind)
+        self.ipc = ipc
+        self.num_classes = num_classes
+        self.image_shape = image_shape
+        self.label_kind = label_kind
+        self.register_buffer("classes", torch.arange(num_classes).repeat_interleave(ipc), persistent=False)
+        self.images = nn.Parameter(torch.zeros(num_classes * ipc, *image_shape))
+        labels = initial_labels(self.classes, num_classes, label_kind)
+        if label_kind == "learned":
+            self.labels = nn.Parameter(labels)
+        else:
+            self.register_buffer("labels", labels)
+
+    def __len__(self) -> int:
+        return len(self.classes)
+
+    def render(self) -> Tensor:
+        """Return the images ``(n, C, H, W)`` in normalised space, with graph to what is learned."""
+        return self.images
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """Return images ``(n, C, H, W)`` in normalised space and labels ``(n, num_classes)``."""
+        return self.render(), self.labels
+
+    @torch.no_grad()
+    def init_real(self, images: Tensor, labels: Tensor, generator: torch.Generator) -> None:
+        """Start from real images: ``ipc`` per class, drawn without replacement.
+
+        Args:
+            images: normalised training images ``(N, C, H, W)``.
+            labels: their classes ``(N,)``.
+            generator: CPU generator of the draw.
+
+        Raises:
+            UserError: a class has fewer than ``ipc`` images.
+        """
+        rows = draw_per_class(labels, self.ipc, self.num_classes, generator)
+        self.images.copy_(images[rows.to(images.device)])
+
+    @torch.no_grad()
+    def init_noise(self, generator: torch.Generator) -> None:
+        """Start from standard normal noise drawn with a CPU generator."""
+        self.images.copy_(torch.randn(self.images.shape, generator=generator))
+
+
+def check_synthetic(ipc: int, label_kind: str) -> None:
+    """Refuse settings no synthetic set can have.
+
+    Raises:
+        UserError: ``ipc`` is below 1 or ``label_kind`` is unknown.
+    """
+    if ipc < 1:
+        raise UserError(f"ipc (images per class) must be at least 1, got {ipc}")
+    if label_kind not in LABEL_KINDS:
+        raise UserError(f"labels must be one of {', '.join(LABEL_KINDS)}, got '{label_kind}'")
+
+
+def initial_labels(classes: Tensor, num_classes: int, label_kind: str) -> Tensor:
+    """Return label rows ``(n, num_classes)`` of a kind for class indices ``(n,)``.
+
+    Example:
+        >>> initial_labels(torch.tensor([0]), 2, "hard")
+        tensor([[1., 0.]])
+    """
+    if label_kind == "hard":
+        return torch.eye(num_classes, device=classes.device)[classes]
+    return centred_one_hot(classes, num_classes) / (num_classes / 10) ** 0.5
+
+
+def draw_per_class(labels: Tensor, count: int, num_classes: int, generator: torch.Generator) -> Tensor:
+    """Draw ``count`` row indices of every class without replacement, in blocks by class.
+
+    Args:
+        labels: classes ``(N,)`` on any device.
+        count: rows per class.
+        num_classes: number of classes.
+        generator: CPU generator.
+
+    Returns:
+        ``(num_classes * count,)`` int64 indices on the CPU.
+
+    Raises:
+        UserError: a class has fewer than ``count`` rows.
+    """
+    shuffled = torch.randperm(len(labels), generator=generator)
+    by_class = shuffled[labels.cpu()[shuffled].argsort(stable=True)]
+    sizes = torch.bincount(labels.cpu(), minlength=num_classes)
+    smallest = int(sizes.argmin())
+    if int(sizes[smallest]) < count:
+        raise UserError(
+            f"ipc={count} is more than the {int(sizes[smallest])} training images of class {smallest}; "
+            f"the largest possible ipc is {int(sizes[smallest])}"
+        )
+    starts = sizes.cumsum(0) - sizes
+    return by_class[(starts[:, None] + torch.arange(count)).flatten()]

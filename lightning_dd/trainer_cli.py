@@ -1,0 +1,111 @@
+"""The verbs that are a stock LightningCLI: fit, validate, test, predict."""
+
+import logging
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
+from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
+
+# Importing a class lets a configuration name it without its path.
+import lightning_dd.callbacks
+import lightning_dd.data
+import lightning_dd.distillers
+import lightning_dd.evaluators  # noqa: F401
+from lightning_dd.errors import UserError
+from lightning_dd.parsing import OneLineErrors, explain, user_error_in
+
+
+def known_classes(key: str) -> dict[str, type]:
+    """Return the classes a configuration key accepts by bare name: this project's, and any a user has imported."""
+    bases: dict[str, type] = {"model": LightningModule, "data": LightningDataModule, "trainer.callbacks": Callback}
+    if key == "trainer":
+        return {"Trainer": Trainer}
+    base = bases.get(key.removesuffix("+"))
+    found = _subclasses(base) if base is not None else []
+    hidden = ("pytorch_lightning.", "lightning.", "torchmetrics.") if base is not Callback else ()
+    return {
+        cls.__name__: cls
+        for cls in found
+        if not cls.__module__.startswith(hidden or "-") and not getattr(cls, "__abstractmethods__", None)
+    }
+
+
+class Parser(OneLineErrors, LightningArgumentParser):
+    """Lightning's parser, which answers a mistake with one line."""
+
+    known_classes = staticmethod(known_classes)
+
+
+class Cli(LightningCLI):
+    """LightningCLI in subclass mode for model and data, with one seed for both Lightning and the model."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Say the run's seed once: ``--seed_everything`` is also the model's."""
+        parser.link_arguments("seed_everything", "model.init_args.seed", compute_fn=int)
+
+    def _parse_ckpt_path(self) -> None:
+        """Check the path, and leave the command line as it is.
+
+        Lightning would let the checkpoint's hyper-parameters silently override the configuration and the command
+        line here; our modules refuse a checkpoint of another configuration instead.
+        """
+        path = self.config[self.config.subcommand].get("ckpt_path")
+        if path and path not in ("last", "best", "hpc") and "://" not in str(path) and not Path(path).is_file():
+            raise UserError(f"ckpt_path '{path}': no such file")
+
+
+def run_lightning(arguments: Sequence[str]) -> Cli:
+    """Run one of Lightning's verbs.
+
+    Args:
+        arguments: the verb and its options.
+
+    Raises:
+        UserError: something the user can mend.
+        SystemExit: the arguments could not be parsed (status 2, one line on stderr).
+    """
+    quieten()
+    Parser.arguments = arguments
+    try:
+        return Cli(
+            LightningModule,
+            subclass_mode_model=True,
+            datamodule_class=LightningDataModule,
+            subclass_mode_data=True,
+            args=list(arguments),
+            seed_everything_default=0,
+            parser_class=Parser,
+            save_config_kwargs={"overwrite": True},
+        )
+    except UserError:
+        raise
+    except Exception as error:
+        mistake = user_error_in(error)
+        if mistake is not None:
+            raise mistake from None
+        if "Union subtypes" in str(error):  # jsonargparse hides what a constructor raised inside its own text
+            raise UserError(explain(str(error), arguments, known_classes)) from None
+        raise
+
+
+def quieten() -> None:
+    """Hide messages that say nothing about this project's runs."""
+    for text in (
+        ".*LeafSpec.*",
+        ".*does not have many workers.*",
+        ".*LightningCLI's args parameter is intended.*",
+        ".*`IterableDataset` has `__len__` defined.*",
+        ".*your dataloader is not resumable.*",  # ours need not be: modules draw their own batches
+    ):
+        warnings.filterwarnings("ignore", message=text)
+    logging.getLogger("pytorch_lightning.utilities.rank_zero").addFilter(_no_tips)
+
+
+def _no_tips(record: logging.LogRecord) -> bool:
+    return "Tip:" not in record.getMessage()
+
+
+def _subclasses(cls: type) -> list[type]:
+    return [found for child in cls.__subclasses__() for found in (child, *_subclasses(child))]

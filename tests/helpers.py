@@ -1,0 +1,59 @@
+"""Small stand-ins shared by the tests: data, a network, a trainer."""
+
+import torch
+from pytorch_lightning import Trainer
+from torch import Tensor, nn
+
+from lightning_dd.callbacks import PoolAlternation
+from lightning_dd.data import RawSplit, RealData
+from lightning_dd.models import Network
+
+
+class TinyData(RealData):
+    """Class-dependent blobs, 3 classes of 8 x 8 images: learnable in a few steps."""
+
+    classes = 3
+    per_class = 12
+    channels = 1
+    side = 8
+
+    def read(self, *, train: bool) -> RawSplit:
+        generator = torch.Generator().manual_seed(int(train))
+        labels = torch.arange(self.classes).repeat(self.per_class)
+        images = torch.randint(0, 60, (len(labels), self.channels, self.side, self.side), generator=generator)
+        for label in range(self.classes):
+            images[labels == label, :, 2 * label : 2 * label + 3] += 150
+        return RawSplit(images.to(torch.uint8), labels, tuple(f"class{index}" for index in range(self.classes)))
+
+
+class LinearNetwork(Network):
+    """features = W x, logits = V features: small enough for closed forms."""
+
+    def __init__(self, pixels: int = 64, num_features: int = 5, num_classes: int = 3) -> None:
+        super().__init__()
+        self.num_features, self.num_classes = num_features, num_classes
+        self.body = nn.Linear(pixels, num_features)
+        self.head = nn.Linear(num_features, num_classes)
+
+    def features(self, images: Tensor) -> Tensor:
+        return self.body(images.flatten(1))
+
+    def classify(self, features: Tensor) -> Tensor:
+        return self.head(features)
+
+
+def tiny_trainer(folder, max_steps: int = 4, **kwargs) -> Trainer:
+    """A quiet CPU Trainer with the clock of the inner steps."""
+    settings = {
+        "max_steps": max_steps,
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+        "check_val_every_n_epoch": None,
+        "default_root_dir": folder,
+        "callbacks": [PoolAlternation()],
+    }
+    return Trainer(**(settings | kwargs))

@@ -1,0 +1,120 @@
+"""The model pool: ages, staggering, resets, isolation and exact restoration."""
+
+import pytest
+import torch
+
+from lightning_dd.errors import UserError
+from lightning_dd.models.pool import ModelPool
+from lightning_dd.seeding import seeded
+
+from helpers import LinearNetwork
+
+
+def build(seed):
+    with seeded(seed):
+        return LinearNetwork()
+
+
+def make_pool(size=10, max_age=100, seed=0):
+    return ModelPool(
+        build,
+        lambda parameters: torch.optim.Adam(parameters, lr=1e-2),
+        size,
+        max_age,
+        torch.Generator().manual_seed(seed),
+    )
+
+
+def inner_loss(network):
+    return network(torch.ones(2, 1, 8, 8)).square().mean()
+
+
+def weights(network):
+    return torch.cat([parameter.flatten() for parameter in network.parameters()])
+
+
+def test_ages_are_staggered_and_the_networks_differ_and_are_untrained():
+    pool = make_pool(size=10, max_age=100)
+    assert [member.age for member in pool.members] == list(range(0, 100, 10))
+    assert all(not member.optimizer.state for member in pool.members)
+    firsts = {float(weights(member.network)[0]) for member in pool.members}
+    assert len(firsts) == 10
+
+
+def test_a_network_takes_max_age_plus_one_steps_and_is_then_replaced_without_a_step():
+    pool = make_pool(size=1, max_age=3)
+    start = weights(pool.network).clone()
+    for expected in (1, 2, 3, 4):
+        pool.advance(inner_loss)
+        assert pool.current.age == expected
+    assert not torch.equal(weights(pool.network), start)
+    module = pool.network
+    pool.advance(inner_loss)
+    assert pool.current.age == 0
+    assert pool.network is module  # fresh weights in the same module: a compiled one stays compiled
+    assert not pool.current.optimizer.state
+    fresh = weights(pool.network).clone()
+    assert not torch.equal(fresh, start)
+    pool.advance(inner_loss)
+    assert pool.current.age == 1
+
+
+def test_only_the_current_network_moves_and_all_rest_in_inference_mode():
+    pool = make_pool(size=4)
+    before = [weights(member.network).clone() for member in pool.members]
+    current = pool.members.index(pool.current)
+    pool.advance(inner_loss)
+    moved = [not torch.equal(weights(m.network), b) for m, b in zip(pool.members, before, strict=True)]
+    assert moved == [index == current for index in range(4)]
+    for member in pool.members:
+        assert not member.network.training
+        assert not any(parameter.requires_grad for parameter in member.network.parameters())
+        assert all(parameter.grad is None for parameter in member.network.parameters())
+
+
+def test_the_inner_step_is_adams():
+    pool = make_pool(size=1)
+    twin = LinearNetwork()
+    twin.load_state_dict(pool.network.state_dict())
+    optimizer = torch.optim.Adam(twin.parameters(), lr=1e-2)
+    for _ in range(3):
+        pool.advance(inner_loss)
+        optimizer.zero_grad()
+        inner_loss(twin.train()).backward()
+        optimizer.step()
+    torch.testing.assert_close(weights(pool.network), weights(twin))
+
+
+def test_select_visits_every_network_about_equally():
+    pool = make_pool(size=4)
+    counts = torch.zeros(4)
+    for _ in range(400):
+        pool.select()
+        counts[pool.members.index(pool.current)] += 1
+    assert counts.min() > 70
+
+
+def test_state_round_trip_continues_bit_for_bit():
+    def run(pool, steps):
+        for _ in range(steps):
+            pool.advance(inner_loss)
+            pool.select()
+
+    straight, first = make_pool(size=3, max_age=4), make_pool(size=3, max_age=4)
+    run(straight, 30)
+    run(first, 13)
+    second = make_pool(size=3, max_age=4, seed=99)
+    second.load_state_dict(first.state_dict())
+    run(second, 17)
+    assert [m.age for m in second.members] == [m.age for m in straight.members]
+    for left, right in zip(second.members, straight.members, strict=True):
+        assert torch.equal(weights(left.network), weights(right.network))
+
+
+def test_bad_settings_and_foreign_states_give_one_line():
+    with pytest.raises(UserError, match="pool_size must be at least 1"):
+        make_pool(size=0)
+    with pytest.raises(UserError, match="max_age must be at least 0"):
+        make_pool(max_age=-1)
+    with pytest.raises(UserError, match="pool has 3 networks, pool_size is 2"):
+        make_pool(size=2).load_state_dict(make_pool(size=3).state_dict())

@@ -1,0 +1,64 @@
+"""The synthetic set: order, labels, initialisation."""
+
+import pytest
+import torch
+
+from lightning_dd.errors import UserError
+from lightning_dd.synthetic.pixels import SyntheticSet, draw_per_class, initial_labels
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def test_labels_are_centred_and_scaled_by_the_number_of_classes():
+    for classes in (10, 100):
+        labels = initial_labels(torch.arange(classes), classes, "learned")
+        torch.testing.assert_close(labels.sum(1), torch.zeros(classes), atol=1e-5, rtol=0)
+        scale = (classes / 10) ** 0.5
+        torch.testing.assert_close(labels[3, 3], torch.tensor((1 - 1 / classes) / scale))
+    torch.testing.assert_close(initial_labels(torch.arange(3), 3, "hard"), torch.eye(3))
+
+
+@pytest.mark.parametrize(("kind", "learned"), [("learned", True), ("centred", False), ("hard", False)])
+def test_only_learned_labels_are_parameters(kind, learned):
+    names = dict(SyntheticSet(2, 3, (1, 4, 4), kind).named_parameters())
+    assert ("labels" in names) == learned
+    assert "images" in names
+
+
+def test_real_initialisation_takes_distinct_rows_of_the_right_class_in_blocks():
+    labels = torch.randint(0, 3, (60,), generator=generator(1))
+    images = torch.arange(60.0).view(60, 1, 1, 1)
+    synthetic = SyntheticSet(4, 3, (1, 1, 1))
+    synthetic.init_real(images, labels, generator())
+    rows = synthetic.images.detach().flatten().long()
+    assert torch.equal(labels[rows], synthetic.classes)
+    assert synthetic.classes.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    assert len(rows.unique()) == 12
+    other = SyntheticSet(4, 3, (1, 1, 1))
+    other.init_real(images, labels, generator(2))
+    assert not torch.equal(other.images, synthetic.images)
+
+
+def test_noise_is_standard_normal_and_repeatable():
+    first, second = SyntheticSet(5, 10, (1, 16, 16)), SyntheticSet(5, 10, (1, 16, 16))
+    first.init_noise(generator())
+    second.init_noise(generator())
+    assert torch.equal(first.images, second.images)
+    assert abs(float(first.images.detach().std()) - 1) < 0.05
+
+
+def test_every_draw_per_class_is_possible():
+    labels = torch.tensor([0, 1, 0, 1, 1])
+    drawn = {tuple(draw_per_class(labels, 1, 2, generator(seed)).tolist()) for seed in range(200)}
+    assert drawn == {(a, b) for a in (0, 2) for b in (1, 3, 4)}
+
+
+def test_bad_settings_name_the_setting_and_the_limit():
+    with pytest.raises(UserError, match=r"ipc \(images per class\) must be at least 1, got 0"):
+        SyntheticSet(0, 3, (1, 4, 4))
+    with pytest.raises(UserError, match="labels must be one of learned, centred, hard, got 'soft'"):
+        SyntheticSet(1, 3, (1, 4, 4), "soft")
+    with pytest.raises(UserError, match="largest possible ipc is 2"):
+        draw_per_class(torch.tensor([0, 1, 0, 1, 1]), 3, 2, generator())
