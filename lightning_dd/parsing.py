@@ -26,6 +26,10 @@ class OneLineErrors:
     arguments: Sequence[str] = ()
     known_classes: KnownClasses = staticmethod(lambda key: {})
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("allow_abbrev", False)  # a mistyped option must not become another one
+        super().__init__(*args, **kwargs)
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print one line that names the mistake."""
         print(f"lightning-dd: error: {explain(message, self.arguments, self.known_classes)}", file=sys.stderr)

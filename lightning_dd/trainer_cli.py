@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 # Importing a class lets a configuration name it without its path.
 import lightning_dd.callbacks
@@ -45,6 +46,14 @@ class Cli(LightningCLI):
         """Say the run's seed once: ``--seed_everything`` is also the model's."""
         parser.link_arguments("seed_everything", "model.init_args.seed", compute_fn=int)
 
+    def before_instantiate_classes(self) -> None:
+        """Let ``--trainer.enable_progress_bar=false`` win over a bar among the callbacks, which Lightning refuses."""
+        trainer = self.config[self.config.subcommand].trainer
+        if trainer.enable_progress_bar is False and isinstance(trainer.callbacks, list):
+            trainer.callbacks = [
+                callback for callback in trainer.callbacks if not callback.class_path.endswith("Progress")
+            ]
+
     def _parse_ckpt_path(self) -> None:
         """Check the path, and leave the command line as it is.
 
@@ -79,8 +88,10 @@ def run_lightning(arguments: Sequence[str]) -> Cli:
             parser_class=Parser,
             save_config_kwargs={"overwrite": True},
         )
-    except UserError:
+    except (UserError, SystemExit):
         raise
+    except MisconfigurationException as error:
+        raise UserError(" ".join(str(error).split())) from None
     except Exception as error:
         mistake = user_error_in(error)
         if mistake is not None:
@@ -100,6 +111,7 @@ def quieten() -> None:
         ".*your dataloader is not resumable.*",  # ours need not be: modules draw their own batches
     ):
         warnings.filterwarnings("ignore", message=text)
+    warnings.filterwarnings("ignore", module="pytorch_lightning.cli")  # its calls of older jsonargparse functions
     logging.getLogger("pytorch_lightning.utilities.rank_zero").addFilter(_no_tips)
 
 

@@ -6,7 +6,9 @@ from torch import Tensor, nn
 
 from lightning_dd.callbacks import PoolAlternation
 from lightning_dd.data import RawSplit, RealData
+from lightning_dd.data.distilled import DistilledSet
 from lightning_dd.models import Network
+from lightning_dd.synthetic.pixels import SyntheticSet
 
 
 class TinyData(RealData):
@@ -57,3 +59,23 @@ def tiny_trainer(folder, max_steps: int = 4, **kwargs) -> Trainer:
         "callbacks": [PoolAlternation()],
     }
     return Trainer(**(settings | kwargs))
+
+
+def make_distilled(ipc: int = 1, data: type[RealData] = TinyData, label_kind: str = "learned", data_name=None, **changes):
+    """A distilled set made of real images of ``data``, as if it had been distilled with ``conv``."""
+    real = data()
+    real.setup("fit")
+    synthetic = SyntheticSet(ipc, real.facts.num_classes, real.facts.image_shape, label_kind)
+    synthetic.init_real(real.train.images, real.train.labels, torch.Generator().manual_seed(0))
+    settings = {
+        "images": synthetic.images.detach(),
+        "labels": synthetic.labels.detach(),
+        "classes": synthetic.classes,
+        "label_kind": label_kind,
+        "class_names": real.facts.class_names,
+        "preprocessing": real.preprocessing,
+        "data": {"name": data_name or real.name, "spec": real.spec(), "fingerprint": real.facts.fingerprint},
+        "method": "Test",
+        "config": {"architecture": "conv:width=4,depth=2"},
+    }
+    return DistilledSet(**(settings | changes))

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lightning_dd.data import DataFacts, Preprocessing, RawSplit, RealData
 from lightning_dd.data.preprocess import fit_preprocessing, fit_zca, to_unit
-from lightning_dd.data.stream import EvalBatches, ShuffledStream, StepCounter
+from lightning_dd.data.stream import EvalBatches, ShuffledStream, StepCounter, pass_through
 from lightning_dd.errors import UserError
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers import LinearNetwork, TinyData, tiny_trainer
 from pytorch_lightning import Callback
 from pytorch_lightning.callbacks import ModelCheckpoint
 from timm.optim import Lamb
@@ -16,8 +17,6 @@ from lightning_dd.models import build_network
 from lightning_dd.models.features import features_in_slices
 from lightning_dd.models.pool import rest
 from lightning_dd.recipe import warmup_cosine
-
-from helpers import LinearNetwork, TinyData, tiny_trainer
 
 TINY = {
     "architecture": "conv:width=4,depth=2",

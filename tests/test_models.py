@@ -221,7 +221,8 @@ def test_lecun_normal_weights_and_zero_biases():
         std = math.sqrt(1 / weight[0].numel())
         tolerance = 5 / math.sqrt(2 * weight.numel())  # five standard errors of a standard deviation
         assert weight.std().item() == pytest.approx(std, rel=tolerance)
-        assert weight.abs().max() <= 2 * std / 0.8796 and layer.bias.abs().max() == 0
+        assert weight.abs().max() <= 2 * std / 0.8796
+        assert layer.bias.abs().max() == 0
     assert ConvNet(3, 10, (32, 32)).convs[0].bias.abs().max() > 0
 
 

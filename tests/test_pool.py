@@ -2,12 +2,11 @@
 
 import pytest
 import torch
+from helpers import LinearNetwork
 
 from lightning_dd.errors import UserError
 from lightning_dd.models.pool import ModelPool
 from lightning_dd.seeding import seeded
-
-from helpers import LinearNetwork
 
 
 def build(seed):
