@@ -43,7 +43,8 @@ def explain(message: str, arguments: Sequence[str] = (), known_classes: KnownCla
         >>> explain('Parser key "ipc": Expected a <class \\'int\\'>. Got value: two')
         'ipc: expected int, got two'
     """
-    key = (re.search(r'[Pp]arser key "([^"]+)"', message) or [None, ""])[1]
+    where = re.search(r'[Pp]arser key "([^"]+)"', message)
+    key = where[1] if where else ""
     if found := re.search(
         r"Expected a dot import path string: (\S+)|No module named '?([\w.]+)|undefined: (\S+)", message
     ):
@@ -74,7 +75,7 @@ def options_of(cls: type) -> list[str]:
     """List the constructor arguments of a class, those of its bases included where it passes ``**kwargs`` on."""
     names: list[str] = []
     for base in cls.__mro__:
-        parameters = inspect.signature(base.__init__).parameters if "__init__" in vars(base) else {}
+        parameters = inspect.signature(vars(base)["__init__"]).parameters if "__init__" in vars(base) else {}
         names += [
             name for name, item in parameters.items() if item.kind in (item.POSITIONAL_OR_KEYWORD, item.KEYWORD_ONLY)
         ]

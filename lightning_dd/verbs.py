@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import docstring_parser
-from jsonargparse import ActionConfigFile, ArgumentParser
+from jsonargparse import ActionConfigFile, ArgumentParser  # type: ignore[attr-defined]
 
 from lightning_dd.parsing import OneLineErrors
 

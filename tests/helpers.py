@@ -61,7 +61,9 @@ def tiny_trainer(folder, max_steps: int = 4, **kwargs) -> Trainer:
     return Trainer(**(settings | kwargs))
 
 
-def make_distilled(ipc: int = 1, data: type[RealData] = TinyData, label_kind: str = "learned", data_name=None, **changes):
+def make_distilled(
+    ipc: int = 1, data: type[RealData] = TinyData, label_kind: str = "learned", data_name=None, **changes
+):
     """A distilled set made of real images of ``data``, as if it had been distilled with ``conv``."""
     real = data()
     real.setup("fit")

@@ -7,12 +7,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from helpers import make_distilled
 
 from lightning_dd import cli
 from lightning_dd.cli import VERBS, main
 from lightning_dd.data.distilled import DistilledSet
-
-from helpers import make_distilled
 
 CONFIG = str(Path(__file__).parent.parent / "configs" / "mnist5k" / "frepo.yaml")
 QUICK = [
@@ -54,7 +53,11 @@ def test_help_and_version_need_nothing_heavy():
 
 
 def test_help_of_our_verbs_needs_no_torch():
-    script = "import sys; from lightning_dd.cli import main\ntry: main(['evaluate', '--help'])\nfinally: assert 'torch' not in sys.modules"
+    script = (
+        "import sys; from lightning_dd.cli import main\n"
+        "try: main(['evaluate', '--help'])\n"
+        "finally: assert 'torch' not in sys.modules"
+    )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
     assert "--architectures" in done.stdout
     assert main(["--version"]) == 0

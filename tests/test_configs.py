@@ -5,11 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from helpers import make_distilled
 
 from lightning_dd.cli import main
 from lightning_dd.data import DATA_SETS, RawSplit
-
-from helpers import make_distilled
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 FILES = sorted(CONFIGS.rglob("*.yaml"))

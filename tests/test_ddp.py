@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers import TinyData, make_distilled, tiny_trainer
 from pytorch_lightning import Callback
 from pytorch_lightning.callbacks import ModelCheckpoint
 
@@ -10,8 +11,6 @@ from lightning_dd.data import ImageTensors
 from lightning_dd.distillers import FRePo
 from lightning_dd.errors import UserError
 from lightning_dd.evaluators import DistilledData, Student
-
-from helpers import TinyData, make_distilled, tiny_trainer
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without distributed")
 TINY = {"architecture": "conv:width=4,depth=2", "real_batch_size": 8, "pool_size": 2, "max_age": 3, "probe_steps": 3}

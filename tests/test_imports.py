@@ -43,7 +43,7 @@ def imports(path):
 
 
 def layer(module):
-    room = (module.split(".") + ["__init__"])[1]
+    room = [*module.split("."), "__init__"][1]
     found = [index for index, rooms in enumerate(LAYERS) if room in rooms]
     assert found, f"{module}: give the room '{room}' a layer"
     return found[0]

@@ -1,6 +1,8 @@
 """Networks: shapes, order, normalisation, initial weights, libraries fitted to small images, and every bad input."""
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -21,7 +23,7 @@ LIBRARY = [  # name, number of features, the last map's side at 28, 32 and 64 px
     ("mobilenetv3_small_050", 1024, (4, 4, 4)),
     ("convnext_atto", 320, (4, 4, 4)),
     ("regnetx_002", 368, (4, 4, 4)),
-    ("densenet121:growth_rate=4,block_config=[1,1,1,1]", 15, (4, 4, 4)),
+    ("densenet121", 1024, (4, 4, 4)),
     ("efficientnet_b0", 1280, (4, 4, 4)),
     ("repvgg_a0", 1280, (4, 4, 4)),
     (SMALL_SWIN, 192, (2, 2, 2)),
@@ -98,6 +100,11 @@ def test_resnet_stem_follows_the_literature():
     assert isinstance(large.maxpool, nn.MaxPool2d)
 
 
+def test_a_pool_without_stride_does_nothing():
+    trunk = build_network("densenet121", 10, (3, 32, 32)).trunk
+    assert (trunk.features.conv0.stride, trunk.features.pool0.kernel_size) == ((1, 1), (1, 1))
+
+
 def test_options_win_over_the_fitted_ones():
     assert build_network(SMALL_VIT + ",patch_size=8", 10, (3, 32, 32)).trunk.patch_embed.num_patches == 16
     own_stem = build_network("convnext_atto:patch_size=2", 10, (3, 32, 32)).trunk.stem[0]
@@ -106,7 +113,7 @@ def test_options_win_over_the_fitted_ones():
 
 def test_stem_changes_are_taken_back_when_the_network_cannot_run_with_them():
     # The mixer's token layers have one weight per token, so a finer patch layer is impossible.
-    trunk = build_network("mixer_s16_224:num_blocks=1,embed_dim=32", 10, (3, 32, 32), seed=0).trunk
+    trunk = build_network("mixer_s16_224", 10, (3, 32, 32), seed=0).trunk
     assert trunk.stem.proj.stride == trunk.stem.proj.kernel_size == (16, 16) == tuple(trunk.stem.proj.weight.shape[2:])
 
 
@@ -163,6 +170,15 @@ def test_order_of_norm_convolution_relu_and_pool(norm, shape):
             assert torch.equal(batch, images(shape))
 
 
+def test_relu_leaves_the_map_before_it_to_hooks():
+    # A hook for class activation maps, or a method that differentiates twice, must see what the convolution made.
+    network = FRePoConv(3, 10, (32, 32), width=8)
+    kept = []
+    network.convs[-1].register_forward_hook(lambda module, inputs, output: kept.append(output))
+    network(images((3, 32, 32)))
+    assert kept[0].min() < 0
+
+
 def test_batch_norm_momentum_and_placement():
     norms = FRePoConv(3, 10, (32, 32), width=8).norms
     assert [type(layer) for layer in norms] == [nn.Identity, nn.BatchNorm2d, nn.BatchNorm2d]
@@ -190,14 +206,16 @@ def test_channels_last_changes_nothing(architecture, shape):
 
 
 @pytest.mark.parametrize("architecture", ["conv:width=8", "convnet:width=8"])
-def test_bfloat16_autocast_is_close(architecture):
+@pytest.mark.parametrize("compiling", [False, True])  # compiled, one-channel images go through as two
+def test_bfloat16_autocast_is_close(architecture, compiling, monkeypatch):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
     network = build_network(architecture, 10, (1, 28, 28), seed=0).to(memory_format=torch.channels_last).eval()
     expected = network.features(images((1, 28, 28)))
     with torch.autocast("cpu", torch.bfloat16):
         found = network.features(images((1, 28, 28)))
     found.float().sum().backward()
     assert found.dtype == torch.bfloat16
-    assert nn.functional.cosine_similarity(found.float(), expected).min() > 0.999
+    assert (found.float() - expected).norm() < 0.02 * expected.norm()
 
 
 @pytest.mark.parametrize("architecture", ["conv:width=8", "vgg11:width=8", SMALL_VIT, "mnasnet0_5"])
@@ -210,7 +228,7 @@ def test_a_seed_fixes_the_weights_and_leaves_the_global_generator_alone(architec
     assert same_state(first, build_network(architecture, 10, (3, 32, 32), seed=1))
     assert not same_state(first, build_network(architecture, 10, (3, 32, 32), seed=2))
     assert not same_state(first, build_network(architecture, 10, (3, 32, 32)))
-    assert first.training
+    assert all(module.training for module in first.modules())
 
 
 def test_lecun_normal_weights_and_zero_biases():
@@ -285,7 +303,7 @@ def test_spec_reads_and_writes():
         ("vgg11:widht=8", (3, 32, 32), "unknown option 'widht' of architecture 'vgg11'"),
         ("vgg11:width=0", (3, 32, 32), "option 'width' of architecture 'vgg11' must be"),
         ("hrnet_w18_small:foo=1", (3, 32, 32), "unknown option 'foo'"),
-        ("mixer_s16_224:patch_size=4", (3, 32, 32), "fixed, not an option: 'patch_size'"),
+        ("mixer_s16_224:patch_size=4", (3, 32, 32), "option 'patch_size' of architecture 'mixer_s16_224' is fixed"),
         ("torchvision/resnet18:foo=1", (3, 32, 32), "unknown option 'foo' of architecture 'resnet18'"),
         ("resnet18:num_classes=5", (3, 32, 32), "option 'num_classes' of architecture 'resnet18' comes from the data"),
         ("resnet18:checkpoint_path=x", (3, 32, 32), "weights start at random"),
@@ -316,3 +334,9 @@ def test_images_with_the_wrong_channels(architecture):
 def test_num_classes_is_checked():
     with pytest.raises(UserError, match="num_classes must be"):
         build_network("conv", 0, (3, 32, 32))
+
+
+def test_importing_the_factory_does_not_import_the_libraries():
+    code = "import sys, lightning_dd.models; print(sorted({'timm', 'torchvision'} & set(sys.modules)))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert found.stdout.strip() == "[]"

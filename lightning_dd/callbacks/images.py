@@ -97,11 +97,12 @@ def image_grid(pixels: Tensor, ipc: int, scale: int | None = None) -> Tensor:
     """
     classes = len(pixels) // ipc
     scale = scale or max(1, round(64 / pixels.shape[-1]))
-    blocks = pixels.unflatten(0, (classes, ipc))[:, :_LARGEST_GRID]
+    blocks = pixels.view(classes, ipc, *pixels.shape[1:])[:, :_LARGEST_GRID]
     columns = min(classes, _LARGEST_GRID)
     rows = blocks.transpose(0, 1) if classes <= _LARGEST_GRID else blocks[:, :1].transpose(0, 1)
     enlarged = rows.flatten(0, 1).repeat_interleave(scale, -1).repeat_interleave(scale, -2)
-    return make_grid(enlarged, nrow=columns, padding=2 * scale, pad_value=1.0)
+    grid: Tensor = make_grid(enlarged, nrow=columns, padding=2 * scale, pad_value=1.0)
+    return grid
 
 
 def label_heat_map(labels: Tensor, class_names: tuple[str, ...]) -> Figure:

@@ -25,7 +25,7 @@ class DistillationProgress(TQDMProgressBar):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log the speed at logging steps and advance the bar."""
-        if trainer.global_step % trainer.log_every_n_steps == 0:
+        if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             now, step = time.perf_counter(), trainer.global_step
             if self._since is not None and step > self._since[1]:
                 rate = (step - self._since[1]) / (now - self._since[0])

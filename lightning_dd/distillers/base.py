@@ -338,4 +338,5 @@ class Distiller(ScoredModule):
         return ImageTensors(train.images[rows].to(self.device), train.labels[rows].to(self.device))
 
     def _logs_this_step(self) -> bool:
-        return (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        return (self.trainer.global_step + 1) % every == 0

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from timm.optim import Lamb
+from timm.optim.lamb import Lamb
 from torch import Tensor
 
 from lightning_dd.data.base import ImageTensors
@@ -17,7 +17,7 @@ from lightning_dd.losses.krr import (
     label_margin_loss,
 )
 from lightning_dd.models.factory import ArchitectureSpec
-from lightning_dd.models.features import features_in_slices
+from lightning_dd.models.features import Features, features_in_slices, network_features
 from lightning_dd.models.interface import Network
 from lightning_dd.recipe import warmup_cosine
 
@@ -37,6 +37,7 @@ class FRePo(Distiller):
         flip: add the mirror image of every synthetic image, with the same label (helps small sets, hurts large ones).
         ridge: regulariser relative to the kernel's mean diagonal.
         lr: LAMB's learning rate, decayed by a cosine to 10 % over the run.
+        compiled: ``torch.compile`` the features; worth half a minute of compiling for runs of many minutes.
         **kwargs: see :class:`Distiller`.
 
     Raises:
@@ -51,11 +52,13 @@ class FRePo(Distiller):
         flip: bool = True,
         ridge: float = RIDGE,
         lr: float = 3e-4,
+        compiled: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(ipc=ipc, architecture=architecture, labels=labels, lr=lr, **kwargs)
         self.flip = flip
         self.ridge = ridge
+        self.features: Features = torch.compile(network_features, dynamic=False) if compiled else network_features
 
     def outer_loss(self, network: Network, images: Tensor, labels: Tensor, real: ImageTensors) -> dict[str, Tensor]:
         """Half the squared error of the ridge prediction, and the margin term of learned labels."""
@@ -63,8 +66,8 @@ class FRePo(Distiller):
         support, support_labels = images, labels
         if self.flip:
             support, support_labels = torch.cat([images, images.flip(-1)]), labels.repeat(2, 1)
-        features = network.features(support.contiguous(memory_format=torch.channels_last))
-        prediction = krr_predict(features, support_labels, features_in_slices(network, real.images), self.ridge)
+        query = features_in_slices(network, real.images, self.features)
+        prediction = krr_predict(self.features(network, support), support_labels, query, self.ridge)
         terms = {"krr": half_squared_error(prediction.values, targets)}
         if self.label_kind == "learned":
             terms["label"] = label_margin_loss(labels)

@@ -20,7 +20,7 @@ def distilled_from_checkpoint(path: Path | str) -> DistilledSet:
     if STATE_KEY not in checkpoint:
         raise UserError(f"checkpoint '{path}': not written by a lightning_dd distiller")
     method = checkpoint[STATE_KEY]["method"]
-    known = {found.__name__: found for found in _subclasses(Distiller)}
+    known = {found.__name__: found for found in _subclasses(Distiller)}  # type: ignore[type-abstract]
     if method not in known:
         raise UserError(
             f"checkpoint '{path}' was written by '{method}', which is none of {', '.join(sorted(known))}: in Python, "

@@ -148,7 +148,7 @@ def run_cell(
     last = _test(trainer, student, data)
     at_best = None
     if best.weights is not None:
-        changed = best.step != steps or bool(recipe.ema)
+        changed = best.step != steps
         if changed:
             student.load_state_dict(best.weights)
         at_best = _test(trainer, student, data) if changed else last
@@ -200,10 +200,14 @@ class BestWeights(Callback):
         self.weights: dict[str, Any] | None = None
         self.step: int | None = None
         self._score = -1.0
+        self._candidate: dict[str, Any] = {}
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Copy the weights that were scored, before a moving average is swapped out again."""
+        self._candidate = {name: value.clone() for name, value in pl_module.state_dict().items()}
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep a copy if the score is the best so far."""
+        """Keep the copy if its score is the best so far."""
         score = float(trainer.callback_metrics.get("val/accuracy", -1.0))
         if score > self._score:
-            self._score, self.step = score, trainer.global_step
-            self.weights = {name: value.clone() for name, value in pl_module.state_dict().items()}
+            self._score, self.step, self.weights = score, trainer.global_step, self._candidate

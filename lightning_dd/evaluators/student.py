@@ -50,12 +50,21 @@ class Student(ScoredModule):
         self.recipe = Recipe(lr=lr, warmup=warmup, final_lr=final_lr, augment=augment)
         self.seed = seed
 
+    def configure_model(self) -> None:
+        """Build the network for the data's classes and image shape.
+
+        Here and not in ``setup``: callbacks that copy the module (a moving average) are set up before it.
+
+        Raises:
+            UserError: the data is not ``DistilledData``, or the network cannot take its images.
+        """
+        if self._trainer is not None:
+            distilled = self._distilled_data().distilled
+            self._build(distilled.num_classes, distilled.image_shape)
+
     def setup(self, stage: str) -> None:
-        """Build the network for the data's classes and image shape."""
-        data = getattr(self.trainer, "datamodule", None)
-        if not isinstance(data, DistilledData):
-            raise UserError(f"a Student needs DistilledData as its data, got {type(data).__name__}")
-        self._build(data.distilled.num_classes, data.distilled.image_shape)
+        """Take the form of the labels and the augmentation from the data."""
+        data = self._distilled_data()
         self.label_kind = data.distilled.label_kind
         strategy = self.recipe.augment
         self.augmentation = Augmentation(default_strategy(data.real.name) if strategy == "auto" else strategy)
@@ -95,6 +104,12 @@ class Student(ScoredModule):
         check_settings(public_settings(checkpoint["hyper_parameters"]), public_settings(self.hparams))
         channels, height, width = checkpoint[_STATE]["image_shape"]
         self._build(checkpoint[_STATE]["num_classes"], (channels, height, width))
+
+    def _distilled_data(self) -> DistilledData:
+        data = getattr(self.trainer, "datamodule", None)
+        if not isinstance(data, DistilledData):
+            raise UserError(f"a Student needs DistilledData as its data, got {type(data).__name__}")
+        return data
 
     def _build(self, num_classes: int, image_shape: tuple[int, int, int]) -> None:
         if hasattr(self, "network"):

@@ -195,8 +195,9 @@ def _call(name: str, create: Callable[..., nn.Module], ours: dict[str, Any], opt
             if found is None or found[2] not in {*ours, *options}:
                 raise
             if found[2] in options:
-                what = "unknown option" if found[1].startswith("unexpected") else "fixed, not an option:"
-                raise UserError(f"{what} '{found[2]}' of architecture '{name}'") from None
+                option = f"option '{found[2]}' of architecture '{name}'"
+                unknown = found[1].startswith("unexpected")
+                raise UserError(f"unknown {option}" if unknown else f"{option} is fixed by its name") from None
             del ours[found[2]]
 
 

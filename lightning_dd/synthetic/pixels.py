@@ -1,5 +1,7 @@
 """The synthetic set: learnable images and labels."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -106,8 +108,9 @@ def initial_labels(classes: Tensor, num_classes: int, label_kind: str) -> Tensor
         tensor([[1., 0.]])
     """
     if label_kind == "hard":
-        return torch.eye(num_classes, device=classes.device)[classes]
-    return centred_one_hot(classes, num_classes) / (num_classes / 10) ** 0.5
+        one_hot: Tensor = torch.eye(num_classes, device=classes.device)[classes]
+        return one_hot
+    return centred_one_hot(classes, num_classes) / math.sqrt(num_classes / 10)
 
 
 def draw_per_class(labels: Tensor, count: int, num_classes: int, generator: torch.Generator) -> Tensor:

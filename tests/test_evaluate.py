@@ -1,0 +1,227 @@
+"""Students, the evaluation DataModule, the matrix and its report."""
+
+import csv
+import json
+
+import pytest
+import torch
+
+from lightning_dd.data import DATA_SETS, MNIST5k
+from lightning_dd.data.distilled import DistilledSet
+from lightning_dd.data.preprocess import Preprocessing
+from lightning_dd.errors import UserError
+from lightning_dd.evaluators import DistilledData, Student
+from lightning_dd.evaluators.data import SyntheticBatches, real_data_of
+from lightning_dd.evaluators.evaluate import evaluate_files
+from lightning_dd.evaluators.matrix import DISTILLED, RANDOM_REAL, Row, random_real
+from lightning_dd.evaluators.report import markdown, summarise
+from lightning_dd.recipe import Recipe
+
+from helpers import TinyData, make_distilled, tiny_trainer
+
+SMALL = "conv:width=4,depth=2,norm=none"
+
+
+@pytest.fixture(autouse=True)
+def _register_tiny_data(monkeypatch):
+    monkeypatch.setitem(DATA_SETS, "TinyData", TinyData)
+
+
+def row(architecture="conv", source=DISTILLED, seed=0, accuracy=0.5, seen=False, best=None):
+    return Row("set", architecture, seen, source, seed, accuracy, best, None, 10, 1, "FRePo")
+
+
+# ---- students ----------------------------------------------------------------------------------------------------
+
+
+def train_mnist(distilled, steps=60):
+    student = Student("conv:width=8,norm=none", lr=3e-3, warmup=5)
+    data = DistilledData.from_set(distilled, MNIST5k())
+    trainer = tiny_trainer(".", steps, callbacks=[])
+    trainer.fit(student, data)
+    return trainer.test(student, data, verbose=False)[0]["test/accuracy"]
+
+
+def test_a_student_learns_and_one_on_shuffled_labels_scores_chance():
+    distilled = make_distilled(ipc=10, data=MNIST5k)
+    order = torch.randperm(len(distilled), generator=torch.Generator().manual_seed(0))
+    shuffled = make_distilled(ipc=10, data=MNIST5k, labels=distilled.labels[order])
+    assert train_mnist(distilled) > 0.5
+    assert train_mnist(shuffled) < 0.2
+
+
+@pytest.mark.parametrize("kind", ["learned", "centred", "hard"])
+def test_every_label_kind_trains(kind, tmp_path):
+    data = DistilledData.from_set(make_distilled(label_kind=kind), TinyData())
+    student = Student(SMALL, lr=1e-2, warmup=0, augment="none")
+    trainer = tiny_trainer(tmp_path, 40, callbacks=[])
+    trainer.fit(student, data)
+    assert trainer.test(student, data, verbose=False)[0]["test/accuracy"] > 0.6
+    probabilities = torch.cat(trainer.predict(student, data))
+    torch.testing.assert_close(probabilities.sum(1), torch.ones(len(probabilities)))
+
+
+def test_one_seed_gives_one_student(tmp_path):
+    weights = []
+    for seed in (0, 0, 1):
+        student = Student("alexnet:width=8", seed=seed)
+        data = DistilledData.from_set(make_distilled(data=MNIST5k), MNIST5k(), seed=seed)
+        tiny_trainer(tmp_path, 3, callbacks=[]).fit(student, data)
+        weights.append(torch.cat([parameter.detach().flatten() for parameter in student.parameters()]))
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+def test_a_resumed_student_equals_the_one_never_interrupted(tmp_path):
+    from pytorch_lightning.callbacks import ModelCheckpoint
+
+    def run(folder, ckpt_path=None):
+        student = Student(SMALL, seed=1)
+        data = DistilledData.from_set(make_distilled(ipc=4), TinyData(), batch_size=5)
+        keep = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=4, save_top_k=-1)
+        trainer = tiny_trainer(folder, 9, callbacks=[keep], enable_checkpointing=True)
+        trainer.fit(student, data, ckpt_path=ckpt_path)
+        return student
+
+    straight = run(tmp_path / "a")
+    resumed = run(tmp_path / "b", str(tmp_path / "a" / "step=4.ckpt"))
+    for left, right in zip(straight.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(left, right)
+    loaded = Student.load_from_checkpoint(tmp_path / "a" / "step=8.ckpt", weights_only=True)
+    assert loaded.network.num_classes == 3
+    with pytest.raises(UserError, match="architecture is"):
+        data = DistilledData.from_set(make_distilled(), TinyData())
+        path = str(tmp_path / "a" / "step=4.ckpt")
+        tiny_trainer(tmp_path, 9, callbacks=[]).fit(Student("convnet:width=4,depth=2"), data, ckpt_path=path)
+
+
+def test_batches_shuffle_cover_and_continue():
+    images, labels = torch.arange(7.0).view(7, 1, 1, 1), torch.eye(7)
+    whole = [rows.flatten().tolist() for rows, _ in SyntheticBatches(images, labels, 3, 6, seed=0)]
+    later = [rows.flatten().tolist() for rows, _ in SyntheticBatches(images, labels, 3, 2, seed=0, start=4)]
+    assert later == whole[4:]
+    assert len({*whole[0], *whole[1]}) == 6
+    shares = [list(SyntheticBatches(images, labels, 3, 1, 0, rank=rank, world_size=2))[0][0] for rank in (0, 1)]
+    assert len(torch.cat(shares).unique()) == 6
+
+
+def test_steps_follow_the_papers_table_and_numbers_are_checked():
+    assert [Recipe().steps_for(n) for n in (10, 100, 150, 500, 1000, 9999)] == [1000, 2000, 20000, 5000, 10000, 40000]
+    for bad in ({"steps": 0}, {"lr": 0}, {"warmup": -1}, {"final_lr": 2}, {"batch_size": 0}, {"ema": 1.0}):
+        with pytest.raises(UserError, match=f"recipe.{next(iter(bad))}"):
+            Recipe(**bad)
+
+
+# ---- data --------------------------------------------------------------------------------------------------------
+
+
+def test_real_images_go_through_the_files_own_preprocessing():
+    distilled = make_distilled(preprocessing=Preprocessing([0.25], [2.0]))
+    data = DistilledData.from_set(distilled)
+    data.setup("test")
+    raw = TinyData().read(train=False).images.float() / 255
+    torch.testing.assert_close(data.real.test.images, (raw - 0.25) / 2)
+
+
+def test_a_file_that_disagrees_with_its_data_is_refused():
+    with pytest.raises(UserError, match="num_classes disagree: the distilled set has 3, MNIST5k has 10"):
+        DistilledData.from_set(make_distilled(), MNIST5k()).setup("fit")
+    with pytest.raises(UserError, match="image shapes disagree"):
+        DistilledData.from_set(make_distilled(images=torch.zeros(3, 1, 4, 4)), TinyData()).setup("fit")
+    with pytest.raises(UserError, match="class names or their order disagree"):
+        DistilledData.from_set(make_distilled(class_names=("x", "y", "z")), TinyData()).setup("fit")
+    with pytest.raises(UserError, match="made from 'os.system', which is none of"):
+        real_data_of(make_distilled(data_name="os.system"))
+
+
+def test_random_real_draws_anew_for_each_seed_in_the_same_form():
+    distilled = make_distilled(ipc=2)
+    real = TinyData()
+    real.setup("fit")
+    first, second = random_real(distilled, real, 0), random_real(distilled, real, 1)
+    assert not torch.equal(first.images, second.images)
+    assert torch.equal(first.images, random_real(distilled, real, 0).images)
+    assert first.images.shape == distilled.images.shape
+    assert first.label_kind == distilled.label_kind
+    torch.testing.assert_close(first.labels, distilled.labels)
+    for image, label in zip(first.images, first.classes, strict=True):
+        match = (real.train.images == image).flatten(1).all(1).nonzero().flatten()
+        assert real.train.labels[match[0]] == label
+
+
+# ---- the matrix and its report -----------------------------------------------------------------------------------
+
+
+def test_evaluate_writes_one_table_in_four_forms(tmp_path, capsys):
+    files = []
+    for name in ("a", "b"):
+        files.append(str(make_distilled(ipc=2).save(tmp_path / f"{name}.safetensors")))
+    architectures = [SMALL, "convnet:width=4,depth=2"]
+    rows = evaluate_files(files, architectures, str(tmp_path / "report"), 2, Recipe(steps=3))
+    saved = json.loads((tmp_path / "report" / "results.json").read_text())
+    assert len(rows) == len(saved) == 2 * 2 * 2 * 2  # sets x architectures x sources x seeds
+    assert {r["source"] for r in saved} == {DISTILLED, RANDOM_REAL}
+    assert {(r["architecture"], r["seen"]) for r in saved} == {(SMALL, True), ("convnet:width=4,depth=2", False)}
+    assert all(0 <= r["accuracy"] <= 1 and 0 <= r["accuracy_best"] <= 1 for r in saved)
+    with (tmp_path / "report" / "results.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == 16
+    table = (tmp_path / "report" / "results.md").read_text()
+    assert table in capsys.readouterr().out
+    assert (tmp_path / "report" / "results.png").read_bytes().startswith(b"\x89PNG")
+    assert list((tmp_path / "report" / "tensorboard").rglob("events.out.tfevents*"))
+
+
+def test_a_moving_average_changes_the_tested_weights(tmp_path):
+    file = str(make_distilled(ipc=2, data=MNIST5k).save(tmp_path / "set.safetensors"))
+    scores = []
+    for ema in (0.0, 0.9):
+        recipe = Recipe(steps=30, lr=1e-2, ema=ema)
+        rows = evaluate_files([file], ["conv:width=4,norm=none"], str(tmp_path / f"r{ema}"), 1, recipe)
+        scores.append([row.accuracy for row in rows])
+    assert scores[0] != scores[1]
+
+
+def test_the_summary_is_the_mean_the_sample_deviation_and_the_gap():
+    rows = [
+        row("conv", accuracy=0.8, seen=True, seed=0, best=0.85),
+        row("conv", accuracy=0.6, seen=True, seed=1, best=0.65),
+        row("conv", RANDOM_REAL, accuracy=0.5, seen=True),
+        row("vit", accuracy=0.4),
+        row("vit", RANDOM_REAL, accuracy=0.3),
+    ]
+    seen, unseen = summarise(rows)
+    assert (seen.architecture, unseen.architecture) == ("conv", "vit")
+    assert seen.distilled.mean == pytest.approx(0.7)
+    assert seen.distilled.std == pytest.approx(0.02**0.5)
+    assert seen.best.mean == pytest.approx(0.75)
+    assert unseen.gap == pytest.approx(-0.3)
+    text = markdown(rows)
+    assert "70.0 ± 14.1" in text
+    assert "| +20.0 | - |" in text
+    assert "| +10.0 | -30.0 |" in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seeds": 0}, "seeds must be at least 1"),
+        ({"architectures": []}, "at least one file and one architecture"),
+        ({"architectures": ["conv:depth=9"]}, "too small for depth 9"),
+        ({"architectures": ["convv"]}, "unknown architecture 'convv'"),
+        ({"output": "blocked/report"}, "cannot write to folder"),
+        ({"files": ["none.safetensors"]}, "no such file"),
+    ],
+)
+def test_mistakes_are_found_before_the_first_student(changes, message, tmp_path):
+    (tmp_path / "blocked").write_text("")
+    file = str(make_distilled().save(tmp_path / "set.safetensors"))
+    settings = {"files": [file], "architectures": [SMALL], "output": "report", "seeds": 1} | changes
+    with pytest.raises(UserError, match=message):
+        evaluate_files(recipe=Recipe(steps=1), **settings)
+    assert not list(tmp_path.rglob("results.json"))
+
+
+def test_the_file_alone_rebuilds_its_data(tmp_path):
+    path = make_distilled(data=MNIST5k).save(tmp_path / "set.safetensors")
+    real = real_data_of(DistilledSet.load(path))
+    assert isinstance(real, MNIST5k)
