@@ -32,5 +32,5 @@ def seeded(seed: int) -> Iterator[None]:
     For library code that can only draw from the global generator (weight initialisers, dropout).
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed every GPU as well
         yield
