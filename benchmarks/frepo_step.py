@@ -133,7 +133,7 @@ def run_apart(*args: Any) -> dict[str, Any]:
 def main() -> None:
     """Measure what was asked for and print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("workloads", nargs="*", choices=[*WORKLOADS, []], default=list(WORKLOADS))
+    parser.add_argument("workloads", nargs="*", help=f"any of {', '.join(WORKLOADS)}; all of them if none is named")
     parser.add_argument("--precision", nargs="+", default=["32-true", "bf16-mixed"])
     parser.add_argument("--compile", action="store_true", help="torch.compile the feature functions")
     parser.add_argument("--steps", type=int, default=20)
@@ -143,7 +143,9 @@ def main() -> None:
     options = parser.parse_args()
     rows = []
     print("| workload | precision | compiled | median s | quartiles s | peak MB |\n|---|---|---|---|---|---|")
-    for name in options.workloads:
+    for name in options.workloads or WORKLOADS:
+        if name not in WORKLOADS:
+            parser.error(f"unknown workload '{name}'; known: {', '.join(WORKLOADS)}")
         for precision in options.precision:
             row = run_apart(WORKLOADS[name], precision, options.compile, options.steps, options.warmup, options.threads)
             rows.append(row)

@@ -37,12 +37,12 @@ class OneLineErrors:
 
 
 def explain(message: str, arguments: Sequence[str] = (), known_classes: KnownClasses = lambda key: {}) -> str:
-    r"""Turn a jsonargparse message of many lines into one line.
+    '''Turn a jsonargparse message of many lines into one line.
 
     Example:
-        >>> explain('Parser key "ipc": Expected a <class \\'int\\'>. Got value: two')
+        >>> explain("""Parser key "ipc": Expected a <class 'int'>. Got value: two""")
         'ipc: expected int, got two'
-    """
+    '''
     where = re.search(r'[Pp]arser key "([^"]+)"', message)
     key = where[1] if where else ""
     if found := re.search(

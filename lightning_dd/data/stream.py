@@ -22,9 +22,9 @@ class ShuffledStream:
         generator: source of the orders; its device is where the indices live.
 
     Example:
-        >>> stream = ShuffledStream(5, 2, torch.Generator().manual_seed(0))
-        >>> sorted(torch.cat([stream.next(), stream.next()]).unique().tolist()) < list(range(6))
-        True
+        >>> stream = ShuffledStream(4, 2, torch.Generator().manual_seed(0))
+        >>> sorted(torch.cat([stream.next(), stream.next()]).tolist())
+        [0, 1, 2, 3]
     """
 
     def __init__(self, size: int, batch_size: int, generator: torch.Generator) -> None:
