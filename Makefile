@@ -16,7 +16,10 @@ $(VENV)/.installed: requirements.txt pyproject.toml
 demo: install ## distil real digits to one image per class and train unseen architectures on them
 	rm -rf runs/demo
 	$(RUN)lightning-dd fit --config configs/mnist5k/frepo.yaml --config configs/demo.yaml
-	$(RUN)lightning-dd evaluate --config configs/evaluate/demo.yaml
+	$(RUN)lightning-dd evaluate runs/demo/distil/best.safetensors \
+		--config configs/evaluate/mnist5k.yaml --output runs/demo/report
+	@echo "pictures: runs/demo/distil/initial.png, final.png, labels.png"
+	@echo "TensorBoard: $(RUN)tensorboard --logdir runs/demo"
 
 test: install lint types ## what CI runs
 	$(RUN)python -m pytest

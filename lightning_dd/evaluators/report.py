@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -139,15 +140,12 @@ def bar_figure(lines: Sequence[Line]) -> Figure:
     for index, name in enumerate(sets):
         own = {line.architecture: line for line in lines if line.set == name}
         places = [architectures.index(architecture) for architecture in own]
-        for offset, label, scores, colour in (
-            (2 * index, name, [line.distilled for line in own.values()], f"C{index}"),
-            (
-                2 * index + 1,
-                f"random real ({name})" if len(sets) > 1 else "random real",
-                [line.random_real for line in own.values()],
-                "0.75",
-            ),
-        ):
+        real = f"random real ({name})" if len(sets) > 1 else "random real"
+        bars = (
+            (2 * index, name if len(sets) > 1 else "distilled", [line.distilled for line in own.values()], f"C{index}"),
+            (2 * index + 1, real, [line.random_real for line in own.values()], "0.75"),
+        )
+        for offset, label, scores, colour in bars:
             axes.bar(
                 [place + (offset - len(sets) + 0.5) * width for place in places],
                 [100 * value.mean for value in scores],
@@ -170,4 +168,4 @@ def bar_figure(lines: Sequence[Line]) -> Figure:
 def _wrapped(architecture: str) -> str:
     """Break ``name:option=value,...`` into short lines for an axis label."""
     name, _, options = architecture.partition(":")
-    return name + ("\n" + options.replace(",", "\n") if options else "")
+    return name + ("\n" + re.sub(r",(?![^\[]*\])", "\n", options) if options else "")

@@ -10,13 +10,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_dd.errors import UserError
+
 RIDGE = 1e-6
 """FRePo's ridge, relative to the mean diagonal of the kernel."""
 
 _ESCALATIONS = 5
 
 
-class SolveError(ArithmeticError):
+class SolveError(UserError):
     """The kernel could not be factorised even with a much larger ridge: features are NaN, infinite or all zero."""
 
 
@@ -67,7 +69,7 @@ def krr_predict(support: Tensor, support_labels: Tensor, query: Tensor, ridge: f
             raise SolveError(
                 f"the {len(gram)} x {len(gram)} synthetic kernel is not positive definite even with a ridge of "
                 f"{used:g} x its mean diagonal ({float(mean_diagonal.detach()):g}): "
-                "the features are NaN, infinite or all zero"
+                "the features are NaN, infinite or all zero; a smaller learning rate may help"
             )
         weights = torch.cholesky_solve(support_labels.double(), factor)
         # (F_q F_s^T) a = F_q (F_s^T a): the second form never builds the T x n kernel.
