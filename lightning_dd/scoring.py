@@ -63,5 +63,5 @@ class ScoredModule(LightningModule, ABC):
         self._log_accuracy("test")
 
     def _log_accuracy(self, split: str) -> None:
-        self.log(f"{split}/accuracy", self.accuracy.compute(), prog_bar=True)
+        self.log(f"{split}/accuracy", self.accuracy.compute(), prog_bar=True, sync_dist=True)
         self.accuracy.reset()

@@ -4,9 +4,10 @@ import pytest
 import torch
 from helpers import TinyData, make_distilled, tiny_trainer
 from pytorch_lightning import Callback
-from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint
+from pytorch_lightning.loggers import TensorBoardLogger
 
-from lightning_dd.callbacks import PoolAlternation
+from lightning_dd.callbacks import DistillationProgress, ExportDistilledSet, PoolAlternation, SyntheticImages
 from lightning_dd.data import ImageTensors
 from lightning_dd.distillers import FRePo
 from lightning_dd.errors import UserError
@@ -89,6 +90,31 @@ def test_every_rank_resumes_its_own_pool_bit_for_bit(tmp_path):
         assert same(straight["module"], resumed["module"])
         for left, right in zip(straight["pool"]["members"], resumed["pool"]["members"], strict=True):
             assert same(left["network"], right["network"])
+
+
+def test_every_callback_and_logger_works_on_two_processes(tmp_path):
+    callbacks = [
+        PoolAlternation(),
+        ExportDistilledSet(),
+        SyntheticImages(every=2),
+        DistillationProgress(),
+        LearningRateMonitor(),
+        ModelCheckpoint(every_n_train_steps=2, save_last=True),
+    ]
+    trainer = tiny_trainer(
+        tmp_path,
+        6,
+        callbacks=callbacks,
+        logger=TensorBoardLogger(tmp_path, name="run", version="v"),
+        enable_checkpointing=True,
+        enable_progress_bar=True,
+        log_every_n_steps=2,
+        val_check_interval=3,
+        **TWO,
+    )
+    trainer.fit(FRePo(**TINY), TinyData())
+    written = {path.name for path in (tmp_path / "run" / "v").rglob("*") if path.is_file()}
+    assert {"best.safetensors", "last.safetensors", "initial.png", "final.png", "labels.png", "last.ckpt"} <= written
 
 
 def test_another_number_of_processes_cannot_continue(tmp_path):

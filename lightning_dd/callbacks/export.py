@@ -25,13 +25,14 @@ class ExportDistilledSet(Callback):
         self.dirpath = dirpath
         self.monitor = monitor
         self.best: float | None = None
+        self._folder = Path()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find out now, not after hours, that the folder cannot be written."""
         if stage == "fit":
-            folder = self._folder(trainer)
+            self._folder = run_folder(trainer, self.dirpath)
             if trainer.is_global_zero:
-                require_writable(folder)
+                require_writable(self._folder)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write ``best.safetensors`` if the score improved."""
@@ -62,7 +63,4 @@ class ExportDistilledSet(Callback):
             outer_step=trainer.global_step, **({} if score is None else {self.monitor: float(score)})
         )
         if trainer.is_global_zero:
-            distilled.save(self._folder(trainer) / f"{name}.safetensors")
-
-    def _folder(self, trainer: Trainer) -> Path:
-        return run_folder(trainer, self.dirpath)
+            distilled.save(self._folder / f"{name}.safetensors")

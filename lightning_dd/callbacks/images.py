@@ -38,6 +38,11 @@ class SyntheticImages(Callback):
             raise UserError(f"SyntheticImages.every must be at least 1, got {every}")
         self.every = every
         self.dirpath = dirpath
+        self._folder = Path()
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Learn where the pictures go, on every rank."""
+        self._folder = run_folder(trainer, self.dirpath)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show what the run starts from; a resumed run keeps the first run's picture."""
@@ -66,12 +71,11 @@ class SyntheticImages(Callback):
                 board.add_image("synthetic/images", grid, trainer.global_step)
                 figure = label_heat_map(distilled.labels, distilled.class_names)
                 board.add_figure("synthetic/labels", figure, trainer.global_step)
-        folder = run_folder(trainer, self.dirpath)
         if file is not None:
-            write_picture(distilled, folder / f"{file}.png")
+            write_picture(distilled, self._folder / f"{file}.png")
         if file == "final":
             figure = label_heat_map(distilled.labels, distilled.class_names)
-            write_atomically(folder / "labels.png", lambda path: figure.savefig(path, dpi=100))
+            write_atomically(self._folder / "labels.png", lambda path: figure.savefig(path, dpi=100))
 
 
 def write_picture(distilled: DistilledSet, path: Path | str) -> Path:

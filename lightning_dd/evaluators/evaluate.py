@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from tqdm import tqdm
 
 from lightning_dd.data.distilled import DistilledSet
@@ -62,10 +63,11 @@ def evaluate_files(
         reals[name].setup("test")
         check_match(distilled, reals[name])
     _quieten()
+    first = rank_zero_only.rank == 0  # with several processes per student, every one of them comes here
     rows = []
     cells = cells_of(list(sets), architectures, seeds)
     steps = {name: recipe.steps_for(len(distilled)) for name, distilled in sets.items()}
-    with tqdm(total=sum(steps[cell.set_name] for cell in cells), unit="step", smoothing=0.05) as bar:
+    with tqdm(total=sum(steps[cell.set_name] for cell in cells), unit="step", smoothing=0.05, disable=not first) as bar:
         for cell in cells:
             bar.set_description(f"{cell.architecture} {cell.source} {cell.seed}")
             rows.append(
@@ -79,6 +81,8 @@ def evaluate_files(
                     lambda: bar.update() and None,
                 )
             )
+    if not first:
+        return rows
     paths = write_report(rows, folder)
     print(f"\n{markdown(rows)}\nreport: {folder}/results.md, .json, .csv; figure: {paths['png']}")
     print(f"student curves: tensorboard --logdir {folder / 'tensorboard'}")
