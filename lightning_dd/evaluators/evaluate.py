@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from pytorch_lightning.utilities.rank_zero import rank_zero_only
+from pytorch_lightning.utilities import rank_zero_only
 from tqdm import tqdm
 
 from lightning_dd.data.distilled import DistilledSet
@@ -63,7 +63,7 @@ def evaluate_files(
         reals[name].setup("test")
         check_match(distilled, reals[name])
     _quieten()
-    first = rank_zero_only.rank == 0  # with several processes per student, every one of them comes here
+    first = getattr(rank_zero_only, "rank", 0) in (0, None)  # with several processes per student, every one of them comes here
     rows = []
     cells = cells_of(list(sets), architectures, seeds)
     steps = {name: recipe.steps_for(len(distilled)) for name, distilled in sets.items()}

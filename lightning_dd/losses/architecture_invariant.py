@@ -1,0 +1,184 @@
+"""What MetaDD measures and minimises: pure functions of maps and logits of several architectures.
+
+MetaDD (Zhao et al. 2024, arXiv 2410.05103), our reading: no code and no full formula is public. *Meta features* are
+where the normalised class-activation maps of all architectures are high, *heterogeneous features* where only some
+are. Shapes: M architectures, N images, maps ``(M, N, I, J)`` in [0, 1], logits ``(M, N, C)``. Nothing is computed
+in half precision: values are float32, or float64 when they come so.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_dd.errors import unknown_name
+from lightning_dd.losses.cam import wide
+
+KL_DIRECTIONS = ("reverse", "forward")
+_LABEL_KINDS = ("learned", "centred", "hard")
+_SMALLEST = 1e-12
+
+
+class Partition(NamedTuple):
+    """Which pixels the architectures agree on."""
+
+    meta: Tensor
+    """``(N, I, J)`` bool: high in all maps."""
+    heterogeneous: Tensor
+    """``(M, N, I, J)`` bool: high in this map but not in all."""
+    ratio: Tensor
+    """``(N,)`` ``|meta| / |high in any|``; 0 where no map is high anywhere."""
+
+
+def meta_partition(maps: Tensor, threshold: float = 0.5, alive: Tensor | None = None) -> Partition:
+    """Split the pixels into meta and heterogeneous ones; high is ``>= threshold``. Without gradient.
+
+    Args:
+        maps: ``(M, N, I, J)`` normalised.
+        threshold: the paper's is 0.5.
+        alive: ``(M, N)`` bool; dead maps are left out of "all". An image with fewer than two live maps has no meta
+            pixel: one architecture agrees with nobody. None takes every map for live.
+
+    Example:
+        >>> maps = torch.tensor([[[[0.9, 0.7, 0.1]]], [[[0.8, 0.2, 0.3]]]])
+        >>> part = meta_partition(maps)
+        >>> part.meta.tolist(), part.heterogeneous[0].tolist(), part.ratio.tolist()
+        ([[[True, False, False]]], [[[False, True, False]]], [0.5])
+    """
+    high = maps.detach() >= threshold
+    if alive is None:
+        meta = high.all(0)
+    else:
+        high = high & alive[:, :, None, None]
+        enough = (alive.sum(0) >= 2)[:, None, None]
+        meta = (high | ~alive[:, :, None, None]).all(0) & enough
+    union = high.any(0).sum((1, 2))
+    ratio = meta.sum((1, 2)) / union.clamp(min=1)
+    return Partition(meta, high & ~meta, ratio)
+
+
+def map_variance(maps: Tensor, alive: Tensor) -> Tensor:
+    """Variance over architectures of the map value at the same pixel, averaged over pixels and images.
+
+    ``1/N sum_n 1/(I J) sum_ij 1/M_n sum_m (C^m_nij - mean_nij)^2`` over the ``M_n`` live maps of image n; an image
+    with fewer than two of them counts as 0. The derivative is ``2/(M_n N I J) (C^m - mean)``: the deviations sum to
+    zero, so architectures are coupled through the mean alone.
+
+    Args:
+        maps: ``(M, N, I, J)`` normalised.
+        alive: ``(M, N)`` bool.
+
+    Example:
+        >>> map_variance(torch.tensor([[[[0.0]]], [[[1.0]]]]), torch.ones(2, 1, dtype=torch.bool))
+        tensor(0.2500)
+    """
+    counts = alive.sum(0)
+    values = wide(maps)
+    weight = ((alive & (counts >= 2)).to(values.dtype) / counts.clamp(min=1))[:, :, None, None]
+    mean = (weight * values).sum(0)
+    return (weight * (values - mean).square()).sum(0).mean()
+
+
+def label_distribution(labels: Tensor, label_kind: str) -> Tensor:
+    """Turn label rows ``(N, C)`` of a kind into distributions over classes, with graph to learned labels.
+
+    ``hard`` rows are distributions. ``centred`` and ``learned`` ones are regression targets around FRePo's
+    ``(onehot - 1/C) / sqrt(C/10)``: that map is undone, what is negative cut off, and the rest scaled to sum 1. A
+    start label gives back its one-hot row exactly (to rounding), learned soft labels keep what they say of other
+    classes, and no temperature is needed, as a softmax would.
+
+    Raises:
+        UserError: the kind is unknown.
+
+    Example:
+        >>> label_distribution(torch.tensor([[1.118, -1.118], [0.5, 0.0]]), "learned").round(decimals=2)
+        tensor([[1.0000, 0.0000],
+                [0.5900, 0.4100]])
+    """
+    if label_kind not in _LABEL_KINDS:
+        raise unknown_name("label kind", label_kind, _LABEL_KINDS)
+    rows = wide(labels)
+    if label_kind == "hard":
+        return rows
+    count = rows.shape[1]
+    positive = (rows * math.sqrt(count / 10) + 1 / count).clamp(min=0)
+    return positive / positive.sum(1, keepdim=True).clamp(min=_SMALLEST)
+
+
+def architecture_cross_entropy(logits: Tensor, labels: Tensor, label_kind: str) -> Tensor:
+    """Cross-entropy of one architecture's logits ``(N, C)`` against label rows ``(N, C)``, mean over rows.
+
+    The rows become distributions by :func:`label_distribution`; gradient reaches logits and learned labels.
+
+    Raises:
+        UserError: the kind is unknown.
+    """
+    return F.cross_entropy(wide(logits), label_distribution(labels, label_kind).to(wide(logits).dtype))
+
+
+def agreement_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float, direction: str) -> Tensor:
+    """``T^2`` times the Kullback-Leibler divergence between two softened predictions, mean over rows.
+
+    With ``p = softmax(student / T)`` and ``q = softmax(teacher / T)``, ``forward`` is distillation's ``KL(q || p)``
+    (Hinton et al. 2015, arXiv 1503.02531), ``reverse`` is ``KL(p || q)``. The factor keeps gradients the same size at
+    every temperature. Nothing is detached here: give a detached teacher for a constant target.
+
+    Args:
+        student_logits: of one architecture, ``(N, C)``.
+        teacher_logits: of the common prediction, ``(N, C)``.
+        temperature: T, positive.
+        direction: ``forward`` or ``reverse``.
+
+    Raises:
+        UserError: the direction is unknown.
+    """
+    if direction not in KL_DIRECTIONS:
+        raise unknown_name("kl_direction", str(direction), KL_DIRECTIONS)
+    student = F.log_softmax(wide(student_logits) / temperature, 1)
+    teacher = F.log_softmax(wide(teacher_logits) / temperature, 1)
+    of, towards = (teacher, student) if direction == "forward" else (student, teacher)
+    return (of.exp() * (of - towards)).sum(1).mean() * temperature**2
+
+
+def ensemble_logits(logits: Tensor, temperature: float) -> Tensor:
+    """Logits ``(N, C)`` whose softmax at the temperature is the mean of the architectures' ones, ``(M, N, C)``.
+
+    The mean over architectures of ``KL(p_m || mean p)`` (``reverse``) is their Jensen-Shannon divergence, and its
+    gradient through the mean is zero: there, a detached consensus and an attached one are the same.
+    """
+    log_p = F.log_softmax(wide(logits) / temperature, 2)
+    return temperature * (log_p.logsumexp(0) - math.log(len(logits)))
+
+
+def positivity(maps: Tensor, meta: Tensor, alive: Tensor | None = None) -> Tensor:
+    """How far the maps are from 1 inside the meta mask: mean over live maps, meta pixels and images of ``1 - C``.
+
+    The paper's third term is not public; this is the reading that works against maps that agree by being empty.
+    Images without meta pixels count as 0.
+
+    Args:
+        maps: ``(M, N, I, J)`` normalised.
+        meta: ``(N, I, J)`` bool, a constant.
+        alive: ``(M, N)`` bool; None takes every map for live.
+    """
+    inside = meta[None].expand_as(maps)
+    if alive is not None:
+        inside = inside & alive[:, :, None, None]
+    missing = torch.where(inside, 1 - wide(maps), 0.0).sum((0, 2, 3))
+    return (missing / inside.sum((0, 2, 3)).clamp(min=1)).mean()
+
+
+def map_entropy(maps: Tensor) -> Tensor:
+    """Mean entropy of maps ``(..., I, J)`` read as distributions, relative to ``log(I J)``. Without gradient.
+
+    1 is a map that is the same everywhere, 0 a single pixel. The variance alone is smallest when all maps collapse to
+    the same, and a jump to either end gives that away. Maps of zeros are left out; 0 if there is no other.
+    """
+    flat = wide(maps.detach()).flatten(-2).flatten(0, -2)
+    total = flat.sum(1)
+    shares = flat / total.clamp(min=_SMALLEST)[:, None]
+    entropy = torch.special.entr(shares).sum(1) / math.log(flat.shape[1])
+    counted = total > 0
+    return torch.where(counted, entropy, 0.0).sum() / counted.sum().clamp(min=1)

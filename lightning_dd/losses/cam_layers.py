@@ -1,0 +1,220 @@
+"""Where a network keeps its last spatial features, and how to lay them out on a grid, whatever its family."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from lightning_dd.errors import UserError
+from lightning_dd.models.interface import Network
+
+_MOST_EXTRA_TOKENS = 16
+_FOUND: "WeakKeyDictionary[Network, dict[tuple[Any, ...], str]]" = WeakKeyDictionary()
+
+
+def find_layer(network: Network, images: Tensor, attention: bool = False) -> str:
+    """Return the name of the module whose output a class-activation map of this network is made of.
+
+    One image is run through the network and the modules are watched, so no family has to be known by name:
+
+    * convolutional networks, and transformers that end in a map (Swin): the last output ``(N, C, h, w)`` or
+      ``(N, h, w, C)`` with more than one cell;
+    * transformers that end in tokens: what enters the last attention, in most the output of the last block's first
+      norm. Later tokens would not do: a head that reads the class token leaves them without any gradient;
+    * networks of tokens without attention (mixers): the last tokens.
+
+    The answer is remembered per network and image shape.
+
+    Args:
+        network: in inference mode.
+        images: ``(N, C, H, W)`` as the network takes them; only the shape, type and device matter.
+        attention: ask for the module that returns the last attention matrix instead.
+
+    Raises:
+        UserError: the network has no such module.
+    """
+    key = (attention, tuple(images.shape[1:]))
+    known = _FOUND.setdefault(network, {})
+    if key not in known:
+        trace = _trace(network, torch.zeros_like(images[:1]))
+        known[key] = trace.attention_layer(network) if attention else trace.map_layer(network)
+    return known[key]
+
+
+def check_layer(network: Network, layer: str) -> nn.Module:
+    """Return the module of that name.
+
+    Raises:
+        UserError: there is none.
+    """
+    modules: dict[str, nn.Module] = dict(network.named_modules())
+    if not layer or layer not in modules:
+        close = get_close_matches(str(layer), [name for name in modules if name], n=3, cutoff=0.4)
+        hint = f"; did you mean {', '.join(close)}?" if close else ""
+        raise UserError(f"unknown layer '{layer}' of architecture {title(network)}{hint}")
+    return modules[layer]
+
+
+def as_map(activation: Tensor, frame: tuple[int, int]) -> Tensor | None:
+    """Return an activation as ``(N, C, h, w)``, or None if it is no map with more than one cell.
+
+    Args:
+        activation: ``(N, C, h, w)``, ``(N, h, w, C)`` or tokens ``(N, T, C)``; tokens before the grid (class token,
+            registers) are dropped.
+        frame: ``(height, width)`` in pixels of the image as the network takes it, padding included. It tells the
+            two forms of a map apart, and the shape of a grid of tokens.
+    """
+    if activation.ndim == 3:
+        grid = token_grid(activation.shape[1], frame)
+        if grid is None:
+            return None
+        return activation[:, -math.prod(grid) :].transpose(1, 2).reshape(len(activation), -1, *grid)
+    if activation.ndim != 4:
+        return None
+    _, a, b, c = activation.shape
+    if _fits((b, c), frame):
+        return activation
+    return activation.permute(0, 3, 1, 2) if _fits((a, b), frame) else None
+
+
+def token_grid(tokens: int, frame: tuple[int, int]) -> tuple[int, int] | None:
+    """Return the grid ``(h, w)`` that so many tokens cover, the largest that fits, or None.
+
+    Example:
+        >>> token_grid(65, (32, 32)), token_grid(33, (32, 64)), token_grid(1, (32, 32))
+        ((8, 8), (4, 8), None)
+    """
+    height, width = frame
+    if height == width:
+        grid = (math.isqrt(tokens), math.isqrt(tokens))
+    else:
+        patches = (patch for patch in range(1, min(frame) + 1) if height % patch == 0 == width % patch)
+        grids = ((height // patch, width // patch) for patch in patches)
+        grid = next((grid for grid in grids if math.prod(grid) <= tokens), (0, 0))
+    usable = math.prod(grid) > 1 and tokens - math.prod(grid) <= _MOST_EXTRA_TOKENS
+    return grid if usable else None
+
+
+def frame_of(network: Network, images: Tensor) -> tuple[int, int]:
+    """Return ``(height, width)`` of the images after the network's own padding."""
+    pad = getattr(network, "pad", None)
+    shape = pad(images[:1]).shape if callable(pad) else images.shape
+    return int(shape[-2]), int(shape[-1])
+
+
+def title(network: nn.Module) -> str:
+    """Return what to call a network in an error message."""
+    return type(getattr(network, "trunk", network) if type(network).__name__ == "LibraryNetwork" else network).__name__
+
+
+def _fits(grid: tuple[int, int], frame: tuple[int, int]) -> bool:
+    """Tell whether a grid has more than one cell, no more than pixels, and the shape of the image."""
+    (rows, columns), (height, width) = grid, frame
+    if rows * columns <= 1 or rows > height or columns > width:
+        return False
+    # Odd sides are rounded on the way, each halving by at most one cell.
+    return abs(rows - columns * height / width) <= (0 if height == width else 1)
+
+
+@dataclass
+class _Trace:
+    """The last modules, in the order of execution, that returned each kind of thing."""
+
+    frame: tuple[int, int]
+    step: int = 0
+    entered: int = 0  # tokens that entered the attention now running
+    last: dict[str, tuple[int, str]] = field(default_factory=dict)
+    made_by: dict[int, tuple[str, Tensor]] = field(default_factory=dict)  # by id; the tensor is kept so ids stay unique
+
+    def note(self, kind: str, name: str) -> None:
+        self.step += 1
+        self.last[kind] = (self.step, name)
+
+    def map_layer(self, network: Network) -> str:
+        first = (0, "")
+        spatial, attended, tokens = (self.last.get(kind, first) for kind in ("map", "attended", "tokens"))
+        chosen = attended if attended[0] > spatial[0] else max(spatial, tokens)
+        if not chosen[1]:
+            raise UserError(
+                f"architecture {title(network)} has no spatial map of more than one cell, "
+                "so it has no class-activation map"
+            )
+        return chosen[1]
+
+    def attention_layer(self, network: Network) -> str:
+        if "attention" not in self.last:
+            raise UserError(
+                f"architecture {title(network)} has no attention over the whole image that can be read: "
+                "cam must be gradcam"
+            )
+        return self.last["attention"][1]
+
+
+@torch.no_grad()
+def _trace(network: Network, image: Tensor) -> _Trace:
+    """Run one image ``(1, C, H, W)`` and note what the modules return."""
+    trace = _Trace(frame_of(network, image))
+    with _watched(network, trace):
+        network(image)
+    return trace
+
+
+@contextmanager
+def _watched(network: Network, trace: _Trace) -> Iterator[None]:
+    attentions = _attentions(network)
+    inside = tuple(f"{name}." for name in attentions)
+    handles = []
+    for name, module in network.named_modules():
+        if name in attentions:
+            handles.append(module.register_forward_pre_hook(_note_input(trace)))
+        if name and name not in attentions:
+            handles.append(module.register_forward_hook(_note_output(trace, name, name.startswith(inside))))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _attentions(network: nn.Module) -> set[str]:
+    """Names of the innermost modules that have heads: attention layers, not the blocks around them."""
+    named = dict(network.named_modules())
+    headed = [name for name, module in named.items() if name and isinstance(getattr(module, "num_heads", None), int)]
+    return {name for name in headed if not any(other.startswith(f"{name}.") for other in headed)}
+
+
+def _note_input(trace: _Trace) -> Any:
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+        entering = args[0] if args else None
+        trace.entered = 0
+        if isinstance(entering, Tensor) and entering.ndim == 3 and _is_map(entering, trace):
+            trace.entered = entering.shape[1]
+            if maker := trace.made_by.get(id(entering)):
+                trace.note("attended", maker[0])
+
+    return hook
+
+
+def _note_output(trace: _Trace, name: str, inside: bool) -> Any:
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if not isinstance(output, Tensor):
+            return
+        if not inside:
+            trace.made_by[id(output)] = (name, output)
+            if _is_map(output, trace):
+                trace.note("map" if output.ndim == 4 else "tokens", name)
+        # Windows make the batch larger, and attention between channels has no side of the tokens' length.
+        elif name.endswith(".attn_drop") and output.ndim == 4 and (len(output), output.shape[3]) == (1, trace.entered):
+            trace.note("attention", name)
+
+    return hook
+
+
+def _is_map(output: Tensor, trace: _Trace) -> bool:
+    return output.shape[0] == 1 and as_map(output, trace.frame) is not None

@@ -1,0 +1,241 @@
+"""The whole MetaDD loss (arXiv 2410.05103, our reading), and its exact gradient with one architecture in memory.
+
+The loss depends on the images only through small tensors: each architecture's map on the grid and its logits.
+:func:`gathered_loss` first computes all of these without graph, then the loss and its derivatives with respect to
+them (for the variance ``2/M (C_m - mean)``), and then runs one architecture after the other once more, with a graph,
+to carry its share on to the images. That is the chain rule and nothing else, so every coupling between architectures
+is exact and the memory does not grow with their number (the idea of gradient caching, Gao et al. 2021, arXiv
+2101.06983). The price is a second forward pass.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from lightning_dd.errors import UserError
+from lightning_dd.losses.architecture_invariant import (
+    agreement_kl,
+    architecture_cross_entropy,
+    ensemble_logits,
+    map_entropy,
+    map_variance,
+    meta_partition,
+    positivity,
+)
+from lightning_dd.losses.cam import class_activation_map, no_float16, normalise_maps
+from lightning_dd.losses.meta_options import Architecture, MetaOptions
+
+
+class MetaLoss(NamedTuple):
+    """The loss, what it is made of, and the maps it compared."""
+
+    loss: Tensor
+    """Scalar, to be added to an objective; with graph to images, labels and consensus where they need gradient."""
+    terms: dict[str, Tensor]
+    """Scalars without graph: the unweighted terms ``variance``, ``cross_entropy``, ``kl``, ``positivity``, and
+    ``meta_ratio``, ``map_entropy`` (mean over live maps) and ``dead_maps`` (share of them)."""
+    maps: Tensor
+    """``(M, N, grid, grid)`` normalised maps without graph; dead ones are zeros."""
+
+
+class _View(NamedTuple):
+    """What one architecture says of the images."""
+
+    maps: Tensor
+    alive: Tensor
+    logits: Tensor
+
+
+def gathered_loss(
+    architectures: Sequence[Architecture],
+    images: Tensor,
+    labels: Tensor,
+    label_kind: str,
+    options: MetaOptions,
+    consensus_logits: Tensor | None = None,
+) -> MetaLoss:
+    """Return the MetaDD loss of images and labels, its gradient gathered one architecture at a time.
+
+    The gradient is computed here and waits for ``backward``, which only scales and passes it on: memory is free
+    again when this returns, and gradient scaling, clipping and DDP see an ordinary loss. There is no second
+    derivative. Nothing is differentiated when gradients are off.
+
+    Args:
+        architectures: at least 2.
+        images: ``(N, C, H, W)`` as the architectures' ``adapt`` take them.
+        labels: ``(N, num_classes)`` rows; the map is of the class of their largest entry.
+        label_kind: ``learned``, ``centred`` or ``hard``.
+        options: the switches.
+        consensus_logits: ``(N, num_classes)`` of the distiller's own network, for ``consensus="distiller"``. With
+            ``detach_consensus=False`` they get their gradient too.
+
+    Raises:
+        UserError: there are fewer than 2 architectures, one is in training mode or has no map, or the logits of the
+            distiller are missing.
+    """
+    _check(architectures, options, consensus_logits)
+    wanted = torch.is_grad_enabled()
+    given = (images, labels, consensus_logits)
+    needed = [wanted and tensor is not None and tensor.requires_grad for tensor in given]
+    with torch.inference_mode(False), torch.enable_grad():
+        leaves = [_leaf(tensor, need) for tensor, need in zip(given, needed, strict=True)]
+        pixels, rows, consensus = cast(tuple[Tensor, Tensor, Tensor | None], tuple(leaves))
+        still = pixels.detach()
+        views = [_look(architecture, still, rows, options) for architecture in architectures]
+        maps, alive, logits = (torch.stack(tensors).detach() for tensors in zip(*views, strict=True))
+        maps.requires_grad_(needed[0] and options.uses_maps)
+        logits.requires_grad_(needed[0])
+        total, terms = _combine(maps, alive, logits, rows, label_kind, options, consensus)
+        sources = [tensor for tensor in (maps, logits, rows, consensus) if tensor is not None and tensor.requires_grad]
+        found = torch.autograd.grad(total, sources, allow_unused=True) if sources and total.requires_grad else ()
+        slope = {id(source): gradient for source, gradient in zip(sources, found, strict=False)}
+        gradients = [None, slope.get(id(rows)), slope.get(id(consensus))]
+        if needed[0]:
+            gradients[0] = _carry(architectures, pixels, rows, options, slope.get(id(maps)), slope.get(id(logits)))
+    loss = _Attach.apply(total.detach(), *given, *gradients)
+    return MetaLoss(cast(Tensor, loss), terms, maps.detach())
+
+
+def naive_loss(
+    architectures: Sequence[Architecture],
+    images: Tensor,
+    labels: Tensor,
+    label_kind: str,
+    options: MetaOptions,
+    consensus_logits: Tensor | None = None,
+) -> MetaLoss:
+    """Return the same as :func:`gathered_loss` as one graph over all architectures: one pass, M times the memory."""
+    _check(architectures, options, consensus_logits)
+    views = [_look(architecture, images, labels, options) for architecture in architectures]
+    maps, alive, logits = (torch.stack(tensors) for tensors in zip(*views, strict=True))
+    total, terms = _combine(maps, alive, logits, labels, label_kind, options, consensus_logits)
+    return MetaLoss(total, terms, maps.detach())
+
+
+def _carry(
+    architectures: Sequence[Architecture],
+    pixels: Tensor,
+    labels: Tensor,
+    options: MetaOptions,
+    map_slopes: Tensor | None,
+    logit_slopes: Tensor | None,
+) -> Tensor:
+    """Carry the loss's derivatives by maps and logits on to the images, one architecture after the other."""
+    gathered = torch.zeros_like(pixels)
+    for index, architecture in enumerate(architectures):
+        slopes = [None if slope is None else slope[index] for slope in (map_slopes, logit_slopes)]
+        share = _share(architecture, pixels, labels, options, *slopes)
+        if share is not None:
+            gathered += share
+    return gathered
+
+
+def _share(
+    architecture: Architecture,
+    pixels: Tensor,
+    labels: Tensor,
+    options: MetaOptions,
+    map_slope: Tensor | None,
+    logit_slope: Tensor | None,
+) -> Tensor | None:
+    """One architecture's part of the images' gradient; a function of its own so that no graph outlives it."""
+    view = _look(architecture, pixels, labels, options, with_map=map_slope is not None)
+    pairs = [(view.maps, map_slope), (view.logits, logit_slope)]
+    pairs = [(output, slope) for output, slope in pairs if slope is not None and output.requires_grad]
+    if not pairs:
+        return None
+    outputs, slopes = [output for output, _ in pairs], [cast(Tensor, slope).to(output.dtype) for output, slope in pairs]
+    with torch.autocast(pixels.device.type, enabled=False):
+        return torch.autograd.grad(outputs, pixels, slopes)[0]
+
+
+def _look(
+    architecture: Architecture, images: Tensor, labels: Tensor, options: MetaOptions, with_map: bool = True
+) -> _View:
+    with no_float16(images.device.type):
+        adapted = images if architecture.adapt is None else architecture.adapt(images)
+        if not with_map:
+            logits = architecture.network(adapted)
+            return _View(logits, logits, logits)
+        kind = architecture.cam or options.cam
+        try:
+            cam = class_activation_map(
+                architecture.network, adapted, labels.argmax(1), kind, architecture.layer, options.detach_weights
+            )
+        except UserError as error:
+            if not architecture.name:
+                raise
+            raise UserError(f"{architecture.name}: {error}") from error
+    maps, alive = normalise_maps(cam.maps, (options.grid, options.grid))
+    return _View(maps, alive, cam.logits.to(maps.dtype))
+
+
+def _combine(
+    maps: Tensor,
+    alive: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    label_kind: str,
+    options: MetaOptions,
+    consensus_logits: Tensor | None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the weighted sum and the unweighted terms."""
+    with torch.autocast(logits.device.type, enabled=False):
+        teacher = ensemble_logits(logits, options.temperature) if options.consensus == "ensemble" else consensus_logits
+        teacher = cast(Tensor, teacher)
+        if options.detach_consensus:
+            teacher = teacher.detach()
+        part = meta_partition(maps, options.threshold, alive)
+        fits = [architecture_cross_entropy(one, labels, label_kind) for one in logits]
+        divergences = [agreement_kl(one, teacher, options.temperature, options.kl_direction) for one in logits]
+        terms = {
+            "variance": map_variance(maps, alive),
+            "cross_entropy": torch.stack(fits).mean(),
+            "kl": torch.stack(divergences).mean(),
+            "positivity": positivity(maps, part.meta, alive),
+        }
+        # A term without weight is left out, not multiplied by 0: it needs no graph, and 0 x inf is NaN.
+        weighted = [getattr(options, name) * term for name, term in terms.items() if getattr(options, name)]
+        total = torch.stack(weighted).sum() if weighted else logits.new_zeros(())
+        watched = {
+            "meta_ratio": part.ratio.mean(),
+            "map_entropy": map_entropy(maps),
+            "dead_maps": 1 - alive.to(maps.dtype).mean(),
+        }
+    return total, {name: value.detach() for name, value in (terms | watched).items()}
+
+
+def _check(architectures: Sequence[Architecture], options: MetaOptions, consensus_logits: Tensor | None) -> None:
+    if len(architectures) < 2:
+        raise UserError(f"metadd compares architectures and needs at least 2, got {len(architectures)}")
+    for index, architecture in enumerate(architectures):
+        if architecture.network.training:
+            raise UserError(f"metadd architecture {architecture.name or index} must be frozen, but is in training mode")
+    if options.consensus == "distiller" and consensus_logits is None:
+        raise UserError("metadd consensus 'distiller' needs the logits of the distiller's own network")
+
+
+def _leaf(tensor: Tensor | None, needed: bool) -> Tensor | None:
+    """Return a leaf with the tensor's values, usable in a graph also when it comes from inference mode."""
+    if tensor is None:
+        return None
+    return (tensor.clone() if tensor.is_inference() else tensor.detach()).requires_grad_(needed)
+
+
+class _Attach(torch.autograd.Function):
+    """A value with given gradients with respect to given tensors."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, *tensors_and_gradients: Tensor | None) -> Tensor:
+        """Return the value; of ``2n`` tensors the first ``n`` are differentiated by, the others their gradients."""
+        ctx.save_for_backward(*tensors_and_gradients[len(tensors_and_gradients) // 2 :])
+        return value.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients times that of the value."""
+        scaled = [None if gradient is None else gradient * scale for gradient in ctx.saved_tensors]
+        return (None, *scaled, *[None] * len(scaled))
