@@ -15,6 +15,7 @@ LAYERS = [
     {"losses"},
     {"synthetic", "recipe"},
     {"scoring"},
+    {"invariance"},
     {"distillers", "evaluators"},
     {"callbacks"},
     {"verbs", "trainer_cli"},

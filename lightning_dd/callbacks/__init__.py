@@ -3,6 +3,7 @@
 from lightning_dd.callbacks.alternation import PoolAlternation
 from lightning_dd.callbacks.export import ExportDistilledSet
 from lightning_dd.callbacks.images import SyntheticImages
+from lightning_dd.callbacks.metadd import MetaDD
 from lightning_dd.callbacks.progress import DistillationProgress
 
-__all__ = ["DistillationProgress", "ExportDistilledSet", "PoolAlternation", "SyntheticImages"]
+__all__ = ["DistillationProgress", "ExportDistilledSet", "MetaDD", "PoolAlternation", "SyntheticImages"]

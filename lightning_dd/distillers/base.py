@@ -1,6 +1,7 @@
 """The base of every distiller: it owns the synthetic set and the model pool; a subclass says what is minimised."""
 
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,6 +22,9 @@ from lightning_dd.scoring import ScoredModule
 from lightning_dd.seeding import derive_seed, make_generator
 from lightning_dd.synthetic.pixels import SyntheticSet, check_synthetic
 
+ExtraLoss = Callable[[Tensor, Tensor], dict[str, Tensor]]
+"""From all synthetic images and labels, with graph, to named terms that are added to the outer loss."""
+
 STATE_KEY = "lightning_dd"
 """Where a checkpoint keeps what lies outside the module tree."""
 
@@ -35,6 +39,9 @@ class Distiller(ScoredModule):
 
     A subclass must answer :meth:`outer_loss`; it may override :meth:`inner_loss`, :meth:`configure_pool`,
     :meth:`configure_optimizers` and :attr:`student_architecture`.
+
+    Any distiller takes further terms: what is in :attr:`extra_losses` is added to the outer loss, and this is how
+    MetaDD attaches without a line in a subclass.
 
     Args:
         ipc: images per class, at least 1.
@@ -93,7 +100,7 @@ class Distiller(ScoredModule):
         self.preprocessing: Preprocessing | None = None
         self.data_spec: dict[str, Any] = {}
         self.pool: ModelPool | None = None
-        self._rank_states: list[dict[str, Any]] | None = None
+        self.extra_losses: list[ExtraLoss] = []
         self._watched: dict[str, Tensor] = {}
 
     # ---- what a subclass answers -------------------------------------------------------------------------------
@@ -224,6 +231,8 @@ class Distiller(ScoredModule):
         """One outer step; ``batch`` only counts."""
         images, labels = self.require_synthetic()()
         terms = self.outer_loss(self.require_pool().network, images, labels, self._draw_real())
+        for extra in self.extra_losses:
+            terms = terms | extra(images, labels)
         loss = torch.stack(list(terms.values())).sum()
         if self._logs_this_step():
             terms = {f"outer/{name}": value.detach() for name, value in terms.items()}
@@ -310,8 +319,6 @@ class Distiller(ScoredModule):
             self.pool.load_state_dict(own["pool"])
             self._real_stream.load_state_dict(own["real"])
             self._inner_generator.set_state(own["inner"].cpu())
-
-    # ---- helpers -----------------------------------------------------------------------------------------------
 
     def _real_data(self) -> RealData:
         data = getattr(self.trainer, "datamodule", None)

@@ -1,0 +1,224 @@
+"""MetaDD for any distiller: the invariance term of frozen architectures, added to the outer loss when it is due."""
+
+import logging
+from functools import partial
+from typing import Any
+
+import torch
+from pytorch_lightning import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from lightning_dd.data.base import ImageTensors, RealData
+from lightning_dd.data.preprocess import Preprocessing
+from lightning_dd.distillers.base import Distiller
+from lightning_dd.errors import UserError
+from lightning_dd.invariance import ArchitectureRecipe, trained_architecture
+from lightning_dd.losses.gathered import MetaLoss, gathered_loss
+from lightning_dd.losses.meta_options import Architecture, MetaOptions
+from lightning_dd.seeding import make_generator
+
+_log = logging.getLogger(__name__)
+
+
+class MetaDD(Callback):
+    """Add MetaDD's architecture-invariant term to the outer loss of any distiller (arXiv 2410.05103, our reading).
+
+    M architectures are trained on the real train split once, frozen, cached and reused. On the outer steps that are
+    due, the synthetic images are shown to all of them: the variance of their class-activation maps, their
+    cross-entropy on the synthetic labels and their divergence from a common prediction join the outer loss. The
+    gradient is exact and gathered one architecture at a time. This callback owns *when* and *on how many rows*.
+
+    Under DDP every rank takes its share of the rows drawn for a step. Architectures see their own preprocessing:
+    images of a whitened set are un-whitened for them.
+
+    Args:
+        architectures: at least 2 names of the factory; keep them apart from those you evaluate as unseen.
+        weight: of the whole term in the outer loss.
+        variance: weight of the maps' variance.
+        cross_entropy: weight of the cross-entropy.
+        kl: weight of the divergence from the common prediction.
+        positivity: weight of the term that wants maps high inside the meta mask.
+        temperature: of the divergence.
+        kl_direction: ``reverse`` is KL(architecture || common), ``forward`` the other.
+        consensus: the common prediction: ``ensemble`` mean, or the ``distiller``'s current network.
+        threshold: from where on a map value is high.
+        cam: ``gradcam``, ``attention`` (transformers) or ``auto``.
+        detach_weights: take Grad-CAM's weights for constant; false is the exact second order.
+        grid: side of the grid maps are compared on.
+        every: outer steps between two that carry the term.
+        start: outer steps before the first that carries it.
+        warmup: outer steps over which ``weight`` then rises linearly.
+        rows: synthetic images per step, drawn anew each time; ``None`` takes all.
+        train_steps: training steps of an architecture on the real data.
+        train_lr: its peak learning rate.
+        files: files of trained architectures to use instead, by architecture.
+        layers: modules to take the map from, by architecture; the others are found.
+        seed: of the architectures; kept apart from the run's seed, so that seeds of a run share them.
+
+    Raises:
+        UserError: a setting is out of range, or an architecture is unusable.
+    """
+
+    def __init__(
+        self,
+        architectures: list[str],
+        weight: float = 1.0,
+        variance: float = 1.0,
+        cross_entropy: float = 1.0,
+        kl: float = 1.0,
+        positivity: float = 0.0,
+        temperature: float = 1.0,
+        kl_direction: str = "reverse",
+        consensus: str = "ensemble",
+        threshold: float = 0.5,
+        cam: str = "auto",
+        detach_weights: bool = True,
+        grid: int = 14,
+        every: int = 10,
+        start: int = 0,
+        warmup: int = 0,
+        rows: int | None = None,
+        train_steps: int = 1000,
+        train_lr: float = 2e-3,
+        files: dict[str, str] | None = None,
+        layers: dict[str, str] | None = None,
+        seed: int = 0,
+    ) -> None:
+        if len(architectures) < 2:
+            raise UserError(f"metadd needs at least 2 architectures to compare, got {len(architectures)}")
+        if weight < 0 or every < 1 or start < 0 or warmup < 0 or (rows is not None and rows < 1):
+            raise UserError(
+                "metadd needs weight >= 0, every >= 1, start >= 0, warmup >= 0 and rows >= 1 (or none), got "
+                f"{weight}, {every}, {start}, {warmup} and {rows}"
+            )
+        self.names = architectures
+        self.options = MetaOptions(
+            variance=variance,
+            cross_entropy=cross_entropy,
+            kl=kl,
+            positivity=positivity,
+            temperature=temperature,
+            kl_direction=kl_direction,
+            consensus=consensus,
+            threshold=threshold,
+            cam=cam,
+            detach_weights=detach_weights,
+            grid=grid,
+        )
+        self.weight, self.every, self.start, self.warmup, self.rows = weight, every, start, warmup, rows
+        self.recipe = ArchitectureRecipe(steps=train_steps, lr=train_lr)
+        self.files, self.layers, self.seed = files or {}, layers or {}, seed
+        for setting, given in (("files", self.files), ("layers", self.layers)):
+            if stray := set(given) - set(architectures):
+                raise UserError(f"metadd.{setting} names '{min(stray)}', which is none of its architectures")
+        self.architectures: list[Architecture] = []
+        self.accuracies: dict[str, float] = {}
+
+    def weight_at(self, outer_step: int) -> float:
+        """Return the term's weight at outer step ``outer_step``, counted from 0; 0 where it is not due.
+
+        Override this for another rhythm.
+        """
+        if outer_step < self.start or (outer_step - self.start) % self.every:
+            return 0.0
+        return self.weight * min(1.0, (outer_step - self.start + 1) / max(1, self.warmup))
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Train or load the architectures before the fit."""
+        data = getattr(trainer, "datamodule", None)
+        if stage != "fit" or self.architectures or not isinstance(data, RealData):
+            return
+        if data.train is None or data.val is None or data.preprocessing is None:
+            raise UserError("metadd needs a validation split to judge its architectures: set data.val_fraction above 0")
+        adapt = own_preprocessing(data.preprocessing)
+        train, val = (_adapted(split, adapt) for split in (data.train, data.val))
+        device = trainer.strategy.root_device
+        accelerator = "gpu" if device.type == "cuda" else device.type
+        make = partial(trained_architecture, train=train, val=val, facts=data.facts, recipe=self.recipe, seed=self.seed)
+        if not trainer.is_global_zero:
+            trainer.strategy.barrier("architectures")  # the first process fills the cache, the others read it
+        for name in self.names:
+            trained = make(name, accelerator=accelerator, file=self.files.get(name))
+            network = trained.network.to(device).to(memory_format=torch.channels_last)
+            self.architectures.append(Architecture(network, adapt, self.layers.get(name), name=name))
+            self.accuracies[name] = trained.accuracy
+            _log.info("metadd: %s has %.1f %% validation accuracy", name, 100 * trained.accuracy)
+        if trainer.is_global_zero:
+            trainer.strategy.barrier("architectures")
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Attach the term, and log how good the architectures are."""
+        if not isinstance(pl_module, Distiller):
+            raise UserError(f"metadd attaches to a distiller, got {type(pl_module).__name__}")
+        pl_module.extra_losses.append(partial(self.terms, trainer, pl_module))
+        for logger in trainer.loggers:
+            logger.log_metrics(
+                {f"metadd/accuracy/{name}": value for name, value in self.accuracies.items()}, trainer.global_step
+            )
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Detach the term."""
+        if isinstance(pl_module, Distiller):
+            pl_module.extra_losses.clear()
+
+    def terms(self, trainer: Trainer, distiller: Distiller, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Return ``{"metadd": weighted loss}`` if the term is due at this outer step, else nothing."""
+        weight = self.weight_at(trainer.global_step)
+        if weight == 0:
+            return {}
+        rows = self._draw(trainer, len(images))
+        if rows is not None:
+            images, labels = images[rows], labels[rows]
+        consensus = distiller.require_pool().network(images.detach()) if self.options.consensus == "distiller" else None
+        result = self.measure(images, labels, distiller.label_kind, consensus)
+        distiller.watch(**{f"metadd/{name}": value for name, value in result.terms.items()})
+        return {"metadd": weight * result.loss}
+
+    def measure(self, images: Tensor, labels: Tensor, label_kind: str, consensus: Tensor | None = None) -> MetaLoss:
+        """Return loss, terms and maps of images ``(N, C, H, W)`` in the data's normalised space."""
+        return gathered_loss(self.architectures, images, labels, label_kind, self.options, consensus)
+
+    def _draw(self, trainer: Trainer, count: int) -> Tensor | None:
+        """Rows of this step and rank: a function of seed and step alone, so a resumed run is exact."""
+        rank, world = trainer.global_rank, trainer.world_size
+        if self.rows is None or self.rows >= count:
+            return None if world == 1 else torch.arange(count)[rank::world]
+        drawn = torch.randperm(count, generator=make_generator(self.seed, "rows", trainer.global_step))[: self.rows]
+        return drawn[rank::world]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Keep the settings, so that a run is not continued with others."""
+        clock = (self.weight, self.every, self.start, self.warmup, self.rows)
+        return {"settings": repr((self.names, self.options, clock))}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Refuse other settings than the checkpoint's.
+
+        Raises:
+            UserError: they differ.
+        """
+        if state_dict != MetaDD.state_dict(self):
+            here = MetaDD.state_dict(self)["settings"]
+            raise UserError(f"the checkpoint is of another metadd setting: {state_dict['settings']} there, {here} here")
+
+
+class _Adapt:
+    """From the data's normalised space to channel-standardised images."""
+
+    def __init__(self, preprocessing: Preprocessing) -> None:
+        self.whitened = preprocessing
+        self.standardised = Preprocessing(preprocessing.mean, preprocessing.std)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return self.standardised(self.whitened.inverse(images))
+
+
+def own_preprocessing(preprocessing: Preprocessing) -> _Adapt | None:
+    """Return the map from a set's images to those its architectures see; ``None`` where they are the same."""
+    return _Adapt(preprocessing) if preprocessing.kind == "zca" else None
+
+
+def _adapted(split: ImageTensors, adapt: _Adapt | None) -> ImageTensors:
+    if adapt is None:
+        return split
+    return ImageTensors(torch.cat([adapt(part) for part in torch.split(split.images, 4096)]), split.labels)

@@ -1,0 +1,236 @@
+"""MetaDD attached to a distiller: from configuration alone, on time, exact to resume, and the same on two processes."""
+
+import pytest
+import torch
+from helpers import LinearNetwork, TinyData, tiny_trainer
+from pytorch_lightning.callbacks import ModelCheckpoint
+from safetensors.torch import save_file
+
+from lightning_dd.callbacks import MetaDD, PoolAlternation
+from lightning_dd.distillers import Distiller, FRePo
+from lightning_dd.errors import UserError
+from lightning_dd.invariance import ArchitectureRecipe, trained_architecture
+from lightning_dd.losses.gathered import naive_loss
+
+ARCHITECTURES = ["conv:width=4,depth=2,norm=none", "convnet:width=4,depth=2", "alexnet:width=4"]
+TINY = {"architecture": "conv:width=4,depth=2", "real_batch_size": 8, "pool_size": 2, "max_age": 3, "probe_steps": 3}
+
+
+class SixteenPixels(TinyData):
+    """Large enough for an AlexNet."""
+
+    side = 16
+
+
+def metadd(**changes):
+    return MetaDD(**({"architectures": ARCHITECTURES, "train_steps": 40, "train_lr": 1e-2, "every": 1} | changes))
+
+
+def fit(folder, callback, steps=4, model=None, data=None, **kwargs):
+    model = model or FRePo(**TINY)
+    callbacks = [PoolAlternation(), callback, *kwargs.pop("callbacks", [])]
+    trainer = tiny_trainer(folder, steps, callbacks=callbacks, log_every_n_steps=1, **kwargs)
+    trainer.fit(model, data or SixteenPixels(val_fraction=0.25), ckpt_path=kwargs.get("ckpt_path"))
+    return model, trainer
+
+
+def test_the_term_joins_the_outer_loss_and_changes_the_result(tmp_path):
+    model, trainer = fit(tmp_path, metadd())
+    plain = FRePo(**TINY)
+    tiny_trainer(tmp_path, 4).fit(plain, SixteenPixels(val_fraction=0.25))
+    assert not torch.equal(model.synthetic.images, plain.synthetic.images)
+    logged = trainer.callback_metrics
+    total = logged["outer/krr"] + logged["outer/label"] + logged["outer/metadd"]
+    torch.testing.assert_close(logged["outer/loss"], total)
+    for name in ("variance", "cross_entropy", "kl", "meta_ratio", "map_entropy", "dead_maps"):
+        assert f"metadd/{name}" in logged
+    assert not model.extra_losses  # detached again
+
+
+def test_a_weight_of_zero_is_the_base_method_bit_for_bit(tmp_path):
+    model, _ = fit(tmp_path, metadd(weight=0.0))
+    plain = FRePo(**TINY)
+    tiny_trainer(tmp_path, 4).fit(plain, SixteenPixels(val_fraction=0.25))
+    assert torch.equal(model.synthetic.images, plain.synthetic.images)
+
+
+def test_any_subclass_gets_it_without_a_line(tmp_path):
+    class Third(Distiller):
+        def outer_loss(self, network, images, labels, real):
+            return {"size": images.square().mean()}
+
+    _, trainer = fit(tmp_path, metadd(), model=Third(**TINY))
+    assert "outer/metadd" in trainer.callback_metrics
+
+
+def test_the_gradient_in_a_run_is_that_of_all_architectures_at_once(tmp_path):
+    callback = metadd(weight=0.5)
+    model, trainer = fit(tmp_path, callback, 0)
+    callback.setup(trainer, model, "fit")
+    images, labels = (part.detach().requires_grad_() for part in model.synthetic())
+    callback.terms(trainer, model, images, labels)["metadd"].backward()
+    again = [part.detach().clone().requires_grad_() for part in (images, labels)]
+    (0.5 * naive_loss(callback.architectures, *again, "learned", callback.options).loss).backward()
+    for ours, naive in zip((images, labels), again, strict=True):
+        torch.testing.assert_close(ours.grad, naive.grad, rtol=1e-4, atol=1e-7)
+    for architecture in callback.architectures:
+        assert all(parameter.grad is None for parameter in architecture.network.parameters())
+
+
+def test_the_clock_says_which_steps_carry_it():
+    callback = metadd(weight=2.0, every=3, start=4, warmup=6)
+    weights = [round(callback.weight_at(step), 3) for step in range(14)]
+    assert weights == [0, 0, 0, 0, 0.333, 0, 0, 1.333, 0, 0, 2.0, 0, 0, 2.0]
+
+
+def test_rows_are_drawn_by_step_and_shared_by_ranks():
+    class Place:
+        def __init__(self, step, rank, world):
+            self.global_step, self.global_rank, self.world_size = step, rank, world
+
+    callback = metadd(rows=5)
+    whole = callback._draw(Place(3, 0, 1), 12)
+    parts = [callback._draw(Place(3, rank, 2), 12) for rank in (0, 1)]
+    assert sorted(torch.cat(parts).tolist()) == sorted(whole.tolist())
+    assert not torch.equal(whole, callback._draw(Place(4, 0, 1), 12))
+    assert metadd()._draw(Place(0, 0, 1), 12) is None
+
+
+def test_whitened_images_are_unwhitened_for_the_architectures(tmp_path):
+    callback = metadd()
+    data = SixteenPixels(val_fraction=0.25, preprocessing="zca")
+    fit(tmp_path, callback, 1, data=data)
+    adapt = callback.architectures[0].adapt
+    raw = SixteenPixels().read(train=True).images.float() / 255
+    mean, std = data.preprocessing.mean, data.preprocessing.std
+    torch.testing.assert_close(adapt(data.preprocessing(raw)), (raw - mean) / std, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("kwargs", [{"precision": "bf16-mixed"}, {"gradient_clip_val": 0.01}])
+def test_mixed_precision_and_clipping(tmp_path, kwargs):
+    model, _ = fit(tmp_path, metadd(), **kwargs)
+    assert torch.isfinite(model.synthetic.images).all()
+
+
+def test_a_distillers_own_network_can_be_the_consensus(tmp_path):
+    model, _ = fit(tmp_path, metadd(consensus="distiller"))
+    assert torch.isfinite(model.synthetic.images).all()
+
+
+def test_a_resumed_run_equals_the_run_never_interrupted(tmp_path):
+    def run(folder, ckpt_path=None, **changes):
+        keep = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=3, save_top_k=-1)
+        callbacks = [PoolAlternation(), metadd(rows=2, every=2, **changes), keep]
+        model = FRePo(**TINY)
+        trainer = tiny_trainer(folder, 7, callbacks=callbacks, enable_checkpointing=True)
+        trainer.fit(model, SixteenPixels(val_fraction=0.25), ckpt_path=ckpt_path)
+        return model.synthetic.images
+
+    straight = run(tmp_path / "a")
+    assert torch.equal(straight, run(tmp_path / "b", str(tmp_path / "a" / "step=3.ckpt")))
+    with pytest.raises(UserError, match="another metadd setting"):
+        run(tmp_path / "c", str(tmp_path / "a" / "step=3.ckpt"), variance=9.0)
+
+
+def test_two_processes_give_the_gradient_of_one(tmp_path):
+    from test_ddp import TWO, KeepRank, SplitBatch, ranks
+
+    for name, kwargs in (("one", {}), ("two", TWO)):
+        (tmp_path / name).mkdir()
+        keep = KeepRank(tmp_path / name)
+        model = SplitBatch(**(TINY | {"ipc": 2}))
+        data = SixteenPixels(val_fraction=1 / 3)  # 24 training images: equal halves
+        fit(tmp_path / name, metadd(), 1, model=model, data=data, callbacks=[keep], **kwargs)
+    (one,), two = ranks(tmp_path / "one", 1), ranks(tmp_path / "two")
+    for rank in two:
+        # Cross-entropy and KL are means over rows, and so is the variance: shares of three rows average exactly.
+        for name, gradient in one["gradients"].items():
+            torch.testing.assert_close(rank["gradients"][name], gradient, rtol=1e-3, atol=1e-6)
+
+
+# ---- the architectures -------------------------------------------------------------------------------------------
+
+
+def splits():
+    data = SixteenPixels(val_fraction=0.25)
+    data.setup("fit")
+    return {"train": data.train, "val": data.val, "facts": data.facts}
+
+
+def test_an_architecture_is_trained_once_and_then_read(tmp_path, monkeypatch):
+    monkeypatch.setenv("LIGHTNING_DD_CACHE", str(tmp_path / "cache"))
+    recipe = ArchitectureRecipe(steps=40, lr=1e-2)
+    first = trained_architecture(ARCHITECTURES[0], **splits(), recipe=recipe, seed=0)
+    assert first.accuracy > 0.6
+    monkeypatch.setattr("lightning_dd.invariance.architectures._train", lambda *args: pytest.fail("trained again"))
+    second = trained_architecture(ARCHITECTURES[0], **splits(), recipe=recipe, seed=0)
+    assert second.accuracy == first.accuracy
+    for left, right in zip(first.network.parameters(), second.network.parameters(), strict=True):
+        assert torch.equal(left, right)
+        assert not right.requires_grad
+    with pytest.raises(BaseException, match="trained again"):
+        trained_architecture(ARCHITECTURES[0], **splits(), recipe=recipe, seed=1)
+    (file,) = (tmp_path / "cache" / "architectures").iterdir()
+    given = trained_architecture(ARCHITECTURES[0], **splits(), recipe=recipe, seed=7, file=file)
+    assert given.accuracy == first.accuracy
+    other = {**splits()}
+    other["facts"] = type(other["facts"])(**(vars(other["facts"]) | {"fingerprint": "different"}))
+    with pytest.raises(UserError, match="is of other data"):
+        trained_architecture(ARCHITECTURES[0], **other, recipe=recipe, seed=0, file=file)
+    with pytest.raises(UserError, match="is of other architecture"):
+        trained_architecture(ARCHITECTURES[1], **splits(), recipe=recipe, seed=0, file=file)
+
+
+def test_an_architecture_at_chance_is_refused_and_not_cached(tmp_path, monkeypatch):
+    monkeypatch.setenv("LIGHTNING_DD_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("lightning_dd.invariance.architectures._train", lambda *args: 0.35)
+    recipe = ArchitectureRecipe(steps=1)
+    with pytest.raises(UserError, match=r"'convnet:width=4,depth=2' is at chance on the validation split"):
+        trained_architecture(ARCHITECTURES[1], **splits(), recipe=recipe, seed=3)
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_foreign_files_are_refused(tmp_path):
+    recipe = ArchitectureRecipe(steps=1)
+    foreign = tmp_path / "foreign.safetensors"
+    save_file({"weight": torch.zeros(2)}, foreign)
+    text = tmp_path / "text.safetensors"
+    text.write_text("hello")
+    for file, message in ((foreign, "not one written by"), (text, "truncated"), (tmp_path / "no", "no such file")):
+        with pytest.raises(UserError, match=message):
+            trained_architecture(ARCHITECTURES[0], **splits(), recipe=recipe, seed=0, file=file)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"architectures": ARCHITECTURES[:1]}, "at least 2 architectures to compare, got 1"),
+        ({"variance": -1.0}, "weight variance must be at least 0"),
+        ({"weight": -1.0}, "weight >= 0"),
+        ({"every": 0}, "every >= 1"),
+        ({"threshold": 2.0}, r"threshold must be in \(0, 1\]"),
+        ({"consensus": "crowd"}, "unknown metadd consensus 'crowd'"),
+        ({"layers": {"resnet18": "layer4"}}, "metadd.layers names 'resnet18', which is none of its architectures"),
+        ({"train_steps": 0}, "architecture training needs steps"),
+    ],
+)
+def test_bad_settings_are_refused_at_once(changes, message):
+    with pytest.raises(UserError, match=message):
+        metadd(**changes)
+
+
+def test_an_unknown_layer_and_a_missing_validation_split_give_one_line(tmp_path):
+    with pytest.raises(UserError, match="layer"):
+        fit(tmp_path, metadd(layers={ARCHITECTURES[0]: "convs.9"}))
+    with pytest.raises(UserError, match="needs a validation split"):
+        fit(tmp_path, metadd(), data=SixteenPixels(val_fraction=0))
+
+
+def test_a_network_without_a_map_is_refused():
+    from lightning_dd.losses.cam import class_activation_map
+    from lightning_dd.models.pool import rest
+
+    network = LinearNetwork()
+    rest(network)
+    with pytest.raises(UserError, match="map"):
+        class_activation_map(network, torch.zeros(2, 1, 8, 8), torch.zeros(2, dtype=torch.long))
