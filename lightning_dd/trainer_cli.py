@@ -29,7 +29,9 @@ def known_classes(key: str) -> dict[str, type]:
     return {
         cls.__name__: cls
         for cls in found
-        if not cls.__module__.startswith(hidden or "-") and not getattr(cls, "__abstractmethods__", None)
+        if not cls.__module__.startswith(hidden or "-")
+        and not cls.__name__.startswith("_")
+        and not getattr(cls, "__abstractmethods__", None)
     }
 
 

@@ -22,7 +22,7 @@ from torchvision.transforms import CenterCrop, Compose, Resize
 from lightning_dd.data import DATA_SETS, ImageFolder, MNIST5k, ParquetImages, RawSplit, RealData
 from lightning_dd.data import cache as cache_module
 from lightning_dd.data.cache import CachedData, cache_folder, cached_split, content_key
-from lightning_dd.data.folder import decode_images
+from lightning_dd.data.decode import decode_images
 from lightning_dd.errors import UserError
 
 REAL_DATA = os.environ.get("LIGHTNING_DD_DATA")  # read before the fixture below hides it
@@ -256,8 +256,8 @@ def test_resizing_is_torchvisions(size):
 
 
 def test_decoding_keeps_the_order_over_tasks_and_rounds(monkeypatch):
-    monkeypatch.setattr("lightning_dd.data.folder._TASK", 3)
-    monkeypatch.setattr("lightning_dd.data.folder._ROUND", 7)
+    monkeypatch.setattr("lightning_dd.data.decode._TASK", 3)
+    monkeypatch.setattr("lightning_dd.data.decode._ROUND", 7)
     images = [picture(seed) for seed in range(23)]
     ours = decode_images(((str(i), encoded(image)) for i, image in enumerate(images)), 23)
     theirs = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2)

@@ -4,9 +4,10 @@ import pytest
 import torch
 from helpers import LinearNetwork, TinyData, tiny_trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.loggers import TensorBoardLogger
 from safetensors.torch import save_file
 
-from lightning_dd.callbacks import MetaDD, PoolAlternation
+from lightning_dd.callbacks import MetaDD, MetaFeatureImages, PoolAlternation
 from lightning_dd.distillers import Distiller, FRePo
 from lightning_dd.errors import UserError
 from lightning_dd.invariance import ArchitectureRecipe, trained_architecture
@@ -45,6 +46,20 @@ def test_the_term_joins_the_outer_loss_and_changes_the_result(tmp_path):
     for name in ("variance", "cross_entropy", "kl", "meta_ratio", "map_entropy", "dead_maps"):
         assert f"metadd/{name}" in logged
     assert not model.extra_losses  # detached again
+
+
+def test_maps_and_masks_are_drawn_before_and_after(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    logger = TensorBoardLogger(tmp_path, name="run", version="v")
+    fit(tmp_path, metadd(), callbacks=[MetaFeatureImages()], logger=logger)
+    for name in ("meta_initial.png", "meta_final.png"):
+        assert (tmp_path / "run" / "v" / name).read_bytes().startswith(b"\x89PNG")
+    events = EventAccumulator(str(tmp_path / "run" / "v"), size_guidance={"scalars": 0, "images": 0}).Reload()
+    assert {event.step for event in events.Images("metadd/features")} == {0, 4}
+    assert {"metadd/variance", "metadd/meta_ratio", "metadd/meta_ratio_of_all"} <= set(events.Tags()["scalars"])
+    with pytest.raises(UserError, match="needs MetaDD among the callbacks"):
+        fit(tmp_path, PoolAlternation(), callbacks=[MetaFeatureImages()])
 
 
 def test_a_weight_of_zero_is_the_base_method_bit_for_bit(tmp_path):

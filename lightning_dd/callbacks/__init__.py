@@ -3,7 +3,15 @@
 from lightning_dd.callbacks.alternation import PoolAlternation
 from lightning_dd.callbacks.export import ExportDistilledSet
 from lightning_dd.callbacks.images import SyntheticImages
+from lightning_dd.callbacks.meta_images import MetaFeatureImages
 from lightning_dd.callbacks.metadd import MetaDD
 from lightning_dd.callbacks.progress import DistillationProgress
 
-__all__ = ["DistillationProgress", "ExportDistilledSet", "MetaDD", "PoolAlternation", "SyntheticImages"]
+__all__ = [
+    "DistillationProgress",
+    "ExportDistilledSet",
+    "MetaDD",
+    "MetaFeatureImages",
+    "PoolAlternation",
+    "SyntheticImages",
+]

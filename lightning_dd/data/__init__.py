@@ -1,6 +1,7 @@
 """Real and distilled data as Lightning data modules."""
 
 from lightning_dd.data.base import DataFacts, ImageTensors, RawSplit, RealData
+from lightning_dd.data.distilled import DistilledSet
 from lightning_dd.data.folder import ImageFolder
 from lightning_dd.data.mnist5k import MNIST5k
 from lightning_dd.data.parquet import ParquetImages
@@ -19,6 +20,7 @@ __all__ = [
     "MNIST",
     "SVHN",
     "DataFacts",
+    "DistilledSet",
     "FashionMNIST",
     "ImageFolder",
     "ImageTensors",

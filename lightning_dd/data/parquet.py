@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_dd.data.base import RawSplit
 from lightning_dd.data.cache import CachedData, content_key
-from lightning_dd.data.folder import check_image_size, decode_images
+from lightning_dd.data.decode import check_image_size, decode_images
 from lightning_dd.errors import UserError
 
 

@@ -16,7 +16,7 @@ from lightning_dd.errors import UserError
 _DIGITS = tuple("0123456789")
 
 
-class TorchvisionData(RealData):
+class _TorchvisionData(RealData):
     """A set of ``torchvision.datasets``, downloaded in ``prepare_data``; subclasses only hold constants.
 
     Args:
@@ -82,7 +82,7 @@ class TorchvisionData(RealData):
             ) from error
 
 
-class MNIST(TorchvisionData):
+class MNIST(_TorchvisionData):
     """Handwritten digits, ``(1, 28, 28)``, 60,000 + 10,000 (LeCun et al. 1998)."""
 
     dataset = "MNIST"
@@ -92,7 +92,7 @@ class MNIST(TorchvisionData):
     channel_std: ClassVar[Sequence[float] | None] = (0.3081,)
 
 
-class FashionMNIST(TorchvisionData):
+class FashionMNIST(_TorchvisionData):
     """Clothes, ``(1, 28, 28)``, 60,000 + 10,000 (Xiao et al. 2017, arXiv 1708.07747)."""
 
     dataset = "FashionMNIST"
@@ -101,7 +101,7 @@ class FashionMNIST(TorchvisionData):
     channel_std: ClassVar[Sequence[float] | None] = (0.3530,)
 
 
-class CIFAR10(TorchvisionData):
+class CIFAR10(_TorchvisionData):
     """Photographs of 10 kinds of things, ``(3, 32, 32)``, 50,000 + 10,000 (Krizhevsky 2009)."""
 
     dataset = "CIFAR10"
@@ -109,7 +109,7 @@ class CIFAR10(TorchvisionData):
     channel_std: ClassVar[Sequence[float] | None] = (0.2470, 0.2435, 0.2616)
 
 
-class CIFAR100(TorchvisionData):
+class CIFAR100(_TorchvisionData):
     """Photographs of 100 kinds of things, ``(3, 32, 32)``, 50,000 + 10,000 (Krizhevsky 2009)."""
 
     dataset = "CIFAR100"
@@ -117,7 +117,7 @@ class CIFAR100(TorchvisionData):
     channel_std: ClassVar[Sequence[float] | None] = (0.2673, 0.2564, 0.2762)
 
 
-class SVHN(TorchvisionData):
+class SVHN(_TorchvisionData):
     """House numbers, ``(3, 32, 32)``, 73,257 + 26,032 without the extra images (Netzer et al. 2011)."""
 
     dataset = "SVHN"

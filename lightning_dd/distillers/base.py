@@ -236,8 +236,8 @@ class Distiller(ScoredModule):
         loss = torch.stack(list(terms.values())).sum()
         if self._logs_this_step():
             terms = {f"outer/{name}": value.detach() for name, value in terms.items()}
-            self.log("outer/loss", loss.detach(), prog_bar=True)
-            self.log_dict(terms | self._watched)
+            for name, value in ({"outer/loss": loss.detach()} | terms | self._watched).items():
+                self.log(name, value, prog_bar=name in ("outer/loss", "outer/accuracy"))
             self.log("pool/age", float(self.require_pool().current.age))
         self._watched.clear()
         return loss
