@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.loggers import TensorBoardLogger
@@ -80,6 +81,8 @@ def feature_figure(pixels: Tensor, maps: Tensor, names: list[str], threshold: fl
         The figure: N rows of ``M + 3`` pictures; heterogeneous features are coloured by how many maps are high.
     """
     rows, columns = min(len(pixels), _LARGEST), len(maps) + 3
+    if pixels.shape[-1] == 28:  # networks see such images padded to 32, and so do their maps
+        pixels = F.pad(pixels, (2, 2, 2, 2))
     side = pixels.shape[-1]
     partition = meta_partition(maps, threshold)
     large = F.interpolate(maps[:, :rows].float(), size=(side, side), mode="bilinear", align_corners=False)
@@ -96,10 +99,15 @@ def feature_figure(pixels: Tensor, maps: Tensor, names: list[str], threshold: fl
             axis.imshow(picture, extent=(0, 1, 0, 1))
             if 1 <= column <= len(maps):
                 axis.imshow(large[column - 1, row].numpy(), cmap="jet", alpha=0.5, vmin=0, vmax=1, extent=(0, 1, 0, 1))
-        axes[row, -2].imshow(partition.meta[row].float().numpy(), cmap="Greens", alpha=0.7, vmin=0, extent=(0, 1, 0, 1))
-        some = partition.heterogeneous[:, row].sum(0).float()
-        axes[row, -1].imshow(some.numpy(), cmap="Reds", alpha=0.7, vmin=0, vmax=len(maps), extent=(0, 1, 0, 1))
+        _mask(axes[row, -2], partition.meta[row], "Greens", 1)
+        _mask(axes[row, -1], partition.heterogeneous[:, row].sum(0), "Reds", len(maps))
     return figure
+
+
+def _mask(axis: Axes, counts: Tensor, colours: str, largest: int) -> None:
+    """Colour the cells with a count above 0, and leave the others to the image."""
+    values = counts.float().masked_fill(counts == 0, float("nan")).numpy()
+    axis.imshow(values, cmap=colours, alpha=0.7, vmin=0, vmax=largest, extent=(0, 1, 0, 1))
 
 
 def _short(architecture: str) -> str:
