@@ -73,7 +73,7 @@ def feature_figure(pixels: Tensor, maps: Tensor, names: list[str], threshold: fl
 
     Args:
         pixels: ``(N, C, H, W)`` in [0, 1]; the first 10 are drawn.
-        maps: ``(M, N, I, J)`` normalised maps; they cover the images as the architectures see them.
+        maps: ``(M, N, I, J)`` normalised, dead ones all zero; they cover the images as the architectures see them.
         names: of the M architectures.
         threshold: from where on a map value is high.
 
@@ -84,7 +84,7 @@ def feature_figure(pixels: Tensor, maps: Tensor, names: list[str], threshold: fl
     if pixels.shape[-1] == 28:  # networks see such images padded to 32, and so do their maps
         pixels = F.pad(pixels, (2, 2, 2, 2))
     side = pixels.shape[-1]
-    partition = meta_partition(maps, threshold)
+    partition = meta_partition(maps, threshold, alive=maps.flatten(2).amax(2) > 0)
     large = F.interpolate(maps[:, :rows].float(), size=(side, side), mode="bilinear", align_corners=False)
     figure = Figure(figsize=(1.15 * columns, 1.15 * rows + 0.9), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False)
