@@ -161,6 +161,11 @@ def test_the_clock_can_beat_otherwise(tmp_path):
         PoolAlternation(inner_steps=-1)
 
 
+def test_a_trainer_without_the_clock_is_refused(tmp_path):
+    with pytest.raises(UserError, match="needs PoolAlternation"):
+        tiny_trainer(tmp_path, 2, callbacks=[]).fit(frepo(), TinyData())
+
+
 def test_accumulated_gradients_make_one_outer_step(tmp_path):
     model = frepo(pool_size=1, max_age=1000)
     trainer = tiny_trainer(tmp_path, 3, accumulate_grad_batches=2)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_dd.data.base import ImageTensors, RealData
 from lightning_dd.data.preprocess import Preprocessing
-from lightning_dd.distillers.base import Distiller
+from lightning_dd.distillers.base import Distiller, ExtraLoss
 from lightning_dd.errors import UserError
 from lightning_dd.invariance import ArchitectureRecipe, trained_architecture
 from lightning_dd.losses.gathered import MetaLoss, gathered_loss
@@ -62,7 +62,7 @@ class MetaDD(Callback):
     def __init__(
         self,
         architectures: list[str],
-        weight: float = 1.0,
+        weight: float = 0.01,
         variance: float = 1.0,
         cross_entropy: float = 1.0,
         kl: float = 1.0,
@@ -113,6 +113,7 @@ class MetaDD(Callback):
                 raise UserError(f"metadd.{setting} names '{min(stray)}', which is none of its architectures")
         self.architectures: list[Architecture] = []
         self.accuracies: dict[str, float] = {}
+        self._term: ExtraLoss | None = None
 
     def weight_at(self, outer_step: int) -> float:
         """Return the term's weight at outer step ``outer_step``, counted from 0; 0 where it is not due.
@@ -150,7 +151,8 @@ class MetaDD(Callback):
         """Attach the term, and log how good the architectures are."""
         if not isinstance(pl_module, Distiller):
             raise UserError(f"metadd attaches to a distiller, got {type(pl_module).__name__}")
-        pl_module.extra_losses.append(partial(self.terms, trainer, pl_module))
+        self._term = partial(self.terms, trainer, pl_module)
+        pl_module.extra_losses.append(self._term)
         for logger in trainer.loggers:
             logger.log_metrics(
                 {f"metadd/accuracy/{name}": value for name, value in self.accuracies.items()}, trainer.global_step
@@ -158,8 +160,16 @@ class MetaDD(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Detach the term."""
-        if isinstance(pl_module, Distiller):
-            pl_module.extra_losses.clear()
+        self._detach(pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Detach the term from a run that broke off."""
+        self._detach(pl_module)
+
+    def _detach(self, pl_module: LightningModule) -> None:
+        if isinstance(pl_module, Distiller) and self._term in pl_module.extra_losses:
+            pl_module.extra_losses.remove(self._term)
+        self._term = None
 
     def terms(self, trainer: Trainer, distiller: Distiller, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Return ``{"metadd": weighted loss}`` if the term is due at this outer step, else nothing."""

@@ -103,8 +103,6 @@ class Distiller(ScoredModule):
         self.extra_losses: list[ExtraLoss] = []
         self._watched: dict[str, Tensor] = {}
 
-    # ---- what a subclass answers -------------------------------------------------------------------------------
-
     @abstractmethod
     def outer_loss(self, network: Network, images: Tensor, labels: Tensor, real: ImageTensors) -> dict[str, Tensor]:
         """Return the named terms whose sum an outer step minimises.
@@ -148,8 +146,6 @@ class Distiller(ScoredModule):
     def student_architecture(self) -> str:
         """The architecture students of this set are trained with when they stand for "the same" one."""
         return self.architecture
-
-    # ---- what a subclass may use -------------------------------------------------------------------------------
 
     def build_network(self, seed: int, architecture: str | None = None) -> Network:
         """Build a fresh network for this data from a seed, with the distilling architecture unless another is named."""
@@ -200,8 +196,6 @@ class Distiller(ScoredModule):
             training={"seed": self.seed, "versions": library_versions(), **training},
         )
 
-    # ---- Lightning ---------------------------------------------------------------------------------------------
-
     def setup(self, stage: str) -> None:
         """Take the facts from the DataModule; for a first fit, draw the initial images and build the pool.
 
@@ -226,6 +220,11 @@ class Distiller(ScoredModule):
         order = make_generator(self.seed, "real", rank, device=data.train.images.device)
         self._real_stream = ShuffledStream(len(data.train.labels), self.real_batch_size, order)
         self._inner_generator = make_generator(self.seed, "inner", rank, device=device)
+
+    def on_fit_start(self) -> None:
+        """Refuse a Trainer whose pool would never be trained."""
+        if not any(hasattr(callback, "inner_steps_at") for callback in self.trainer.callbacks):  # type: ignore[attr-defined]
+            raise UserError("a distiller needs PoolAlternation() (from lightning_dd.callbacks) among trainer.callbacks")
 
     def training_step(self, batch: int, batch_idx: int) -> Tensor:
         """One outer step; ``batch`` only counts."""
