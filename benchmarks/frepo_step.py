@@ -57,7 +57,7 @@ def measure(
     from lightning_dd.callbacks import PoolAlternation
     from lightning_dd.data import RawSplit, RealData
     from lightning_dd.distillers import FRePo
-    from lightning_dd.trainer_cli import quieten
+    from lightning_dd.quiet import quieten
 
     quieten()
     torch.set_num_threads(threads)

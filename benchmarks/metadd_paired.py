@@ -23,7 +23,7 @@ from lightning_dd.callbacks import MetaDD, PoolAlternation
 from lightning_dd.data import MNIST5k
 from lightning_dd.distillers import FRePo
 from lightning_dd.evaluators import DistilledData, Student
-from lightning_dd.trainer_cli import quieten
+from lightning_dd.quiet import quieten
 
 ARCHITECTURES = [
     "convnet:width=32,norm=batch",

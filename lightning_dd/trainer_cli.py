@@ -1,7 +1,5 @@
 """The verbs that are a stock LightningCLI: fit, validate, test, predict."""
 
-import logging
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +14,7 @@ import lightning_dd.distillers
 import lightning_dd.evaluators  # noqa: F401
 from lightning_dd.errors import UserError
 from lightning_dd.parsing import OneLineErrors, explain, user_error_in
+from lightning_dd.quiet import quieten
 
 
 def known_classes(key: str) -> dict[str, type]:
@@ -101,24 +100,6 @@ def run_lightning(arguments: Sequence[str]) -> Cli:
         if "Union subtypes" in str(error):  # jsonargparse hides what a constructor raised inside its own text
             raise UserError(explain(str(error), arguments, known_classes)) from None
         raise
-
-
-def quieten() -> None:
-    """Hide messages that say nothing about this project's runs."""
-    for text in (
-        ".*LeafSpec.*",
-        ".*does not have many workers.*",
-        ".*LightningCLI's args parameter is intended.*",
-        ".*`IterableDataset` has `__len__` defined.*",
-        ".*your dataloader is not resumable.*",  # ours need not be: modules draw their own batches
-    ):
-        warnings.filterwarnings("ignore", message=text)
-    warnings.filterwarnings("ignore", module="pytorch_lightning.cli")  # its calls of older jsonargparse functions
-    logging.getLogger("pytorch_lightning.utilities.rank_zero").addFilter(_no_tips)
-
-
-def _no_tips(record: logging.LogRecord) -> bool:
-    return "Tip:" not in record.getMessage()
 
 
 def _subclasses(cls: type) -> list[type]:

@@ -1,7 +1,5 @@
 """Run a whole evaluation with one progress bar."""
 
-import logging
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +13,7 @@ from lightning_dd.evaluators.matrix import Hardware, Row, cells_of, run_cell
 from lightning_dd.evaluators.report import markdown, write_report
 from lightning_dd.files import require_writable
 from lightning_dd.models.factory import build_network
+from lightning_dd.quiet import quieten
 from lightning_dd.recipe import Recipe
 
 
@@ -62,7 +61,7 @@ def evaluate_files(
         reals[name].prepare_data()
         reals[name].setup("test")
         check_match(distilled, reals[name])
-    _quieten()
+    quieten(bar_only=True)
     first = not getattr(rank_zero_only, "rank", 0)  # the processes of one student all come here
     rows = []
     cells = cells_of(list(sets), architectures, seeds)
@@ -99,10 +98,3 @@ def _load(files: Sequence[str]) -> dict[str, DistilledSet]:
             raise UserError(f"two files give the same set name '{name}': rename one")
         sets[name] = DistilledSet.load(file)
     return sets
-
-
-def _quieten() -> None:
-    """Keep Lightning's per-Trainer messages out of the one bar."""
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
-    for text in (".*does not have many workers.*", ".*LeafSpec.*", ".*`IterableDataset` has `__len__`.*"):
-        warnings.filterwarnings("ignore", message=text)

@@ -1,0 +1,30 @@
+"""Hide what libraries say that says nothing about this project's runs."""
+
+import logging
+import warnings
+
+_NOISE = (
+    ".*LeafSpec.*",
+    ".*does not have many workers.*",  # the data is on the device already
+    ".*LightningCLI's args parameter is intended.*",
+    ".*`IterableDataset` has `__len__` defined.*",
+    ".*your dataloader is not resumable.*",  # it need not be: modules draw their own batches
+)
+
+
+def quieten(*, bar_only: bool = False) -> None:
+    """Filter known noise out of warnings and log.
+
+    Args:
+        bar_only: keep Lightning's messages about each Trainer out as well, for one bar over many Trainers.
+    """
+    for text in _NOISE:
+        warnings.filterwarnings("ignore", message=text)
+    warnings.filterwarnings("ignore", module="pytorch_lightning.cli")  # its calls of older jsonargparse functions
+    logging.getLogger("pytorch_lightning.utilities.rank_zero").addFilter(_no_tips)
+    if bar_only:
+        logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+
+
+def _no_tips(record: logging.LogRecord) -> bool:
+    return "Tip:" not in record.getMessage()
