@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import LinearNetwork
 
 from lightning_dd.errors import UserError
 from lightning_dd.losses.architecture_invariant import (
@@ -22,7 +23,6 @@ from lightning_dd.losses.gathered import gathered_loss, naive_loss
 from lightning_dd.losses.meta_options import Architecture, MetaOptions
 from lightning_dd.models import build_network
 from lightning_dd.synthetic.pixels import initial_labels
-from tests.helpers import LinearNetwork
 
 ROWS, CLASSES = 4, 10
 ONLY_VARIANCE = {"cross_entropy": 0.0, "kl": 0.0}
