@@ -71,7 +71,7 @@ def test_config_runs(path, stand_ins, tmp_path, monkeypatch):
     else:  # a layer: its first line says which configuration it goes over
         below = path.read_text().splitlines()[0].rpartition("layered over ")[2]
         arguments = ["fit", "--config", str(CONFIGS.parent / below), *config, *QUICK, *QUICK_DISTILLER]
-        monkeypatch.setattr("lightning_dd.invariance.architectures._train", untrained)
+        monkeypatch.setattr("lightning_dd.pretrained.architectures._train", untrained)
     assert main(arguments) == 0
     if arguments[0] == "fit" and "Student" not in path.read_text():
         assert list(Path("runs").rglob("last.safetensors"))

@@ -14,7 +14,7 @@ from lightning_dd.errors import UserError
 from lightning_dd.evaluators import DistilledData, Student
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without distributed")
-TINY = {"architecture": "conv:width=4,depth=2", "real_batch_size": 8, "pool_size": 2, "max_age": 3, "probe_steps": 3}
+TINY = {"architecture": "conv:width=4,depth=2", "real_batch_size": 8, "pool_size": 2, "lifetime": 4, "probe_steps": 3}
 TWO = {"devices": 2, "strategy": "ddp_fork"}
 
 
@@ -67,7 +67,7 @@ class SplitBatch(FRePo):
     def configure_pool(self, generator, device):
         return super().configure_pool(torch.Generator().manual_seed(0), device)
 
-    def _draw_real(self):
+    def draw_real(self):
         train = self.trainer.datamodule.train
         rank, world = self.trainer.global_rank, self.trainer.world_size
         return ImageTensors(train.images[rank::world], train.labels[rank::world])

@@ -22,7 +22,7 @@ TINY = {
     "architecture": "conv:width=4,depth=2",
     "real_batch_size": 8,
     "pool_size": 3,
-    "max_age": 3,
+    "lifetime": 4,
     "probe_steps": 5,
 }
 
@@ -139,7 +139,7 @@ def test_outer_and_inner_steps_alternate_and_only_outer_ones_count(tmp_path):
             calls.append(("inner", network))
             return super().inner_loss(network)
 
-    model = Watched(**(TINY | {"max_age": 1000}))
+    model = Watched(**(TINY | {"lifetime": 1000}))
     trainer = tiny_trainer(tmp_path, 6)
     trainer.fit(model, TinyData())
     assert [name for name, _ in calls] == ["outer", "inner"] * 6
@@ -154,7 +154,7 @@ def test_the_clock_can_beat_otherwise(tmp_path):
         def inner_steps_at(self, outer_step):
             return 5 if outer_step % 3 == 0 else 0
 
-    model = frepo(pool_size=1, max_age=1000)
+    model = frepo(pool_size=1, lifetime=1000)
     tiny_trainer(tmp_path, 7, callbacks=[EveryThird()]).fit(model, TinyData())
     assert model.pool.current.age == 10
     with pytest.raises(UserError, match="inner_steps >= 0"):
@@ -167,7 +167,7 @@ def test_a_trainer_without_the_clock_is_refused(tmp_path):
 
 
 def test_accumulated_gradients_make_one_outer_step(tmp_path):
-    model = frepo(pool_size=1, max_age=1000)
+    model = frepo(pool_size=1, lifetime=1000)
     trainer = tiny_trainer(tmp_path, 3, accumulate_grad_batches=2)
     trainer.fit(model, TinyData())
     assert trainer.global_step == 3
@@ -307,8 +307,10 @@ def test_an_output_folder_that_cannot_be_written_is_refused_before_the_first_ste
         ({"ipc": 0}, r"ipc \(images per class\) must be at least 1, got 0"),
         ({"init": "zeros"}, "init must be 'real' or 'noise', got 'zeros'"),
         ({"labels": "soft"}, "labels must be one of"),
-        ({"lr": -1.0}, "lr and inner_lr must be positive"),
-        ({"real_batch_size": 0}, "real_batch_size and inner_batch_size must be at least 1"),
+        ({"lr": -1.0}, "lr must be positive"),
+        ({"real_batch_size": 0}, "real_batch_size must be at least 1"),
+        ({"inner_lr": 0.0}, "inner_lr must be positive"),
+        ({"inner_batch_size": 0}, "inner_batch_size must be at least 1"),
     ],
 )
 def test_bad_settings_are_refused_at_once(settings, message):
@@ -323,6 +325,7 @@ def test_bad_settings_are_refused_at_once(settings, message):
         ({"architecture": "nonsense"}, "unknown architecture 'nonsense'"),
         ({"architecture": "conv:depth=7"}, "too small for depth 7"),
         ({"pool_size": 0}, "pool_size must be at least 1"),
+        ({"lifetime": -1}, "lifetime must be at least 0"),
     ],
 )
 def test_settings_that_do_not_fit_the_data_are_refused_before_the_first_step(tmp_path, settings, message):

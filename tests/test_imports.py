@@ -15,7 +15,7 @@ LAYERS = [
     {"losses"},
     {"synthetic", "recipe"},
     {"scoring"},
-    {"invariance"},
+    {"pretrained"},
     {"distillers", "evaluators"},
     {"callbacks"},
     {"verbs", "trainer_cli"},

@@ -8,13 +8,13 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from safetensors.torch import save_file
 
 from lightning_dd.callbacks import MetaDD, MetaFeatureImages, PoolAlternation
-from lightning_dd.distillers import Distiller, FRePo
+from lightning_dd.distillers import FRePo, PoolDistiller
 from lightning_dd.errors import UserError
-from lightning_dd.invariance import ArchitectureRecipe, trained_architecture
 from lightning_dd.losses.gathered import naive_loss
+from lightning_dd.pretrained import ArchitectureRecipe, trained_architecture
 
 ARCHITECTURES = ["conv:width=4,depth=2,norm=none", "convnet:width=4,depth=2", "alexnet:width=4"]
-TINY = {"architecture": "conv:width=4,depth=2", "real_batch_size": 8, "pool_size": 2, "max_age": 3, "probe_steps": 3}
+TINY = {"architecture": "conv:width=4,depth=2", "real_batch_size": 8, "pool_size": 2, "lifetime": 4, "probe_steps": 3}
 
 
 class SixteenPixels(TinyData):
@@ -70,7 +70,7 @@ def test_a_weight_of_zero_is_the_base_method_bit_for_bit(tmp_path):
 
 
 def test_any_subclass_gets_it_without_a_line(tmp_path):
-    class Third(Distiller):
+    class Third(PoolDistiller):
         def outer_loss(self, network, images, labels, real):
             return {"size": images.square().mean()}
 
@@ -177,7 +177,7 @@ def test_an_architecture_is_trained_once_and_then_read(tmp_path, monkeypatch):
     recipe = ArchitectureRecipe(steps=40, lr=1e-2)
     first = trained_architecture(ARCHITECTURES[0], **splits(), recipe=recipe, seed=0)
     assert first.accuracy > 0.6
-    monkeypatch.setattr("lightning_dd.invariance.architectures._train", lambda *args: pytest.fail("trained again"))
+    monkeypatch.setattr("lightning_dd.pretrained.architectures._train", lambda *args: pytest.fail("trained again"))
     second = trained_architecture(ARCHITECTURES[0], **splits(), recipe=recipe, seed=0)
     assert second.accuracy == first.accuracy
     for left, right in zip(first.network.parameters(), second.network.parameters(), strict=True):
@@ -198,7 +198,7 @@ def test_an_architecture_is_trained_once_and_then_read(tmp_path, monkeypatch):
 
 def test_an_architecture_at_chance_is_refused_and_not_cached(tmp_path, monkeypatch):
     monkeypatch.setenv("LIGHTNING_DD_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("lightning_dd.invariance.architectures._train", lambda *args: 0.35)
+    monkeypatch.setattr("lightning_dd.pretrained.architectures._train", lambda *args: 0.35)
     recipe = ArchitectureRecipe(steps=1)
     with pytest.raises(UserError, match=r"'convnet:width=4,depth=2' is at chance on the validation split"):
         trained_architecture(ARCHITECTURES[1], **splits(), recipe=recipe, seed=3)

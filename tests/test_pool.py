@@ -14,12 +14,12 @@ def build(seed):
         return LinearNetwork()
 
 
-def make_pool(size=10, max_age=100, seed=0):
+def make_pool(size=10, lifetime=100, seed=0):
     return ModelPool(
         build,
         lambda parameters: torch.optim.Adam(parameters, lr=1e-2),
         size,
-        max_age,
+        lifetime,
         torch.Generator().manual_seed(seed),
     )
 
@@ -33,22 +33,22 @@ def weights(network):
 
 
 def test_ages_are_staggered_and_the_networks_differ_and_are_untrained():
-    pool = make_pool(size=10, max_age=100)
+    pool = make_pool(size=10, lifetime=100)
     assert [member.age for member in pool.members] == list(range(0, 100, 10))
     assert all(not member.optimizer.state for member in pool.members)
     firsts = {float(weights(member.network)[0]) for member in pool.members}
     assert len(firsts) == 10
 
 
-def test_a_network_takes_max_age_plus_one_steps_and_is_then_replaced_without_a_step():
-    pool = make_pool(size=1, max_age=3)
+def test_a_network_lives_its_lifetime_and_is_then_replaced_without_a_step():
+    pool = make_pool(size=1, lifetime=4)
     start = weights(pool.network).clone()
     for expected in (1, 2, 3, 4):
-        pool.advance(inner_loss)
+        assert pool.advance(inner_loss)
         assert pool.current.age == expected
     assert not torch.equal(weights(pool.network), start)
     module = pool.network
-    pool.advance(inner_loss)
+    assert not pool.advance(inner_loss)
     assert pool.current.age == 0
     assert pool.network is module  # fresh weights in the same module: a compiled one stays compiled
     assert not pool.current.optimizer.state
@@ -99,10 +99,10 @@ def test_state_round_trip_continues_bit_for_bit():
             pool.advance(inner_loss)
             pool.select()
 
-    straight, first = make_pool(size=3, max_age=4), make_pool(size=3, max_age=4)
+    straight, first = make_pool(size=3, lifetime=5), make_pool(size=3, lifetime=5)
     run(straight, 30)
     run(first, 13)
-    second = make_pool(size=3, max_age=4, seed=99)
+    second = make_pool(size=3, lifetime=5, seed=99)
     second.load_state_dict(first.state_dict())
     run(second, 17)
     assert [m.age for m in second.members] == [m.age for m in straight.members]
@@ -113,7 +113,7 @@ def test_state_round_trip_continues_bit_for_bit():
 def test_bad_settings_and_foreign_states_give_one_line():
     with pytest.raises(UserError, match="pool_size must be at least 1"):
         make_pool(size=0)
-    with pytest.raises(UserError, match="max_age must be at least 0"):
-        make_pool(max_age=-1)
+    with pytest.raises(UserError, match="lifetime must be at least 0"):
+        make_pool(lifetime=-1)
     with pytest.raises(UserError, match="pool has 3 networks, pool_size is 2"):
         make_pool(size=2).load_state_dict(make_pool(size=3).state_dict())

@@ -4,7 +4,7 @@ from typing import Any
 
 from pytorch_lightning import Callback, LightningModule, Trainer
 
-from lightning_dd.distillers.base import Distiller
+from lightning_dd.distillers.pooled import PoolDistiller
 from lightning_dd.errors import UserError
 
 
@@ -12,7 +12,8 @@ class PoolAlternation(Callback):
     """After an outer step, train the network it used, then draw the next one.
 
     This callback owns *when*: how many inner steps follow which outer step. The pool owns *how* a network is
-    trained and replaced, the distiller *what* it learns. For another rhythm override :meth:`inner_steps_at`.
+    trained and replaced, the distiller *what* it learns. For another rhythm override :meth:`inner_steps_at`. A
+    distiller without a pool is left alone.
 
     Args:
         inner_steps: inner steps after an outer step that has any; FRePo takes 1.
@@ -41,9 +42,10 @@ class PoolAlternation(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Run the inner steps due now; a batch that only accumulated gradients is no outer step."""
-        if not isinstance(pl_module, Distiller) or trainer.global_step == self._seen:
+        if not isinstance(pl_module, PoolDistiller) or trainer.global_step == self._seen:
             return
         self._seen = trainer.global_step
         for _ in range(self.inner_steps_at(self._seen)):
-            pl_module.inner_step()
+            if not pl_module.inner_step():  # a fresh network waits for its first outer step
+                break
         pl_module.require_pool().select()

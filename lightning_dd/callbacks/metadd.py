@@ -12,9 +12,14 @@ from lightning_dd.data.base import ImageTensors, RealData
 from lightning_dd.data.preprocess import Preprocessing
 from lightning_dd.distillers.base import Distiller, ExtraLoss
 from lightning_dd.errors import UserError
-from lightning_dd.invariance import ArchitectureRecipe, trained_architecture
 from lightning_dd.losses.gathered import MetaLoss, gathered_loss
 from lightning_dd.losses.meta_options import Architecture, MetaOptions
+from lightning_dd.pretrained import (
+    ArchitectureRecipe,
+    accelerator_of,
+    first_process_first,
+    trained_architecture,
+)
 from lightning_dd.seeding import make_generator
 
 _log = logging.getLogger(__name__)
@@ -134,23 +139,31 @@ class MetaDD(Callback):
         adapt = own_preprocessing(data.preprocessing)
         train, val = (_adapted(split, adapt) for split in (data.train, data.val))
         device = trainer.strategy.root_device
-        accelerator = "gpu" if device.type == "cuda" else device.type
-        make = partial(trained_architecture, train=train, val=val, facts=data.facts, recipe=self.recipe, seed=self.seed)
-        if not trainer.is_global_zero:
-            trainer.strategy.barrier("architectures")  # the first process fills the cache, the others read it
-        for name in self.names:
-            trained = make(name, accelerator=accelerator, file=self.files.get(name))
-            network = trained.network.to(device).to(memory_format=torch.channels_last)
-            self.architectures.append(Architecture(network, adapt, self.layers.get(name), name=name))
-            self.accuracies[name] = trained.accuracy
-            _log.info("metadd: %s has %.1f %% validation accuracy", name, 100 * trained.accuracy)
-        if trainer.is_global_zero:
-            trainer.strategy.barrier("architectures")
+        make = partial(
+            trained_architecture,
+            train=train,
+            val=val,
+            facts=data.facts,
+            recipe=self.recipe,
+            seed=self.seed,
+            accelerator=accelerator_of(trainer),
+        )
+        with first_process_first(trainer, "architectures"):
+            for name in self.names:
+                trained = make(name, file=self.files.get(name))
+                network = trained.network.to(device).to(memory_format=torch.channels_last)
+                self.architectures.append(Architecture(network, adapt, self.layers.get(name), name=name))
+                self.accuracies[name] = trained.accuracy
+                _log.info("metadd: %s has %.1f %% validation accuracy", name, 100 * trained.accuracy)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attach the term, and log how good the architectures are."""
         if not isinstance(pl_module, Distiller):
             raise UserError(f"metadd attaches to a distiller, got {type(pl_module).__name__}")
+        if not pl_module.learns:
+            raise UserError(
+                f"metadd has nothing to act on: {type(pl_module).__name__} selects real images and learns none"
+            )
         self._term = partial(self.terms, trainer, pl_module)
         pl_module.extra_losses.append(self._term)
         for logger in trainer.loggers:
@@ -179,7 +192,7 @@ class MetaDD(Callback):
         rows = self._draw(trainer, len(images))
         if rows is not None:
             images, labels = images[rows], labels[rows]
-        consensus = distiller.require_pool().network(images.detach()) if self.options.consensus == "distiller" else None
+        consensus = distiller.network(images.detach()) if self.options.consensus == "distiller" else None
         result = self.measure(images, labels, distiller.label_kind, consensus)
         distiller.watch(**{f"metadd/{name}": value for name, value in result.terms.items()})
         return {"metadd": weight * result.loss}

@@ -63,6 +63,41 @@ class ShuffledStream:
         self.generator.set_state(state["generator"].cpu())
 
 
+class ClassBlocks:
+    """Draws as many images of every class, without replacement within a draw, without a loop over classes.
+
+    Args:
+        labels: classes ``(N,)`` on the device the rows should live on.
+        num_classes: number of classes C, each with at least one image.
+
+    Example:
+        >>> blocks = ClassBlocks(torch.tensor([0, 1, 0, 1, 1]), 2)
+        >>> torch.tensor([0, 1, 0, 1, 1])[blocks.draw(2, torch.Generator().manual_seed(0))]
+        tensor([0, 0, 1, 1])
+    """
+
+    def __init__(self, labels: Tensor, num_classes: int) -> None:
+        sizes = torch.bincount(labels, minlength=num_classes)
+        self.smallest = int(sizes.min())
+        """Images of the smallest class: the most that can be drawn of every class."""
+        places = torch.arange(int(sizes.max()), device=labels.device)
+        self._beyond = places >= sizes[:, None]
+        starts = sizes.cumsum(0) - sizes
+        order = labels.argsort(stable=True)
+        self._rows = order[(starts[:, None] + places).clamp(max=len(labels) - 1)]
+
+    def draw(self, count: int, generator: torch.Generator) -> Tensor:
+        """Draw ``min(count, smallest)`` rows of every class: int64 indices in blocks by class.
+
+        Args:
+            count: rows per class.
+            generator: on the labels' device.
+        """
+        keys = torch.rand(self._rows.shape, generator=generator, device=self._rows.device)
+        chosen = keys.masked_fill_(self._beyond, 2.0).topk(min(count, self.smallest), largest=False).indices
+        return self._rows.gather(1, chosen).flatten()
+
+
 class EvalBatches(IterableDataset[tuple[Tensor, Tensor]]):
     """Batches of a tensor pair for evaluation, each sample on exactly one rank.
 

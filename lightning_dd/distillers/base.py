@@ -1,8 +1,8 @@
-"""The base of every distiller: it owns the synthetic set and the model pool; a subclass says what is minimised."""
+"""The base of every distiller: it owns the synthetic set; a subclass says what is minimised."""
 
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -12,15 +12,14 @@ from lightning_dd.data.augment import default_strategy
 from lightning_dd.data.base import DataFacts, ImageTensors, RealData
 from lightning_dd.data.distilled import DistilledSet, library_versions
 from lightning_dd.data.preprocess import Preprocessing
-from lightning_dd.data.stream import ShuffledStream
+from lightning_dd.data.stream import ClassBlocks, ShuffledStream
 from lightning_dd.errors import UserError
 from lightning_dd.models.factory import build_network
 from lightning_dd.models.interface import Network
-from lightning_dd.models.pool import ModelPool
-from lightning_dd.recipe import Recipe, student_loss, train_student
+from lightning_dd.recipe import Recipe, train_student
 from lightning_dd.scoring import ScoredModule
 from lightning_dd.seeding import derive_seed, make_generator
-from lightning_dd.synthetic.pixels import SyntheticSet, check_synthetic
+from lightning_dd.synthetic.pixels import LABEL_KINDS, SyntheticSet, check_synthetic
 
 ExtraLoss = Callable[[Tensor, Tensor], dict[str, Tensor]]
 """From all synthetic images and labels, with graph, to named terms that are added to the outer loss."""
@@ -32,13 +31,12 @@ STATE_KEY = "lightning_dd"
 class Distiller(ScoredModule):
     """A LightningModule that owns learnable synthetic images and labels.
 
-    Lightning's optimizer is the *outer* one, so ``global_step``, ``max_steps`` and TensorBoard's axis count outer
-    steps. The networks of :attr:`pool` are trained between outer steps by a
-    :class:`~lightning_dd.callbacks.PoolAlternation` callback, which owns the clock; they are in the checkpoint but not
-    in the module tree, so DDP leaves every rank its own.
+    Lightning's optimizer is the *outer* one (synthetic images and labels), so ``global_step``, ``max_steps`` and
+    TensorBoard's axis count outer steps.
 
-    A subclass must answer :meth:`outer_loss`; it may override :meth:`inner_loss`, :meth:`configure_pool`,
-    :meth:`configure_optimizers` and :attr:`student_architecture`.
+    A subclass must answer :meth:`outer_terms`; it may override :meth:`configure_optimizers`, :meth:`initialise`,
+    :attr:`network` and :attr:`student_architecture`. A method that looks through a pool of partly trained networks is
+    a :class:`~lightning_dd.distillers.PoolDistiller`.
 
     Any distiller takes further terms: what is in :attr:`extra_losses` is added to the outer loss, and this is how
     MetaDD attaches without a line in a subclass.
@@ -46,21 +44,25 @@ class Distiller(ScoredModule):
     Args:
         ipc: images per class, at least 1.
         architecture: the network to distil with, as ``name`` or ``name:option=value,...``.
-        labels: ``learned``, ``centred`` (FRePo's start values, fixed) or ``hard`` (one-hot, fixed).
+        labels: ``learned``, ``centred`` (FRePo's start values, fixed) or ``hard`` (one-hot, fixed); a method may not
+            define all of them (:attr:`label_kinds`).
         init: ``real`` starts from random training images, ``noise`` from a standard normal.
         lr: outer learning rate.
         real_batch_size: real images per outer step.
-        pool_size: networks in the pool.
-        max_age: inner steps after which a network is replaced.
-        inner_lr: learning rate of the inner Adam.
-        inner_batch_size: synthetic images per inner step, at most all of them.
         probe_steps: steps of the student trained for each validation score; ``None`` takes the recipe's table.
         probe_lr: its learning rate.
+        train_missing: train what the method builds on and the cache lacks (teacher, experts, generator); false
+            refuses instead.
         seed: the run's one seed.
 
     Raises:
         UserError: an argument is out of range.
     """
+
+    label_kinds: ClassVar[tuple[str, ...]] = LABEL_KINDS
+    """The forms of labels the method is defined for."""
+    learns: ClassVar[bool] = True
+    """Whether outer steps change the synthetic set; a method that selects real images only does not."""
 
     def __init__(
         self,
@@ -70,12 +72,9 @@ class Distiller(ScoredModule):
         init: str = "real",
         lr: float = 0.01,
         real_batch_size: int = 1024,
-        pool_size: int = 10,
-        max_age: int = 100,
-        inner_lr: float = 3e-4,
-        inner_batch_size: int = 1000,
         probe_steps: int | None = None,
         probe_lr: float = 3e-4,
+        train_missing: bool = True,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -83,59 +82,65 @@ class Distiller(ScoredModule):
         check_synthetic(ipc, labels)
         if init not in ("real", "noise"):
             raise UserError(f"init must be 'real' or 'noise', got '{init}'")
-        if lr <= 0 or inner_lr <= 0:
-            raise UserError(f"lr and inner_lr must be positive, got {lr} and {inner_lr}")
-        if real_batch_size < 1 or inner_batch_size < 1:
-            raise UserError(
-                f"real_batch_size and inner_batch_size must be at least 1, got {real_batch_size} and {inner_batch_size}"
-            )
+        if labels not in self.label_kinds:
+            kinds = ", ".join(self.label_kinds)
+            raise UserError(f"labels of {type(self).__name__} must be one of {kinds}, got '{labels}'")
+        if lr <= 0:
+            raise UserError(f"lr must be positive, got {lr}")
+        if real_batch_size < 1:
+            raise UserError(f"real_batch_size must be at least 1, got {real_batch_size}")
         self.ipc, self.architecture, self.label_kind, self.init = ipc, architecture, labels, init
         self.lr, self.real_batch_size = lr, real_batch_size
-        self.pool_size, self.max_age = pool_size, max_age
-        self.inner_lr, self.inner_batch_size = inner_lr, inner_batch_size
         self.probe_recipe = Recipe(steps=probe_steps, lr=probe_lr)
+        self.train_missing = train_missing
         self.seed = seed
         self.synthetic: SyntheticSet | None = None
         self.facts: DataFacts | None = None
         self.preprocessing: Preprocessing | None = None
         self.data_spec: dict[str, Any] = {}
-        self.pool: ModelPool | None = None
         self.extra_losses: list[ExtraLoss] = []
+        self._real_stream: ShuffledStream | None = None
+        self._class_blocks: ClassBlocks | None = None
         self._watched: dict[str, Tensor] = {}
 
     @abstractmethod
-    def outer_loss(self, network: Network, images: Tensor, labels: Tensor, real: ImageTensors) -> dict[str, Tensor]:
+    def outer_terms(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Return the named terms whose sum an outer step minimises.
 
+        Real images come from :meth:`draw_real` or :meth:`draw_real_per_class`, random numbers from
+        :meth:`step_generator`.
+
         Args:
-            network: the pool's current network: inference mode, parameters without gradient.
             images: synthetic images ``(n, C, H, W)``, normalised, with graph.
             labels: synthetic labels ``(n, num_classes)``, with graph where learned.
-            real: a batch of real images ``(real_batch_size, C, H, W)``, normalised, and their classes.
         """
 
-    def inner_loss(self, network: Network) -> Tensor:
-        """Return the loss of one inner step: by default the network learns the current synthetic set.
+    @property
+    def network(self) -> Network:
+        """The network the current outer step looks through, in inference mode.
 
-        A batch is drawn without replacement; nothing is augmented, and no gradient reaches the synthetic set.
+        Raises:
+            UserError: the method looks through none.
         """
-        synthetic = self.require_synthetic()
-        images, labels = (part.detach() for part in synthetic())
-        if self.inner_batch_size < len(synthetic):
-            rows = torch.randperm(len(synthetic), generator=self._inner_generator, device=images.device)
-            images, labels = images[rows[: self.inner_batch_size]], labels[rows[: self.inner_batch_size]]
-        images = images.contiguous(memory_format=torch.channels_last)
-        return student_loss(network(images), labels, self.label_kind)
+        raise UserError(f"{type(self).__name__} has no network of its own to ask for a prediction")
 
-    def configure_pool(self, generator: torch.Generator, device: torch.device) -> ModelPool:
-        """Return the model pool; called once per rank when a fit begins."""
-        return ModelPool(
-            build=self.build_network,
-            build_optimizer=lambda parameters: torch.optim.Adam(parameters, lr=self.inner_lr, fused=True),
-            size=self.pool_size,
-            max_age=self.max_age,
-            generator=generator,
-            device=device,
+    def draw_real(self) -> ImageTensors:
+        """Draw the next ``real_batch_size`` training images of a shuffled stream: ``(B, C, H, W)``, and classes."""
+        assert self._real_stream is not None
+        return self._real_rows(self._real_stream.next())
+
+    def draw_real_per_class(self, count: int) -> ImageTensors:
+        """Draw ``count`` training images of every class (at most the smallest class), in blocks by class."""
+        train = self._train()
+        if self._class_blocks is None:
+            self._class_blocks = ClassBlocks(train.labels, self.require_facts().num_classes)
+        generator = self.step_generator("class blocks", device=train.labels.device)
+        return self._real_rows(self._class_blocks.draw(count, generator))
+
+    def step_generator(self, *purpose: str | int, device: torch.device | str = "cpu") -> torch.Generator:
+        """Return a generator that depends on seed, purpose, rank and outer step alone, so a resumed run is exact."""
+        return make_generator(
+            self.seed, *purpose, self.trainer.global_rank, self.trainer.fit_loop.total_batch_idx, device=device
         )
 
     def configure_optimizers(self) -> Any:
@@ -168,12 +173,6 @@ class Distiller(ScoredModule):
             raise RuntimeError("the data is not known yet: run a Trainer, or load a checkpoint")
         return self.facts
 
-    def require_pool(self) -> ModelPool:
-        """Return the model pool, which exists while fitting."""
-        if self.pool is None:
-            raise RuntimeError("the model pool exists only while fitting")
-        return self.pool
-
     def distilled_set(self, **training: Any) -> DistilledSet:
         """Return the current synthetic set as a file-ready object.
 
@@ -197,39 +196,29 @@ class Distiller(ScoredModule):
         )
 
     def setup(self, stage: str) -> None:
-        """Take the facts from the DataModule; for a first fit, draw the initial images and build the pool.
+        """Take the facts from the DataModule; for a first fit, draw the initial images.
 
         Lightning restores a checkpoint after this hook, so a resumed run overwrites what is initialised here.
 
         Raises:
             UserError: the data does not fit the settings (too few images of a class, a network too deep).
         """
-        data = self._real_data()
+        data = self.real_data()
         self.facts, self.preprocessing, self.data_spec = data.facts, data.preprocessing, data.spec()
         assert data.train is not None
-        device = self.trainer.strategy.root_device
         self.make_accuracy(self.facts.num_classes)
         if self.synthetic is None:
             self._build_synthetic()
-            self._initialise(data.train)
+            self.initialise(data.train)
         if stage != "fit":
             return
-        rank = self.trainer.global_rank
-        if self.pool is None:
-            self.pool = self.configure_pool(make_generator(self.seed, "pool", rank), device)
-        order = make_generator(self.seed, "real", rank, device=data.train.images.device)
+        order = make_generator(self.seed, "real", self.trainer.global_rank, device=data.train.images.device)
         self._real_stream = ShuffledStream(len(data.train.labels), self.real_batch_size, order)
-        self._inner_generator = make_generator(self.seed, "inner", rank, device=device)
-
-    def on_fit_start(self) -> None:
-        """Refuse a Trainer whose pool would never be trained."""
-        if not any(hasattr(callback, "inner_steps_at") for callback in self.trainer.callbacks):  # type: ignore[attr-defined]
-            raise UserError("a distiller needs PoolAlternation() (from lightning_dd.callbacks) among trainer.callbacks")
 
     def training_step(self, batch: int, batch_idx: int) -> Tensor:
         """One outer step; ``batch`` only counts."""
         images, labels = self.require_synthetic()()
-        terms = self.outer_loss(self.require_pool().network, images, labels, self._draw_real())
+        terms = self.outer_terms(images, labels)
         for extra in self.extra_losses:
             terms = terms | extra(images, labels)
         loss = torch.stack(list(terms.values())).sum()
@@ -237,7 +226,6 @@ class Distiller(ScoredModule):
             terms = {f"outer/{name}": value.detach() for name, value in terms.items()}
             for name, value in ({"outer/loss": loss.detach()} | terms | self._watched).items():
                 self.log(name, value, prog_bar=name in ("outer/loss", "outer/accuracy"))
-            self.log("pool/age", float(self.require_pool().current.age))
         self._watched.clear()
         return loss
 
@@ -250,11 +238,6 @@ class Distiller(ScoredModule):
                 if parameter.grad is not None
             }
             self.log_dict(norms)
-
-    def inner_step(self) -> None:
-        """One inner step of the current network; called by the callback that owns the clock."""
-        with self.trainer.precision_plugin.train_step_context():
-            self.require_pool().advance(self.inner_loss)
 
     def start_scoring(self) -> None:
         """Train a student on the current synthetic set: its accuracy is the run's score.
@@ -275,22 +258,25 @@ class Distiller(ScoredModule):
         logits: Tensor = self._probe[0](images)
         return logits
 
+    def rank_state(self) -> dict[str, Any]:
+        """Return what this rank needs to go on and the module tree does not hold: plain tensors and numbers."""
+        assert self._real_stream is not None
+        return {"real": self._real_stream.state_dict()}
+
+    def load_rank_state(self, state: dict[str, Any]) -> None:
+        """Continue exactly from :meth:`rank_state`."""
+        assert self._real_stream is not None
+        self._real_stream.load_state_dict(state["real"])
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what lies outside the module tree: the data's facts, and pool and generators of every rank."""
+        """Add what lies outside the module tree: the data's facts, and the state of every rank."""
         assert self.preprocessing is not None
-        own = {}
-        if self.pool is not None:
-            own = {
-                "pool": self.pool.state_dict(),
-                "real": self._real_stream.state_dict(),
-                "inner": self._inner_generator.get_state(),
-            }
         checkpoint[STATE_KEY] = {
             "method": type(self).__name__,
             "facts": self.require_facts().to_dict(),
             "preprocessing": self.preprocessing.state_dict(),
             "data_spec": self.data_spec,
-            "ranks": gather_ranks(own),
+            "ranks": gather_ranks(self.rank_state() if self._is_fitting() else {}),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -313,13 +299,24 @@ class Distiller(ScoredModule):
         self.data_spec = state["data_spec"]
         if self.synthetic is None:
             self._build_synthetic()
-        if self.pool is not None:
-            own = take_rank(state["ranks"], self.trainer.global_rank, self.trainer.world_size)
-            self.pool.load_state_dict(own["pool"])
-            self._real_stream.load_state_dict(own["real"])
-            self._inner_generator.set_state(own["inner"].cpu())
+        if self._is_fitting():
+            self.load_rank_state(take_rank(state["ranks"], self.trainer.global_rank, self.trainer.world_size))
 
-    def _real_data(self) -> RealData:
+    def initialise(self, train: ImageTensors) -> None:
+        """Fill the new synthetic set for a first fit; every rank draws the same."""
+        generator = make_generator(self.seed, "init")
+        synthetic = self.require_synthetic()
+        if self.init == "real":
+            synthetic.init_real(train.images, train.labels, generator)
+        else:
+            synthetic.init_noise(generator)
+
+    def real_data(self) -> RealData:
+        """Return the run's DataModule.
+
+        Raises:
+            UserError: it is not a RealData.
+        """
         data = getattr(self.trainer, "datamodule", None)
         if not isinstance(data, RealData):
             raise UserError(f"a distiller needs a RealData module as its data, got {type(data).__name__}")
@@ -329,18 +326,16 @@ class Distiller(ScoredModule):
         facts = self.require_facts()
         self.synthetic = SyntheticSet(self.ipc, facts.num_classes, facts.image_shape, self.label_kind)
 
-    def _initialise(self, train: ImageTensors) -> None:
-        generator = make_generator(self.seed, "init")
-        synthetic = self.require_synthetic()
-        if self.init == "real":
-            synthetic.init_real(train.images, train.labels, generator)
-        else:
-            synthetic.init_noise(generator)
+    def _is_fitting(self) -> bool:
+        return self._real_stream is not None
 
-    def _draw_real(self) -> ImageTensors:
-        train = self._real_data().train
+    def _train(self) -> ImageTensors:
+        train = self.real_data().train
         assert train is not None
-        rows = self._real_stream.next()
+        return train
+
+    def _real_rows(self, rows: Tensor) -> ImageTensors:
+        train = self._train()
         return ImageTensors(train.images[rows].to(self.device), train.labels[rows].to(self.device))
 
     def _logs_this_step(self) -> bool:

@@ -7,7 +7,7 @@ from timm.optim.lamb import Lamb
 from torch import Tensor
 
 from lightning_dd.data.base import ImageTensors
-from lightning_dd.distillers.base import Distiller
+from lightning_dd.distillers.pooled import PoolDistiller
 from lightning_dd.losses.krr import (
     RIDGE,
     centred_one_hot,
@@ -22,7 +22,7 @@ from lightning_dd.models.interface import Network
 from lightning_dd.recipe import warmup_cosine
 
 
-class FRePo(Distiller):
+class FRePo(PoolDistiller):
     """Distil by kernel ridge regression on the features of a pool of partly trained networks.
 
     An outer step predicts a real batch from the synthetic set by ridge regression on the current network's
@@ -38,7 +38,7 @@ class FRePo(Distiller):
         ridge: regulariser relative to the kernel's mean diagonal.
         lr: LAMB's learning rate, decayed by a cosine to 10 % over the run.
         compiled: ``torch.compile`` the features; worth half a minute of compiling for runs of many minutes.
-        **kwargs: see :class:`Distiller`.
+        **kwargs: see :class:`PoolDistiller`.
 
     Raises:
         UserError: an argument is out of range.

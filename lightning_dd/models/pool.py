@@ -33,19 +33,19 @@ class ModelPool:
 
     Networks are at rest in inference mode without parameter gradients, so an outer loss that runs through them
     reaches only the synthetic set. :meth:`advance` gives the one in use an inner step, or replaces it by a fresh
-    one when it is older than ``max_age``; :meth:`select` draws the next. FRePo's rule (Zhou et al. 2022): the i-th
-    network starts with its age *counter* at ``i * (max_age // size)``, untrained, so that resets are spread out.
+    one when its age has reached ``lifetime``; :meth:`select` draws the next. FRePo's rule (Zhou et al. 2022): the i-th
+    network starts with its age *counter* at ``i * (lifetime // size)``, untrained, so that resets are spread out.
 
     Args:
         build: makes a fresh network from a seed.
         build_optimizer: makes the inner optimizer for a network's parameters.
         size: number of networks, at least 1.
-        max_age: inner steps after which a network is replaced; 0 replaces it every time.
+        lifetime: inner steps a network takes before it is replaced; 0 replaces it every time.
         generator: CPU generator for the networks' seeds and for the choice of the next.
         device: where the networks live.
 
     Raises:
-        UserError: ``size`` or ``max_age`` is out of range.
+        UserError: ``size`` or ``lifetime`` is out of range.
     """
 
     def __init__(
@@ -53,15 +53,15 @@ class ModelPool:
         build: BuildNetwork,
         build_optimizer: BuildOptimizer,
         size: int,
-        max_age: int,
+        lifetime: int,
         generator: torch.Generator,
         device: torch.device | str = "cpu",
     ) -> None:
         if size < 1:
             raise UserError(f"pool_size must be at least 1, got {size}")
-        if max_age < 0:
-            raise UserError(f"max_age must be at least 0, got {max_age}")
-        self.max_age = max_age
+        if lifetime < 0:
+            raise UserError(f"lifetime must be at least 0, got {lifetime}")
+        self.lifetime = lifetime
         self._build = build
         self._generator = generator
         self.members: list[PoolMember] = []
@@ -69,7 +69,7 @@ class ModelPool:
             network = build(self._next_seed()).to(device).to(memory_format=torch.channels_last)
             rest(network)
             optimizer = build_optimizer(list(network.parameters()))
-            self.members.append(PoolMember(network, optimizer, age=index * (max_age // size)))
+            self.members.append(PoolMember(network, optimizer, age=index * (lifetime // size)))
         self._current = 0
         self.select()
 
@@ -87,16 +87,19 @@ class ModelPool:
         """Draw the next member uniformly."""
         self._current = int(torch.randint(len(self.members), (), generator=self._generator))
 
-    def advance(self, inner_loss: InnerLoss) -> None:
+    def advance(self, inner_loss: InnerLoss) -> bool:
         """Give the current network one inner step on ``inner_loss(network)``, or replace it if it is too old.
 
         A replacement uses up the turn: the fresh network takes no step now. ``inner_loss`` sees the network in
         train mode with parameter gradients.
+
+        Returns:
+            Whether the network was trained, and not replaced.
         """
         member = self.current
-        if member.age > self.max_age:
+        if member.age >= self.lifetime:
             self._reset(member)
-            return
+            return False
         member.network.train().requires_grad_(True)
         with torch.enable_grad():
             loss = inner_loss(member.network)
@@ -105,6 +108,7 @@ class ModelPool:
         member.optimizer.zero_grad(set_to_none=True)
         rest(member.network)
         member.age += 1
+        return True
 
     def state_dict(self) -> dict[str, Any]:
         """Return networks, optimizers, ages and generator: plain tensors and numbers."""

@@ -18,15 +18,15 @@ from lightning_dd.data.cache import cache_folder
 from lightning_dd.data.stream import EvalBatches, StepCounter, pass_through
 from lightning_dd.errors import UserError
 from lightning_dd.files import write_atomically
-from lightning_dd.invariance.classifier import RealClassifier
 from lightning_dd.models.factory import build_network
 from lightning_dd.models.interface import Network
 from lightning_dd.models.pool import rest
+from lightning_dd.pretrained.classifier import RealClassifier
 from lightning_dd.seeding import derive_seed
 
 _log = logging.getLogger(__name__)
 _HEADER = "lightning_dd_architecture"
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,8 @@ def trained_architecture(
     seed: int,
     accelerator: str = "auto",
     file: Path | str | None = None,
+    preprocessing: str = "standardise",
+    train_missing: bool = True,
 ) -> Trained:
     """Return an architecture trained on this data: from a given file, from the cache, or trained now.
 
@@ -81,25 +83,29 @@ def trained_architecture(
 
     Args:
         architecture: a name of the factory.
-        train: channel-standardised training images and classes.
+        train: normalised training images and classes.
         val: the validation split, likewise.
         facts: what the data says of itself.
         recipe: how it is trained.
         seed: of weights, batches and augmentation.
         accelerator: Lightning's Trainer argument.
         file: a file written by this function for the same data, to be used instead.
+        preprocessing: kind of the images' normalisation.
+        train_missing: train what is not in the cache; otherwise refuse.
 
     Returns:
         The network in inference mode, without parameter gradients, on the CPU.
 
     Raises:
-        UserError: the file is unusable or of other data, or the network is at chance on the validation split.
+        UserError: the file is unusable or of other data, nothing is there and nothing may be trained, or the network is
+            at chance on the validation split.
     """
     identity = {
         "version": _VERSION,
         "architecture": architecture,
         "data": facts.fingerprint,
         "class_names": list(facts.class_names),
+        "preprocessing": preprocessing,
         "recipe": asdict(recipe),
         "seed": seed,
     }
@@ -111,22 +117,34 @@ def trained_architecture(
             return _checked(architecture, _load(Path(file), network, identity), facts)
         except SafetensorError as error:
             raise UserError(f"architecture file '{file}': not a safetensors file, or truncated ({error})") from None
-    key = hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=16).hexdigest()
-    path = cache_folder() / "architectures" / f"{key}.safetensors"
+    path = _cached(identity)
     if path.is_file():
         try:
             return _checked(architecture, _load(path, network, identity), facts)
         except SafetensorError:
             _log.warning("a damaged file in the architecture cache is replaced: %s", path.name)
+    if not train_missing:
+        raise UserError(
+            f"architecture '{architecture}' is not trained on this data yet, and train_missing is false: run the same "
+            "command with train_missing=true, or name a file of it"
+        )
     accuracy = _train(architecture, network, train, val, facts, recipe, seed, accelerator)
     trained = _checked(architecture, Trained(network, accuracy), facts)
-    header = json.dumps({**identity, "accuracy": accuracy})
+    _keep(path, network, {**identity, "accuracy": accuracy})
+    return trained
+
+
+def _cached(identity: dict[str, Any]) -> Path:
+    key = hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=16).hexdigest()
+    return cache_folder() / "architectures" / f"{key}.safetensors"
+
+
+def _keep(path: Path, network: Network, header: dict[str, Any]) -> None:
     state = {name: value.cpu().contiguous() for name, value in network.state_dict().items()}
     try:
-        write_atomically(path, lambda temporary: save_file(state, temporary, {_HEADER: header}))
+        write_atomically(path, lambda temporary: save_file(state, temporary, {_HEADER: json.dumps(header)}))
     except UserError as error:
         _log.warning("the trained architecture is not cached: %s", error)
-    return trained
 
 
 def _train(
@@ -188,7 +206,7 @@ def _load(path: Path, network: Network, identity: dict[str, Any]) -> Trained:
         state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     if header is None:
         raise UserError(f"architecture file '{path}': not one written by lightning_dd")
-    for name in ("architecture", "data", "class_names"):
+    for name in ("architecture", "data", "class_names", "preprocessing"):
         if header[name] != identity[name]:
             raise UserError(
                 f"architecture file '{path}' is of other {name}: {header[name]!r} there and {identity[name]!r} here"

@@ -1,0 +1,154 @@
+"""Distillers that look through a pool of partly trained networks."""
+
+from abc import abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_dd.data.base import ImageTensors
+from lightning_dd.distillers.base import Distiller
+from lightning_dd.errors import UserError
+from lightning_dd.models.interface import Network
+from lightning_dd.models.pool import ModelPool
+from lightning_dd.recipe import student_loss
+from lightning_dd.seeding import make_generator
+
+
+class PoolDistiller(Distiller):
+    """A distiller with a pool of networks, which are trained between outer steps.
+
+    A :class:`~lightning_dd.callbacks.PoolAlternation` callback owns the clock of the inner steps. The networks are in
+    the checkpoint but not in the module tree, so DDP leaves every rank its own.
+
+    A subclass must answer :meth:`outer_loss`; it may override :meth:`draw_real`, :meth:`inner_loss` and
+    :meth:`configure_pool`.
+
+    Args:
+        pool_size: networks in the pool.
+        lifetime: inner steps a network takes before it is replaced; 0 gives every outer step a fresh one. (FRePo's
+            code replaces a network whose age exceeds 100.)
+        inner_lr: learning rate of the inner Adam.
+        inner_batch_size: synthetic images per inner step, at most all of them.
+        **kwargs: see :class:`Distiller`.
+
+    Raises:
+        UserError: an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        pool_size: int = 10,
+        lifetime: int = 101,
+        inner_lr: float = 3e-4,
+        inner_batch_size: int = 1000,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        if inner_lr <= 0:
+            raise UserError(f"inner_lr must be positive, got {inner_lr}")
+        if inner_batch_size < 1:
+            raise UserError(f"inner_batch_size must be at least 1, got {inner_batch_size}")
+        self.pool_size, self.lifetime = pool_size, lifetime
+        self.inner_lr, self.inner_batch_size = inner_lr, inner_batch_size
+        self.pool: ModelPool | None = None
+
+    @abstractmethod
+    def outer_loss(self, network: Network, images: Tensor, labels: Tensor, real: ImageTensors) -> dict[str, Tensor]:
+        """Return the named terms whose sum an outer step minimises.
+
+        Args:
+            network: the pool's current network: inference mode, parameters without gradient.
+            images: synthetic images ``(n, C, H, W)``, normalised, with graph.
+            labels: synthetic labels ``(n, num_classes)``, with graph where learned.
+            real: what :meth:`draw_real` returned: images ``(B, C, H, W)``, normalised, and their classes.
+        """
+
+    def outer_terms(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Return :meth:`outer_loss` on the current network and a real batch."""
+        self.watch(**{"pool/age": torch.tensor(float(self.require_pool().current.age))})
+        return self.outer_loss(self.network, images, labels, self.draw_real())
+
+    def inner_loss(self, network: Network) -> Tensor:
+        """Return the loss of one inner step: by default the network learns the current synthetic set.
+
+        A batch is drawn without replacement; nothing is augmented, and no gradient reaches the synthetic set.
+        """
+        images, labels = self.draw_synthetic()
+        return student_loss(network(images.contiguous(memory_format=torch.channels_last)), labels, self.label_kind)
+
+    def draw_synthetic(self) -> tuple[Tensor, Tensor]:
+        """Draw ``inner_batch_size`` synthetic images and their labels, without graph."""
+        synthetic = self.require_synthetic()
+        images, labels = (part.detach() for part in synthetic())
+        if self.inner_batch_size >= len(synthetic):
+            return images, labels
+        rows = torch.randperm(len(synthetic), generator=self._inner_generator, device=images.device)
+        rows = rows[: self.inner_batch_size]
+        return images[rows], labels[rows]
+
+    def configure_pool(self, generator: torch.Generator, device: torch.device) -> ModelPool:
+        """Return the model pool; called once per rank when a fit begins."""
+        return ModelPool(
+            build=self.build_network,
+            build_optimizer=self.configure_inner_optimizer,
+            size=self.pool_size,
+            lifetime=self.lifetime,
+            generator=generator,
+            device=device,
+        )
+
+    def configure_inner_optimizer(self, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+        """Return the optimizer of one of the pool's networks: Adam."""
+        return torch.optim.Adam(parameters, lr=self.inner_lr, fused=True)
+
+    @property
+    def network(self) -> Network:
+        """The pool's current network."""
+        return self.require_pool().network
+
+    def require_pool(self) -> ModelPool:
+        """Return the model pool, which exists while fitting."""
+        if self.pool is None:
+            raise RuntimeError("the model pool exists only while fitting")
+        return self.pool
+
+    def setup(self, stage: str) -> None:
+        """Build the pool as well."""
+        super().setup(stage)
+        if stage != "fit":
+            return
+        rank, device = self.trainer.global_rank, self.trainer.strategy.root_device
+        if self.pool is None:
+            self.pool = self.configure_pool(make_generator(self.seed, "pool", rank), device)
+        self._inner_generator = make_generator(self.seed, "inner", rank, device=device)
+
+    def on_fit_start(self) -> None:
+        """Refuse a Trainer whose pool would never be trained."""
+        if not any(hasattr(callback, "inner_steps_at") for callback in self.trainer.callbacks):  # type: ignore[attr-defined]
+            raise UserError(
+                f"{type(self).__name__} needs PoolAlternation() (from lightning_dd.callbacks) among trainer.callbacks"
+            )
+
+    def inner_step(self) -> bool:
+        """One inner step of the current network; called by the callback that owns the clock.
+
+        Returns:
+            Whether the network was trained; otherwise it was too old and a fresh one stands in its place.
+        """
+        with self.trainer.precision_plugin.train_step_context():
+            return self.require_pool().advance(self.inner_loss)
+
+    def rank_state(self) -> dict[str, Any]:
+        """Add the pool and the generator of the inner steps."""
+        return {
+            **super().rank_state(),
+            "pool": self.require_pool().state_dict(),
+            "inner": self._inner_generator.get_state(),
+        }
+
+    def load_rank_state(self, state: dict[str, Any]) -> None:
+        """Restore them."""
+        super().load_rank_state(state)
+        self.require_pool().load_state_dict(state["pool"])
+        self._inner_generator.set_state(state["inner"].cpu())
