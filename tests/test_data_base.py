@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_dd.data import DataFacts, Preprocessing, RawSplit, RealData
-from lightning_dd.data.preprocess import fit_preprocessing, fit_zca, to_unit
+from lightning_dd.data import DataFacts, DistilledSet, Preprocessing, RawSplit, RealData
+from lightning_dd.data.preprocess import block_stride, fit_preprocessing, fit_zca, from_blocks, to_blocks, to_unit
 from lightning_dd.data.stream import EvalBatches, ShuffledStream, StepCounter, pass_through
 from lightning_dd.errors import UserError
 
@@ -310,6 +310,187 @@ def test_to_unit():
     assert to_unit(torch.tensor([0, 51, 255], dtype=torch.uint8)).tolist() == pytest.approx([0, 0.2, 1])
     floats = torch.tensor([0.25])
     assert to_unit(floats) is floats
+
+
+@pytest.mark.parametrize("images", [smooth_pixels(50), to_unit(smooth_pixels(50))])
+def test_measured_statistics_are_those_of_all_pixels(images):
+    measured = fit_preprocessing("standardise", images)
+    spread, centre = torch.std_mean(to_unit(images).double(), dim=(0, 2, 3), correction=0)
+    assert torch.equal(measured.mean, centre.float())
+    assert torch.equal(measured.std, spread.float())
+
+
+def test_a_fit_does_not_depend_on_how_many_images_are_read_at_a_time(monkeypatch):
+    pixels = smooth_pixels(100)
+    expected = fit_preprocessing("zca", pixels)
+    monkeypatch.setattr("lightning_dd.data.preprocess._FIT_NUMBERS", 7 * 48)
+    in_parts = fit_preprocessing("zca", pixels)
+    for name, value in expected.state_dict().items():
+        assert torch.allclose(in_parts.state_dict()[name], value, rtol=1e-5, atol=1e-6)
+    as_floats = fit_preprocessing("standardise", to_unit(pixels))
+    assert torch.allclose(as_floats.std, expected.std, rtol=1e-6)
+
+
+# --- blocks ----------------------------------------------------------------------------------------------------
+
+
+def slow_blocks(images: np.ndarray, stride: int) -> np.ndarray:
+    """Sub-grids by explicit indices: ``(N, stride**2, C * h * w)``."""
+    grids = [images[:, :, i::stride, j::stride] for i in range(stride) for j in range(stride)]
+    return np.stack([grid.reshape(len(images), -1) for grid in grids], axis=1)
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 8), (1, 4, 12), (3, 6, 6)])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_blocks_are_strided_sub_grids(shape, stride):
+    images = torch.rand(5, *shape, generator=generator())
+    for given in (images, images.contiguous(memory_format=torch.channels_last), images.double()):
+        blocks = to_blocks(given, stride)
+        assert torch.equal(
+            blocks.flatten(1).view(5, stride**2, -1), torch.from_numpy(slow_blocks(given.numpy(), stride))
+        )
+        assert torch.equal(from_blocks(blocks, stride), given)
+
+
+@pytest.mark.parametrize(("count", "stride"), [(300, 2), (10, 2), (300, 4)])  # 10 images are fewer than 48 dimensions
+def test_block_zca_is_the_published_formula(count, stride):
+    """One matrix, from the mean of the blocks' covariances about the mean image, applied to every block."""
+    pixels = smooth_pixels(count, side=8)
+    fitted = fit_preprocessing("zca", pixels, [0.5] * 3, [0.25] * 3, zca_block=8 // stride)
+    assert fitted.zca_stride == stride
+    images = ((to_unit(pixels) - 0.5) / 0.25).double().numpy()
+    mean = images.mean(0)
+    blocks = slow_blocks(images - mean, stride)
+    size = blocks.shape[-1]
+    covariance = sum(blocks[:, place].T @ blocks[:, place] / count for place in range(stride**2)) / stride**2
+    values, vectors = np.linalg.eigh(covariance + 0.1 * np.trace(covariance) / size * np.eye(size))
+    if count < size:
+        values[: size - count] = 1  # in ascending order here
+    whiten = vectors @ np.diag(values**-0.5) @ vectors.T
+    np.testing.assert_allclose(fitted.zca_mean.numpy(), mean.reshape(-1), atol=1e-5)
+    np.testing.assert_allclose(fitted.zca_whiten.numpy(), whiten, atol=2e-4)
+    np.testing.assert_allclose(fitted.zca_unwhiten.numpy(), np.linalg.inv(whiten), atol=2e-4)
+    expected = np.empty_like(images)
+    for i in range(stride):
+        for j in range(stride):
+            part = blocks[:, i * stride + j] @ whiten
+            expected[:, :, i::stride, j::stride] = part.reshape(count, 3, 8 // stride, 8 // stride)
+    whitened = fitted(to_unit(pixels))
+    np.testing.assert_allclose(whitened.numpy(), expected, atol=1e-3)
+    assert torch.allclose(fitted.inverse(whitened), to_unit(pixels), atol=1e-4)
+    turned = whitened.contiguous(memory_format=torch.channels_last)
+    assert torch.allclose(fitted.inverse(turned), to_unit(pixels), atol=1e-4)
+
+
+def test_blocks_of_the_whole_image_are_no_blocks():
+    pixels = smooth_pixels(80)
+    whole, one_block = fit_preprocessing("zca", pixels), fit_preprocessing("zca", pixels, zca_block=4)
+    assert torch.equal(whole.zca_whiten, one_block.zca_whiten)
+    assert str(whole) == whole.kind == "zca"
+    assert str(fit_preprocessing("zca", pixels, zca_block=2)) == "zca in 2x2 blocks"
+
+
+def test_block_zca_survives_its_state_dict_and_a_move():
+    pixels = smooth_pixels(80, side=8)
+    fitted = fit_preprocessing("zca", pixels, zca_block=4)
+    assert fitted.zca_mean.shape == (192,)
+    assert fitted.zca_whiten.shape == (48, 48)
+    for again in (Preprocessing.from_state_dict(fitted.state_dict()), fitted.to("cpu")):
+        assert again.zca_stride == 2
+        assert torch.equal(again(to_unit(pixels)), fitted(to_unit(pixels)))
+
+
+@pytest.mark.parametrize(
+    ("size", "block", "stride"),
+    [
+        ((32, 32), None, 1),
+        ((64, 64), None, 1),
+        ((65, 65), None, None),
+        ((96, 96), None, 2),
+        ((128, 128), None, 2),
+        ((224, 224), None, 4),
+        ((480, 640), None, 10),
+        ((128, 64), None, 2),
+        ((97, 97), None, None),
+        ((64, 64), 32, 2),
+        ((64, 64), 64, 1),
+        ((64, 64), 48, None),
+        ((64, 64), 128, None),
+        ((64, 48), 4, 16),
+        ((64, 40), 4, None),
+    ],
+)
+def test_the_stride_of_the_blocks(size, block, stride):
+    if stride is not None:
+        assert block_stride(*size, block) == stride
+        return
+    with pytest.raises(UserError, match=r"data\.zca_block") as error:
+        block_stride(*size, block)
+    assert "\n" not in str(error.value)
+
+
+def test_data_is_whitened_in_blocks():
+    splits = {
+        "train": RawSplit(smooth_pixels(60, side=8), torch.arange(60) % 3, ("a", "b", "c")),
+        "test": RawSplit(smooth_pixels(12, side=8, seed=1), torch.arange(12) % 3, ("a", "b", "c")),
+    }
+    data = Toy(preprocessing="zca", zca_block=4, **splits)
+    data.setup()
+    assert data.facts.preprocessing == "zca in 2x2 blocks"
+    assert data.spec()["zca_block"] == 4
+    assert torch.allclose(data.preprocessing.inverse(data.test.images), to_unit(splits["test"].images), atol=1e-4)
+    with pytest.raises(UserError, match=r"data.zca_block=3 must divide the sides of the images, 8x8"):
+        Toy(preprocessing="zca", zca_block=3, **splits).setup()
+
+
+def test_a_distilled_set_carries_its_block_whitening(tmp_path):
+    pixels = smooth_pixels(30, side=8)
+    fitted = fit_preprocessing("zca", pixels, zca_block=4)
+    eye = torch.eye(2)
+    distilled = DistilledSet(fitted(to_unit(pixels[:2])), eye, torch.arange(2), "hard", ("a", "b"), fitted)
+    again = DistilledSet.load(distilled.save(tmp_path / "set.safetensors"))
+    assert again.preprocessing.zca_stride == 2
+    assert torch.allclose(again.pixels(), to_unit(pixels[:2]), atol=1e-4)
+    assert torch.equal(again.test_transform(to_unit(pixels)), fitted(to_unit(pixels)))
+
+
+def test_matrices_that_do_not_fit_the_mean_are_refused():
+    state = fit_preprocessing("zca", smooth_pixels(60)).state_dict()
+    for changes in ({"zca_mean": torch.zeros(47)}, {"zca_mean": torch.zeros(96)}, {"zca_unwhiten": torch.eye(12)}):
+        with pytest.raises(UserError, match="preprocessing: a ZCA mean of"):
+            Preprocessing.from_state_dict(state | changes)
+
+
+def test_a_whitening_is_fitted_once_per_data(monkeypatch, tmp_path):
+    fits = []
+
+    def counted(*args, **kwargs):
+        fits.append(args[0])
+        return fit_preprocessing(*args, **kwargs)
+
+    monkeypatch.setattr("lightning_dd.data.base.fit_preprocessing", counted)
+
+    def whitened(**kwargs) -> Toy:
+        data = Toy(**{"preprocessing": "zca", **kwargs})
+        data.setup("fit")
+        return data
+
+    first, again = whitened(), whitened()
+    assert fits == ["zca"]
+    for name, value in first.preprocessing.state_dict().items():
+        assert torch.equal(again.preprocessing.state_dict()[name], value)
+    assert torch.equal(again.train.images, first.train.images)
+    whitened(split_seed=1)  # other training images
+    whitened(zca_block=2)
+    monkeypatch.setattr(Toy, "channel_mean", (0.5, 0.5, 0.5))
+    monkeypatch.setattr(Toy, "channel_std", (0.2, 0.2, 0.2))
+    whitened()
+    assert len(fits) == 4
+    for file in (tmp_path / "cache" / "preprocessing").iterdir():
+        file.write_bytes(file.read_bytes()[:-1])
+    with pytest.warns(UserWarning, match="cached preprocessing .* is damaged"):
+        whitened()
+    assert len(fits) == 5
 
 
 # --- streams ---------------------------------------------------------------------------------------------------

@@ -21,7 +21,8 @@ from torchvision.transforms import CenterCrop, Compose, Resize
 
 from lightning_dd.data import DATA_SETS, ImageFolder, MNIST5k, ParquetImages, RawSplit, RealData
 from lightning_dd.data import cache as cache_module
-from lightning_dd.data.cache import CachedData, cache_folder, cached_split, content_key
+from lightning_dd.data.cache import cache_folder, cached_split, content_key
+from lightning_dd.data.cached import CachedData
 from lightning_dd.data.decode import decode_images
 from lightning_dd.errors import UserError
 
@@ -132,11 +133,11 @@ def test_no_reader_ever_sees_half_a_file(cache):
 
     def write() -> None:
         while not stop.is_set():
-            cache_module._store(cache / "k.safetensors", a_split(200))
+            cache_module.store_split(cache / "k.safetensors", a_split(200))
 
     def read() -> None:
         for _ in range(100):
-            split = cache_module._load(cache / "k.safetensors")
+            split = cache_module.load_split(cache / "k.safetensors")
             seen.append(split is None or torch.equal(split.images, a_split(200).images))
 
     writers = [threading.Thread(target=write) for _ in range(2)]
@@ -179,7 +180,7 @@ def test_several_processes_decode_once(tmp_path):
         def source_key(self, *, train):
             return f"slow-{train}"
 
-        def decode(self, *, train):
+        def decode(self, *, train, allocate=None):
             Slow.decoded += 1
             return a_split()
 
@@ -222,7 +223,7 @@ def test_mnist5k_has_a_balanced_and_disjoint_split(mnist):
 
 def test_mnist5k_is_the_same_every_time_and_comes_from_the_cache(mnist, monkeypatch):
     first = mnist.read(train=True), mnist.read(train=False)
-    monkeypatch.setattr(MNIST5k, "decode", lambda self, *, train: must_not_decode())
+    monkeypatch.setattr(MNIST5k, "decode", lambda self, **_: must_not_decode())
     again = MNIST5k(split_seed=9)  # the test split is no matter of the run's seeds
     assert_same_split(again.read(train=True), first[0])
     assert_same_split(again.read(train=False), first[1])
@@ -338,7 +339,7 @@ def test_a_second_read_comes_from_the_cache_until_the_bytes_change(hub, cache, m
 
     first = reader().read(train=True)
     with monkeypatch.context() as patch:
-        patch.setattr(ParquetImages, "decode", lambda self, *, train: must_not_decode())
+        patch.setattr(ParquetImages, "decode", lambda self, **_: must_not_decode())
         assert_same_split(reader().read(train=True), first)
     assert len(list(cache.iterdir())) == 1
     write_parquet(hub / "train-1.parquet", [encoded(picture(77))], [0], ["cat", "dog"])
@@ -476,6 +477,65 @@ def test_metadata_that_is_not_hugging_faces_is_passed_over(tmp_path):
     assert data.read(train=True).class_names == ("0",)
 
 
+def test_classes_chosen_from_parquet_are_labelled_in_the_order_of_the_choice(tmp_path, cache):
+    names = ["ant", "bee", "cat", "dog"]
+    labels = [3, 1, 0, 2, 1, 3, 0, 2]
+    images = [encoded(picture(seed)) for seed in range(8)]
+    images[2] = b"not chosen, so not decoded"
+    write_parquet(tmp_path / "train-0.parquet", images[:4], labels[:4], names)
+    write_parquet(tmp_path / "train-1.parquet", images[4:], labels[4:], names)
+    write_parquet(tmp_path / "test.parquet", images[:2], labels[:2], names)
+    files = ("train-*.parquet", "test.parquet")
+    data = ParquetImages(*files, root=str(tmp_path), classes=["dog", 1])
+    split = data.read(train=True)
+    assert split.class_names == ("dog", "bee")
+    assert split.labels.tolist() == [0, 1, 1, 0]  # rows 0, 1, 4 and 5
+    expected = torch.stack([torch.from_numpy(np.asarray(picture(s)).copy()).permute(2, 0, 1) for s in (0, 1, 4, 5)])
+    assert torch.equal(split.images, expected)
+    assert data.read(train=False).labels.tolist() == [0, 1]
+    assert data.spec()["classes"] == ["dog", 1]
+    other = ParquetImages(*files, root=str(tmp_path), classes=["bee", "dog"]).read(train=True)
+    assert other.labels.tolist() == [1, 0, 0, 1]  # not the cached one
+    for classes, message in [
+        (["cow"], "there is no class 'cow' among the 4 classes"),
+        ([4], "there is no class 4"),
+        (["bee", 1], "data.classes names 'bee' twice"),
+        ([], "at least one class"),
+        ("nette", "data.classes='nette' chooses among ImageNet's 1,000 classes; here are 4"),
+        ("bees", "data.classes must be a list or one of nette, woof, meow"),
+    ]:
+        with pytest.raises(UserError, match=message) as error:
+            ParquetImages(*files, root=str(tmp_path), classes=classes).read(train=True)
+        one_line(error)
+
+
+def test_parquet_channels_can_be_said(tmp_path):
+    for name, seeds in (("train", range(4)), ("test", range(4, 6))):
+        images = [encoded(picture(seed, mode="L")) for seed in seeds]
+        write_parquet(tmp_path / f"{name}.parquet", images, [0, 1] * (len(images) // 2), ["a", "b"])
+    assert ParquetImages("train.parquet", "test.parquet", root=str(tmp_path), channels=3).read(
+        train=True
+    ).images.shape == (
+        4,
+        3,
+        8,
+        8,
+    )
+
+
+def test_parquet_on_disk_is_known_by_sizes_and_times(hub, monkeypatch):
+    data = ParquetImages("train-*.parquet", "test.parquet", root=str(hub), on_disk=True, val_fraction=0.25)
+    plain = ParquetImages("train-*.parquet", "test.parquet", root=str(hub), val_fraction=0.25)
+    data.setup()
+    plain.setup()
+    assert data.facts == plain.facts
+    assert torch.equal(data.test.images[:], plain.test.images)  # grayscale in a set with colour
+    key = ParquetImages("train-*.parquet", "test.parquet", root=str(hub), on_disk=True).source_key(train=True)
+    assert key == data.source_key(train=True) != plain.source_key(train=True)
+    os.utime(hub / "train-0.parquet", ns=(1, 1))
+    assert data.source_key(train=True) != key
+
+
 # --- folders ---------------------------------------------------------------------------------------------------
 
 
@@ -537,13 +597,28 @@ def test_a_folder_is_read_again_when_a_file_changes(tmp_path, monkeypatch):
     fill(tmp_path / "test", {"a": 1})
     first = ImageFolder(str(tmp_path), 8).read(train=True)
     with monkeypatch.context() as patch:
-        patch.setattr(ImageFolder, "decode", lambda self, *, train: must_not_decode())
+        patch.setattr(ImageFolder, "decode", lambda self, **_: must_not_decode())
         assert_same_split(ImageFolder(str(tmp_path), 8).read(train=True), first)
     changed = tmp_path / "train" / "a" / "0.png"
     picture(99, 10, 8).save(changed)
     os.utime(changed, ns=(1, 1))
     assert not torch.equal(ImageFolder(str(tmp_path), 8).read(train=True).images, first.images)
     assert ImageFolder(str(tmp_path), 4).read(train=True).images.shape[-1] == 4
+
+
+def test_classes_chosen_from_a_folder_are_labelled_in_the_order_of_the_choice(tmp_path):
+    fill(tmp_path / "train", {"ant": 2, "bee": 3, "cat": 1})
+    fill(tmp_path / "test", {"ant": 1, "bee": 2, "cat": 1}, first=50)
+    data = ImageFolder(str(tmp_path), 8, classes=["cat", "ant"])
+    split = data.read(train=True)
+    assert split.class_names == ("cat", "ant")
+    assert split.labels.tolist() == [1, 1, 0]
+    assert data.read(train=False).labels.tolist() == [1, 0]
+    by_place = ImageFolder(str(tmp_path), 8, classes=[2, 0]).read(train=True)
+    assert_same_split(by_place, split)
+    assert len(ImageFolder(str(tmp_path), 8).read(train=True).labels) == 6
+    with pytest.raises(UserError, match="there is no class 'dog' among the 3 classes"):
+        ImageFolder(str(tmp_path), 8, classes=["dog"]).read(train=True)
 
 
 def test_bad_folders(tmp_path):
@@ -662,6 +737,8 @@ def test_the_command_line_sees_every_argument(tmp_path):
     extra = {
         "ImageFolder": ["--data.root=here", "--data.image_size=8"],
         "ParquetImages": ["--data.train_files=a-*.parquet", "--data.test_files=[b, c]"],
+        "HuggingFace": ["--data.path=somebody/pictures", "--data.classes=[cat, 0]"],
+        "ImageNet": ["--data.classes=woof"],
     }
     for name in DATA_SETS:
         known = [f"--data=lightning_dd.data.{name}", *extra.get(name, [])]
@@ -673,6 +750,7 @@ def test_the_command_line_sees_every_argument(tmp_path):
         assert data.spec()["preprocessing"] == "zca"
         arguments = {"root": str(tmp_path)} if name == "ImageFolder" else {}
         assert DATA_SETS[name](**data.spec(), **arguments).spec() == data.spec()
+        assert json.loads(json.dumps(data.spec())) == data.spec()
         with pytest.raises(jsonargparse.ArgumentError, match="nonsense"):
             parser.parse_args([*known, "--data.nonsense=1"])
 

@@ -1,32 +1,62 @@
 """Real and distilled data as Lightning data modules."""
 
-from lightning_dd.data.base import DataFacts, ImageTensors, RawSplit, RealData
+from lightning_dd.data.base import RealData
 from lightning_dd.data.distilled import DistilledSet
 from lightning_dd.data.folder import ImageFolder
+from lightning_dd.data.hub import HuggingFace
+from lightning_dd.data.imagenet import ImageNet, ImageNette, ImageWoof, TinyImageNet
 from lightning_dd.data.mnist5k import MNIST5k
 from lightning_dd.data.parquet import ParquetImages
 from lightning_dd.data.preprocess import Preprocessing
+from lightning_dd.data.rows import RealRows
+from lightning_dd.data.splits import DataFacts, ImageTensors, RawSplit
+from lightning_dd.data.subset import ClassSubset
 from lightning_dd.data.vision import CIFAR10, CIFAR100, MNIST, SVHN, FashionMNIST
 
 DATA_SETS: dict[str, type[RealData]] = {
-    data.__name__: data for data in (MNIST5k, MNIST, FashionMNIST, CIFAR10, CIFAR100, SVHN, ParquetImages, ImageFolder)
+    data.__name__: data
+    for data in (
+        MNIST5k,
+        MNIST,
+        FashionMNIST,
+        CIFAR10,
+        CIFAR100,
+        SVHN,
+        TinyImageNet,
+        ImageNette,
+        ImageWoof,
+        ImageNet,
+        ParquetImages,
+        ImageFolder,
+        HuggingFace,
+    )
 }
 """The real data sets by class name, the name under which a distilled set remembers them."""
+DATA_PARTS: dict[str, type[RealData]] = {part.__name__: part for part in (RealRows, ClassSubset)}
+"""Parts of these sets: a set distilled from one remembers the whole set's name, and the part in its ``spec``."""
 
 __all__ = [
     "CIFAR10",
     "CIFAR100",
+    "DATA_PARTS",
     "DATA_SETS",
     "MNIST",
     "SVHN",
+    "ClassSubset",
     "DataFacts",
     "DistilledSet",
     "FashionMNIST",
+    "HuggingFace",
     "ImageFolder",
+    "ImageNet",
+    "ImageNette",
     "ImageTensors",
+    "ImageWoof",
     "MNIST5k",
     "ParquetImages",
     "Preprocessing",
     "RawSplit",
     "RealData",
+    "RealRows",
+    "TinyImageNet",
 ]

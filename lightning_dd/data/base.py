@@ -1,10 +1,10 @@
-"""The base DataModule: a real image set as tensors on the device, split and preprocessed once."""
+"""The base DataModule: a real image set, split and preprocessed once, on the device or streamed to it."""
 
 import hashlib
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from pytorch_lightning import LightningDataModule
@@ -12,71 +12,29 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_dd.data.preprocess import KINDS, Preprocessing, fit_preprocessing, to_unit
+from lightning_dd.data.cache import cached_tensors, content_key
+from lightning_dd.data.preprocess import KINDS, RIDGE, Preprocessing, block_stride, fit_preprocessing, to_unit
+from lightning_dd.data.splits import DataFacts, ImageTensors, RawSplit
 from lightning_dd.data.stream import EvalBatches, StepCounter, pass_through
+from lightning_dd.data.streamed import PixelRows, StreamedImages
 from lightning_dd.errors import UserError
 
+__all__ = ["DataFacts", "ImageTensors", "RawSplit", "RealData"]
 
-class RawSplit(NamedTuple):
-    """One decoded split: pixels as the reader found them."""
-
-    images: Tensor
-    """``(N, C, H, W)``, uint8 or float in [0, 1]."""
-    labels: Tensor
-    """``(N,)`` int64 in ``[0, num_classes)``."""
-    class_names: tuple[str, ...]
-    """Name of each label, in label order."""
-
-
-class ImageTensors(NamedTuple):
-    """One split ready for a network."""
-
-    images: Tensor
-    """``(N, C, H, W)`` float32, normalised."""
-    labels: Tensor
-    """``(N,)`` int64."""
-
-
-@dataclass(frozen=True)
-class DataFacts:
-    """What a model needs to know of the data; said once, by the data."""
-
-    name: str
-    class_names: tuple[str, ...]
-    image_shape: tuple[int, int, int]
-    preprocessing: str
-    fingerprint: str
-    """Hash of the training pixels and labels (before preprocessing, so the same on every machine)."""
-
-    @property
-    def num_classes(self) -> int:
-        """Number of classes C."""
-        return len(self.class_names)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain Python values for a checkpoint or a JSON header."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "DataFacts":
-        """Rebuild from :meth:`to_dict`."""
-        channels, height, width = values["image_shape"]
-        return cls(
-            name=values["name"],
-            class_names=tuple(values["class_names"]),
-            image_shape=(channels, height, width),
-            preprocessing=values["preprocessing"],
-            fingerprint=values["fingerprint"],
-        )
+_BLOCK = 4096  # images normalised or hashed at a time; fewer of those larger than 32 x 32 x 3
 
 
 class RealData(LightningDataModule, ABC):
-    """A real image-classification set, decoded once and kept as one tensor per split on the device.
+    """A real image-classification set, decoded once and kept as one tensor per split, or streamed.
 
     A subclass says how to read a split (:meth:`read`), and may give published channel statistics. A stratified
     validation split is cut from train; the test split is read only by the ``test`` and ``predict`` stages.
     After ``setup``, :attr:`train`, :attr:`val` and :attr:`test` hold normalised images; the train loader only
     counts steps, because a distiller draws its real batches itself, with its own generator.
+
+    Images that are not kept on the device look the same to whoever draws rows of them: ``data.train.images[rows]``
+    (:class:`~lightning_dd.data.streamed.StreamedImages`). On the CPU, standardised images are the same bit for bit
+    wherever they are kept. On a GPU, the order of the draws differs, since rows are then drawn on the CPU.
 
     Args:
         root: folder of the data set; ``None`` where nothing is on disk or the default cache is meant.
@@ -84,14 +42,22 @@ class RealData(LightningDataModule, ABC):
         val_fraction: share of train cut off for validation, in [0, 1); 0 means no validation split.
         eval_batch_size: images per validation or test batch.
         split_seed: seed of the train/validation split, kept apart from the run's seed so that seeds compare.
-        keep_on_device: move the tensors to the accelerator once; off for sets that do not fit.
+        keep_on_device: keep the images normalised, in float32, on the accelerator. Otherwise they stay in main memory
+            as decoded (8 bits), and each batch is copied to the device and normalised there.
+        on_disk: leave the decoded images in a memory-mapped file of the cache, for sets larger than main memory;
+            batches then come from there. Only for sets that are cached after decoding.
+        workers: threads that read streamed images, one uniform batch ahead; 0 reads when asked.
+        zca_block: side of the blocks that ZCA whitens, in pixels; ``None`` whitens images of up to 64 pixels whole
+            and larger ones in a checkerboard of blocks of at most 64 (FRePo's way).
 
     Raises:
         UserError: an argument is out of range, or (in ``setup``) the data is not usable.
     """
 
-    channel_mean: ClassVar[Sequence[float] | None] = None
-    channel_std: ClassVar[Sequence[float] | None] = None
+    channel_mean: Sequence[float] | None = None
+    channel_std: Sequence[float] | None = None
+    can_stay_on_disk: ClassVar[bool] = False
+    """Whether this class can leave its images in a file."""
 
     def __init__(
         self,
@@ -101,21 +67,35 @@ class RealData(LightningDataModule, ABC):
         eval_batch_size: int = 500,
         split_seed: int = 0,
         keep_on_device: bool = True,
+        on_disk: bool = False,
+        workers: int = 4,
+        zca_block: int | None = None,
     ) -> None:
         super().__init__()
+        self.name: str = type(self).__name__  # by which a distilled set remembers where it came from
         if preprocessing not in KINDS:
             raise UserError(f"data.preprocessing must be one of {', '.join(KINDS)}, got '{preprocessing}'")
         if not 0 <= val_fraction < 1:
             raise UserError(f"data.val_fraction must be in [0, 1), got {val_fraction}")
         if eval_batch_size < 1:
             raise UserError(f"data.eval_batch_size must be at least 1, got {eval_batch_size}")
-        self.name: str = type(self).__name__  # by which a distilled set remembers where it came from
+        if on_disk and not self.can_stay_on_disk:
+            raise UserError(
+                f"data.on_disk: {self.name} is read whole into memory; set data.keep_on_device=false instead"
+            )
+        if workers < 0:
+            raise UserError(f"data.workers must be at least 0, got {workers}")
+        if zca_block is not None and zca_block < 1:
+            raise UserError(f"data.zca_block must be at least 1, got {zca_block}")
         self.root = root
         self.preprocessing_kind = preprocessing
         self.val_fraction = val_fraction
         self.eval_batch_size = eval_batch_size
         self.split_seed = split_seed
         self.keep_on_device = keep_on_device
+        self.on_disk = on_disk
+        self.workers = workers
+        self.zca_block = zca_block
         self.preprocessing: Preprocessing | None = None
         self.train: ImageTensors | None = None
         self.val: ImageTensors | None = None
@@ -130,13 +110,18 @@ class RealData(LightningDataModule, ABC):
             UserError: the files are missing or not what this class reads.
         """
 
+    def train_key(self) -> str | None:
+        """Return a key of the training split where reading its pixels for one would take long, else ``None``."""
+        return None
+
     def spec(self) -> dict[str, Any]:
         """Arguments another machine needs to rebuild this data from the class name (never a path)."""
-        return {
+        spec: dict[str, Any] = {
             "preprocessing": self.preprocessing_kind,
             "val_fraction": self.val_fraction,
             "split_seed": self.split_seed,
         }
+        return spec if self.zca_block is None else spec | {"zca_block": self.zca_block}
 
     @property
     def facts(self) -> DataFacts:
@@ -159,27 +144,27 @@ class RealData(LightningDataModule, ABC):
             self._check(raw, "test")
             if tuple(raw.images.shape[1:]) != self.facts.image_shape or raw.class_names != self.facts.class_names:
                 raise UserError(f"{self.name}: the test split has other image shapes or classes than the train split")
-            self.test = self._normalise(raw.images, raw.labels)
+            self.test = self._normalised(PixelRows(raw.images, torch.arange(len(raw.labels))), raw.labels)
 
     def _setup_train(self) -> None:
         raw = self.read(train=True)
         self._check(raw, "train")
+        self._check_room(raw)
         kept, held_out = self._split(raw.labels)
-        kept_pixels = raw.images[kept]
+        pixels = PixelRows(raw.images, kept)
+        fingerprint = self._fingerprint(pixels, raw.labels[kept])
         if self.preprocessing is None:
-            self.preprocessing = fit_preprocessing(
-                self.preprocessing_kind, kept_pixels, self.channel_mean, self.channel_std
-            )
-        self.train = self._normalise(kept_pixels, raw.labels[kept])
+            self.preprocessing = self._fitted(pixels, fingerprint)
+        self.train = self._normalised(pixels, raw.labels[kept])
         if len(held_out):
-            self.val = self._normalise(raw.images[held_out], raw.labels[held_out])
+            self.val = self._normalised(PixelRows(raw.images, held_out), raw.labels[held_out])
         channels, height, width = raw.images.shape[1:]
         self._facts = DataFacts(
             name=self.name,
             class_names=raw.class_names,
             image_shape=(channels, height, width),
-            preprocessing=self.preprocessing.kind,
-            fingerprint=_fingerprint(kept_pixels, raw.labels[kept]),
+            preprocessing=str(self.preprocessing),
+            fingerprint=fingerprint,
         )
 
     def _split(self, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -198,16 +183,47 @@ class RealData(LightningDataModule, ABC):
             raise UserError(f"data.val_fraction={self.val_fraction} cannot be cut from {self.name}: {error}") from None
         return torch.from_numpy(kept).sort().values, torch.from_numpy(held_out).sort().values
 
-    def _normalise(self, pixels: Tensor, labels: Tensor) -> ImageTensors:
+    def _fitted(self, pixels: PixelRows, fingerprint: str) -> Preprocessing:
+        """Fit the preprocessing, or take it from the cache where fitting takes long."""
+        kind, mean, std = self.preprocessing_kind, self.channel_mean, self.channel_std
+        stride = block_stride(pixels.shape[2], pixels.shape[3], self.zca_block) if kind == "zca" else 1
+        device = self._device() if self._device().type == "cuda" else torch.device("cpu")
+
+        def fit() -> Preprocessing:
+            return fit_preprocessing(kind, pixels, mean, std, zca_block=self.zca_block, device=device)
+
+        if kind != "zca" and self.train_key() is None:
+            return fit()
+        key = content_key("preprocessing", fingerprint, kind, mean and tuple(mean), std and tuple(std), RIDGE, stride)
+        return Preprocessing.from_state_dict(cached_tensors("preprocessing", key, lambda: fit().state_dict()))
+
+    def _fingerprint(self, pixels: PixelRows, labels: Tensor) -> str:
+        """Hash the training pixels and labels, or recall what they were hashed to."""
+        key = self.train_key()
+        if key is None:
+            return _hashed(pixels, labels)
+        key = content_key("fingerprint", key, hashlib.blake2b(pixels.rows.numpy().data).hexdigest())
+
+        def make() -> dict[str, Tensor]:
+            return {"digest": torch.tensor(list(bytes.fromhex(_hashed(pixels, labels))), dtype=torch.uint8)}
+
+        return bytes(cached_tensors("fingerprints", key, make)["digest"].tolist()).hex()
+
+    def _normalised(self, pixels: PixelRows, labels: Tensor) -> ImageTensors:
         assert self.preprocessing is not None
         device = self._device()
-        blocks = [self.preprocessing(to_unit(block.to(device))) for block in torch.split(pixels, 4096)]
-        return ImageTensors(torch.cat(blocks), labels.to(device))
+        preprocessing = self.preprocessing.to(device)
+        if self.on_disk or not self.keep_on_device:
+            return ImageTensors(StreamedImages(pixels, preprocessing, device, self.workers), labels)
+        images = torch.empty(pixels.shape, device=device)
+        step = max(1, min(_BLOCK, _BLOCK * 3072 // pixels.shape[1:].numel()))
+        for start in range(0, len(pixels), step):
+            part = slice(start, start + step)
+            images[part] = preprocessing(to_unit(pixels[part].to(device)))
+        return ImageTensors(images, labels.to(device))
 
     def _device(self) -> torch.device:
-        if self.trainer is None or not self.keep_on_device:
-            return torch.device("cpu")
-        return self.trainer.strategy.root_device
+        return torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
 
     def _check(self, raw: RawSplit, split: str) -> None:
         """Refuse data that no later stage could make sense of, naming the set and the split."""
@@ -229,6 +245,16 @@ class RealData(LightningDataModule, ABC):
         if split == "train" and bool((counts == 0).any()):
             missing = raw.class_names[int((counts == 0).nonzero()[0])]
             raise UserError(f"{where}: class '{missing}' has no images; every class needs at least one")
+
+    def _check_room(self, raw: RawSplit) -> None:
+        """Refuse to keep on the device what is larger than its whole memory."""
+        device, needed = self._device(), 4 * raw.images.numel()
+        room = None if self.on_disk or not self.keep_on_device else _memory_of(device)
+        if room is not None and needed > room:
+            raise UserError(
+                f"{self.name} takes {needed / 2**30:.1f} GiB in float32 and the {device.type} has {room / 2**30:.1f}: "
+                f"set data.keep_on_device=false{' or data.on_disk=true' if self.can_stay_on_disk else ''}"
+            )
 
     def train_dataloader(self) -> DataLoader[int]:
         """Count steps: one epoch is the whole run when ``max_steps`` is set, else 1,000 steps."""
@@ -255,8 +281,19 @@ class RealData(LightningDataModule, ABC):
         return pass_through(EvalBatches(split.images, split.labels, self.eval_batch_size, rank, world))
 
 
-def _fingerprint(pixels: Tensor, labels: Tensor) -> str:
+def _hashed(pixels: PixelRows, labels: Tensor) -> str:
     digest = hashlib.blake2b(digest_size=16)
-    digest.update(pixels.contiguous().numpy().data)
+    for start in range(0, len(pixels), _BLOCK):
+        digest.update(pixels[start : start + _BLOCK].numpy().data)
     digest.update(labels.contiguous().numpy().data)
     return digest.hexdigest()
+
+
+def _memory_of(device: torch.device) -> int | None:
+    """Return the bytes of memory a device has in all, ``None`` if that cannot be asked."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if device.type == "cpu" else None
+    except (AttributeError, ValueError, OSError):
+        return None

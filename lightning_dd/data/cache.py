@@ -1,23 +1,25 @@
-"""Decoded splits on disk: parse or decode once, read back in a moment, and never trust a damaged file."""
+"""Decoded splits and fitted tensors on disk: made once, read back in a moment, a damaged file never trusted."""
 
 import hashlib
 import json
 import os
 import zlib
-from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from pytorch_lightning.utilities import rank_zero_warn
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lightning_dd.data.base import RawSplit, RealData
+from lightning_dd.data.splits import RawSplit
 from lightning_dd.errors import UserError
 from lightning_dd.files import write_atomically
 
 _FORMAT = 1  # raise it when the decoders change what they give for the same bytes: old entries are then left alone
+_NOT_THERE = (FileNotFoundError, NotADirectoryError, PermissionError)
+_DAMAGED = (SafetensorError, OSError, ValueError, KeyError, TypeError)
 
 
 def cache_folder() -> Path:
@@ -57,6 +59,11 @@ def content_key(*parts: object) -> str:
     return digest.hexdigest()
 
 
+def split_path(key: str) -> Path:
+    """Return where the split of a key is kept."""
+    return cache_folder() / f"{key}.safetensors"
+
+
 def cached_split(key: str, decode: Callable[[], RawSplit]) -> RawSplit:
     """Return the split stored under ``key``, or decode it and store it.
 
@@ -70,83 +77,95 @@ def cached_split(key: str, decode: Callable[[], RawSplit]) -> RawSplit:
     Returns:
         The split with the dtypes ``decode`` gave (uint8 images ``(N, C, H, W)`` as a rule, int64 labels).
     """
-    path = cache_folder() / f"{key}.safetensors"
-    split = _load(path)
+    path = split_path(key)
+    split = load_split(path)
     if split is None:
         split = decode()
-        _store(path, split)
+        store_split(path, split)
     return split
 
 
-class CachedData(RealData):
-    """Real data whose decoding is worth keeping: a subclass gives :meth:`source_key` and :meth:`decode`."""
+def cached_tensors(kind: str, key: str, make: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Return the tensors stored under ``key``, or make them and store them; see :func:`cached_split`.
 
-    @abstractmethod
-    def source_key(self, *, train: bool) -> str:
-        """Return the :func:`content_key` of all that :meth:`decode` depends on.
-
-        Raises:
-            UserError: the files are missing.
-        """
-
-    @abstractmethod
-    def decode(self, *, train: bool) -> RawSplit:
-        """Decode the train or the test split from its source, uint8 ``(N, C, H, W)``.
-
-        Raises:
-            UserError: the files are missing or not what this class reads.
-        """
-
-    def read(self, *, train: bool) -> RawSplit:
-        """Return the train or the test split, from the cache where it is there.
-
-        Raises:
-            UserError: the files are missing or not what this class reads.
-        """
-        return cached_split(self.source_key(train=train), lambda: self.decode(train=train))
-
-    def prepare_data(self) -> None:
-        """Fill the cache on one process of each node, so that the others need not decode as well."""
-        if self.trainer is None or self.trainer.world_size == 1:
-            return  # setup() reads it in a moment, and a lone process would do the work twice without a cache
-        self.read(train=True)
-        if self.trainer.testing or self.trainer.predicting:
-            self.read(train=False)
+    Args:
+        kind: what they are, the name of their folder in the cache.
+        key: from :func:`content_key`, of everything they depend on.
+        make: called when the cache has no good file.
+    """
+    path = cache_folder() / kind / f"{key}.safetensors"
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            checksum = (file.metadata() or {})["checksum"]
+        if checksum == str(_checksum(*(found[name] for name in sorted(found)))):
+            return found
+        rank_zero_warn(f"the cached {kind} {path} is damaged (the checksum does not match); making it again")
+    except _NOT_THERE:
+        pass
+    except _DAMAGED as error:
+        rank_zero_warn(f"the cached {kind} {path} is damaged ({error}); making it again")
+    made = {name: value.detach().cpu().contiguous() for name, value in make().items()}
+    _write(path, made, {"checksum": str(_checksum(*(made[name] for name in sorted(made))))})
+    return made
 
 
-def _load(path: Path) -> RawSplit | None:
+def load_split(path: Path, check: bool = True) -> RawSplit | None:
+    """Read a stored split; its pixels stay in the memory-mapped file until they are used.
+
+    Args:
+        path: from :func:`split_path`.
+        check: read it all once and compare the checksum.
+
+    Returns:
+        ``None`` where there is no file, or a damaged one (with a warning).
+    """
     try:
         with safe_open(path, framework="pt") as file:
             facts = json.loads((file.metadata() or {})["split"])
             split = RawSplit(
                 file.get_tensor("images"), file.get_tensor("labels"), tuple(map(str, facts["class_names"]))
             )
-        if len(split.images) != len(split.labels) or facts["checksum"] != _checksum(split):
+        if len(split.images) != len(split.labels) or (check and facts["checksum"] != split_checksum(split)):
             raise ValueError("the checksum does not match")
-    except (FileNotFoundError, NotADirectoryError, PermissionError):
-        return None  # nothing there to be damaged; if the folder is at fault, _store says so
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+    except _NOT_THERE:
+        return None  # nothing there to be damaged; if the folder is at fault, storing says so
+    except _DAMAGED as error:
         rank_zero_warn(f"the cached data {path} is damaged ({error}); decoding again")
         return None
     return split
 
 
-def _store(path: Path, split: RawSplit) -> None:
+def store_split(path: Path, split: RawSplit) -> None:
+    """Write a split; a folder that cannot be written costs a warning."""
+    _write(path, *split_content(split))
+
+
+def split_content(split: RawSplit) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors and the metadata of a split's file."""
     images, labels = split.images.contiguous(), split.labels.contiguous()
-    checksum = _checksum(RawSplit(images, labels, split.class_names))
+    checksum = split_checksum(RawSplit(images, labels, split.class_names))
     facts = {"split": json.dumps({"class_names": split.class_names, "checksum": checksum})}
-    try:
-        write_atomically(path, lambda file: save_file({"images": images, "labels": labels}, file, metadata=facts))
-    except (UserError, SafetensorError) as error:
-        rank_zero_warn(
-            f"the decoded data is not cached ({error}); set LIGHTNING_DD_CACHE to a folder that can be written"
-        )
+    return {"images": images, "labels": labels}, facts
 
 
-def _checksum(split: RawSplit) -> int:
+def split_checksum(split: RawSplit) -> int:
     """Sum over the bytes: a truncated file is found without it, a flipped bit would pass as a pixel."""
+    return _checksum(split.images, split.labels)
 
-    def add(tensor: Tensor, before: int) -> int:
-        return zlib.crc32(tensor.numpy().data, before)
 
-    return add(split.labels, add(split.images, 0))
+def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    def write(file: Path) -> Any:
+        save_file(tensors, file, metadata=metadata)
+
+    try:
+        write_atomically(path, write)
+    except (UserError, SafetensorError) as error:
+        rank_zero_warn(f"{path.name} is not cached ({error}); set LIGHTNING_DD_CACHE to a folder that can be written")
+
+
+def _checksum(*tensors: Tensor) -> int:
+    value = 0
+    for tensor in tensors:
+        value = zlib.crc32(tensor.numpy().data, value)
+    return value

@@ -1,6 +1,6 @@
 """The decoder that every reader of image files shares."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from itertools import islice
@@ -17,7 +17,15 @@ from lightning_dd.errors import UserError
 _TASK = 64  # images per task: one small JPEG takes less time than handing it to a thread
 _ROUND = 2048  # images in flight, so that encoded bytes do not pile up
 
-_Pixels = npt.NDArray[np.uint8]
+PixelArray = npt.NDArray[np.uint8]
+"""Pixels as the decoder handles them: ``(C, H, W)`` or ``(N, C, H, W)``."""
+Allocate = Callable[[tuple[int, ...]], PixelArray]
+"""Makes the array for the pixels of a split, given its shape: in memory, or in a memory-mapped file."""
+
+
+def new_pixels(shape: tuple[int, ...]) -> PixelArray:
+    """Return an array in memory, not filled."""
+    return np.empty(shape, np.uint8)
 
 
 def check_image_size(image_size: int) -> None:
@@ -35,6 +43,7 @@ def decode_images(
     count: int,
     image_size: int | None = None,
     channels: int | None = None,
+    allocate: Allocate = new_pixels,
 ) -> Tensor:
     """Decode encoded images in a pool of threads.
 
@@ -44,6 +53,7 @@ def decode_images(
         image_size: side of the result (short side resized, centre cropped); ``None`` keeps the size, which must
             then be the same throughout.
         channels: 1 or 3; ``None`` gives 1 if all images are grayscale, else 3.
+        allocate: called once, with the shape of the result, for the array to decode into.
 
     Returns:
         uint8 ``(count, channels, H, W)``, in the order of ``sources``.
@@ -52,11 +62,11 @@ def decode_images(
         UserError: an image cannot be decoded or the sizes differ.
     """
 
-    def decode_task(task: Sequence[tuple[str, bytes | Path]]) -> list[tuple[_Pixels, bool]]:
+    def decode_task(task: Sequence[tuple[str, bytes | Path]]) -> list[tuple[PixelArray, bool]]:
         return [_decode(where, payload, image_size, channels) for where, payload in task]
 
     remaining = iter(sources)
-    pixels: _Pixels | None = None
+    pixels: PixelArray | None = None
     all_grey, position = True, 0
     with ThreadPoolExecutor() as pool:
         while batch := list(islice(remaining, _ROUND)):
@@ -64,7 +74,7 @@ def decode_images(
             decoded = (image for images in pool.map(decode_task, tasks) for image in images)
             for (where, _), (image, grey) in zip(batch, decoded, strict=True):
                 if pixels is None:
-                    pixels = np.empty((count, *image.shape), np.uint8)
+                    pixels = allocate((count, *image.shape))
                 if image.shape != pixels.shape[1:]:
                     raise UserError(_sizes_differ(where, image, pixels))
                 pixels[position] = image
@@ -75,7 +85,7 @@ def decode_images(
     return images[:, :1].clone() if channels is None and all_grey else images
 
 
-def _decode(where: str, payload: bytes | Path, image_size: int | None, channels: int | None) -> tuple[_Pixels, bool]:
+def _decode(where: str, payload: bytes | Path, image_size: int | None, channels: int | None) -> tuple[PixelArray, bool]:
     """Decode one image to ``(C, H, W)`` and say whether it was grayscale."""
     try:
         with Image.open(payload if isinstance(payload, Path) else BytesIO(payload)) as opened:
@@ -107,7 +117,7 @@ def _resize_and_crop(image: Image.Image, size: int) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 
-def _sizes_differ(where: str, image: _Pixels, pixels: _Pixels) -> str:
+def _sizes_differ(where: str, image: PixelArray, pixels: PixelArray) -> str:
     return (
         f"the images differ in size ({where} is {image.shape[2]}x{image.shape[1]}, the first one "
         f"{pixels.shape[3]}x{pixels.shape[2]}); set data.image_size to bring them to one size"

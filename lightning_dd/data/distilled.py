@@ -1,7 +1,8 @@
 """The distilled-set file: one safe file with everything needed to use a distilled set.
 
-Layout: safetensors with the tensors ``images``, ``labels``, ``classes`` and ``preprocessing.*``, and one metadata
-entry ``lightning_dd`` holding a JSON header. No pickle anywhere; header fields are plain JSON.
+Layout: safetensors with the tensors ``images``, ``labels``, ``classes``, ``preprocessing.*`` and, for soft labels with
+views, ``views.*``, and one metadata entry ``lightning_dd`` holding a JSON header. No pickle anywhere; header fields are
+plain JSON. Sets with soft labels are format version 2; all others are still written as version 1.
 """
 
 import json
@@ -19,12 +20,15 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from lightning_dd.data.preprocess import Preprocessing
+from lightning_dd.data.views import SoftViews
 from lightning_dd.errors import UserError
 from lightning_dd.files import write_atomically
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+LABEL_FORMS = ("learned", "centred", "hard", "soft")
+"""Forms of the labels in a file: ``soft`` ones are a teacher's logits."""
 _HEADER = "lightning_dd"
-_PREFIX = "preprocessing."
+_PREFIX, _VIEWS = "preprocessing.", "views."
 
 
 @dataclass
@@ -35,13 +39,20 @@ class DistilledSet:
         images: ``(n, C, H, W)`` float32 in normalised space (not clipped).
         labels: ``(n, num_classes)`` float32 in the form named by ``label_kind``.
         classes: ``(n,)`` int64, the class each row stands for.
-        label_kind: ``learned`` or ``centred`` (regression targets around 0) or ``hard`` (one-hot).
+        label_kind: ``learned`` or ``centred`` (regression targets around 0), ``hard`` (one-hot) or ``soft`` (a
+            teacher's logits of the images).
         class_names: one per class, in label order.
         preprocessing: the map test images must go through.
         data: where it came from: ``{"name", "spec", "fingerprint"}``.
         method: name of the distiller, or ``random-real``.
         config: the distiller's whole configuration, plain values.
         training: outer step, validation score, seed and library versions at the time of writing.
+        temperature: students fit ``softmax(logits / temperature)``; for soft labels only.
+        views: crops and mixtures of the images with the teacher's logits of each; for soft labels only. Who trains on
+            them needs no other augmentation; who ignores them has ``labels``.
+
+    Raises:
+        UserError: shapes disagree, a number is not finite or out of range, or the form of the labels is unknown.
     """
 
     images: Tensor
@@ -54,6 +65,8 @@ class DistilledSet:
     method: str = "unknown"
     config: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
+    temperature: float = 1.0
+    views: SoftViews | None = None
 
     def __post_init__(self) -> None:
         rows, count = len(self.images), len(self.class_names)
@@ -64,6 +77,26 @@ class DistilledSet:
             )
         if not bool(torch.isfinite(self.images).all() and torch.isfinite(self.labels).all()):
             raise UserError("distilled set: images or labels hold NaN or infinite values")
+        if self.label_kind not in LABEL_FORMS:
+            raise UserError(
+                f"distilled set: label_kind must be one of {', '.join(LABEL_FORMS)}, got {self.label_kind!r}"
+            )
+        if not 0 < self.temperature < float("inf"):
+            raise UserError(f"distilled set: temperature must be positive, got {self.temperature}")
+        if self.views is not None:
+            self._check_views(self.views)
+
+    def _check_views(self, views: SoftViews) -> None:
+        if self.label_kind != "soft":
+            raise UserError(f"distilled set: views need soft labels, these are {self.label_kind}")
+        if len(views) != len(self) or views.logits.shape[2] != self.num_classes:
+            raise UserError(
+                f"distilled set: views of {len(views)} images and {views.logits.shape[2]} classes "
+                f"for {len(self)} images and {self.num_classes} classes"
+            )
+        right, bottom = views.pastes[..., 2].max(), views.pastes[..., 3].max()
+        if bool((views.pastes < 0).any() or bottom > self.images.shape[2] or right > self.images.shape[3]):
+            raise UserError("distilled set: a pasted box lies outside the images")
 
     def __len__(self) -> int:
         return len(self.images)
@@ -109,8 +142,9 @@ class DistilledSet:
         Raises:
             UserError: the folder cannot be written.
         """
+        soft = self.label_kind == "soft"
         header = {
-            "format_version": FORMAT_VERSION,
+            "format_version": FORMAT_VERSION if soft else 1,
             "label_kind": self.label_kind,
             "class_names": list(self.class_names),
             "ipc": self.ipc,
@@ -119,9 +153,11 @@ class DistilledSet:
             "method": self.method,
             "config": self.config,
             "training": self.training,
+            **({"temperature": self.temperature} if soft else {}),
         }
         tensors = {"images": self.images, "labels": self.labels, "classes": self.classes}
         tensors |= {_PREFIX + name: value for name, value in self.preprocessing.state_dict().items()}
+        tensors |= {_VIEWS + name: value for name, value in (self.views.state_dict() if self.views else {}).items()}
         plain = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
         metadata = {_HEADER: json.dumps(header)}
         return write_atomically(path, lambda temporary: save_file(plain, temporary, metadata))
@@ -143,10 +179,11 @@ class DistilledSet:
         except (SafetensorError, OSError, struct.error) as error:
             raise UserError(f"distilled set '{path}': not a safetensors file, or truncated ({error})") from None
         header = _read_header(path, metadata)
+        preprocessing, views = (
+            {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+            for prefix in (_PREFIX, _VIEWS)
+        )
         try:
-            preprocessing = {
-                name.removeprefix(_PREFIX): value for name, value in tensors.items() if name.startswith(_PREFIX)
-            }
             return cls(
                 images=tensors["images"],
                 labels=tensors["labels"],
@@ -158,6 +195,8 @@ class DistilledSet:
                 method=header["method"],
                 config=header["config"],
                 training=header["training"],
+                temperature=float(header.get("temperature", 1.0)),
+                views=SoftViews.from_state_dict(views) if views else None,
             )
         except UserError as error:
             raise UserError(f"'{path}': {error}") from None

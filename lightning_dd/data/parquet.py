@@ -6,15 +6,18 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from glob import glob
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from lightning_dd.data.base import RawSplit
-from lightning_dd.data.cache import CachedData, content_key
-from lightning_dd.data.decode import check_image_size, decode_images
+from lightning_dd.data.cache import content_key
+from lightning_dd.data.cached import CachedData
+from lightning_dd.data.classes import Classes, choose_classes, relabel
+from lightning_dd.data.decode import Allocate, check_image_size, decode_images, new_pixels
+from lightning_dd.data.splits import RawSplit
 from lightning_dd.errors import UserError
 
 
@@ -38,6 +41,9 @@ class ParquetImages(CachedData):
         root: folder of the files.
         image_column: name of the image column.
         label_column: name of the label column.
+        channels: 3 for RGB, 1 for grayscale; ``None`` gives one channel where all images are grayscale.
+        classes: class names or labels, or a group of :data:`~lightning_dd.data.classes.CLASS_GROUPS`; ``None`` takes
+            all. Labels then follow the order of the choice.
         **kwargs: the other arguments of :class:`~lightning_dd.data.base.RealData`.
 
     Raises:
@@ -52,6 +58,8 @@ class ParquetImages(CachedData):
         root: str | None = None,
         image_column: str = "image",
         label_column: str = "label",
+        channels: Literal[1, 3] | None = None,
+        classes: Classes = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(root=root, **kwargs)
@@ -62,31 +70,48 @@ class ParquetImages(CachedData):
         self.image_size = image_size
         self.image_column = image_column
         self.label_column = label_column
+        self.channels = channels
+        self.classes = classes
         self._train_shape: torch.Size | None = None
 
     def spec(self) -> dict[str, Any]:
         """Arguments another machine needs to rebuild this data; files by a name that needs no path."""
-        return super().spec() | {
-            "train_files": [_portable(name) for name in self.train_files],
-            "test_files": [_portable(name) for name in self.test_files],
-            "image_size": self.image_size,
-            "image_column": self.image_column,
-            "label_column": self.label_column,
-        }
+        chosen = {"channels": self.channels, "classes": self.classes}
+        return (
+            super().spec()
+            | {name: value for name, value in chosen.items() if value is not None}
+            | {
+                "train_files": [_portable(name) for name in self.train_files],
+                "test_files": [_portable(name) for name in self.test_files],
+                "image_size": self.image_size,
+                "image_column": self.image_column,
+                "label_column": self.label_column,
+            }
+        )
 
     def source_key(self, *, train: bool) -> str:
-        """Return the key of the files' bytes, the columns and the size."""
-        columns = (self.image_column, self.label_column)
-        return content_key("parquet", self.image_size, columns, self._class_names(), *self._files(train))
+        """Return the key of the columns, the size and the files' bytes (with ``on_disk``, their sizes and times)."""
+        columns, files = (self.image_column, self.label_column), self._files(train)
+        stamps = [(file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        content = stamps if self.on_disk else files
+        chosen = () if self.classes is None and self.channels is None else (self.classes, self.channels)
+        return content_key("parquet", self.image_size, columns, self.all_class_names(), *chosen, *content)
 
-    def decode(self, *, train: bool) -> RawSplit:
+    def decode(self, *, train: bool, allocate: Allocate = new_pixels) -> RawSplit:
         """Decode the files of a split, uint8 ``(N, C, H, W)``."""
-        files = self._files(train)
-        labels = self._labels(files)
-        if len(labels) == 0:
+        files, names = self._files(train), self.all_class_names()
+        labels = [self._labels([file]) for file in files]
+        if self.classes is not None:
+            chosen = choose_classes(self.classes, names)
+            labels = [relabel(of_file, chosen, len(names)) for of_file in labels]
+            names = tuple(names[place] for place in chosen)
+        wanted = torch.cat(labels)
+        wanted = wanted[wanted >= 0] if self.classes is not None else wanted
+        if len(wanted) == 0:
             raise UserError(f"data.{_argument(train)}: the files hold no rows")
-        rows = (row for file in files for row in self._rows(file))
-        return RawSplit(decode_images(rows, len(labels), self.image_size), labels, self._class_names())
+        keep = [None if self.classes is None else (of_file >= 0).numpy() for of_file in labels]
+        rows = (row for file, mask in zip(files, keep, strict=True) for row in self._rows(file, mask))
+        return RawSplit(decode_images(rows, len(wanted), self.image_size, self.channels, allocate), wanted, names)
 
     def read(self, *, train: bool) -> RawSplit:
         """Return the train or the test split, from the cache where it is there; both have one shape.
@@ -104,7 +129,7 @@ class ParquetImages(CachedData):
         assert wanted is not None
         images = split.images
         if images.shape[1] == 1 and wanted[0] == 3:  # a test split may happen to be all grayscale
-            images = images.repeat(1, 3, 1, 1)
+            images = images.expand(-1, 3, -1, -1)
         if images.shape[1:] != wanted:
             raise UserError(
                 f"data.test_files: the images are {tuple(images.shape[1:])} and those of data.train_files "
@@ -138,8 +163,12 @@ class ParquetImages(CachedData):
         where = " or ".join(f"'{folder}'" for folder in folders)
         raise UserError(f"data.{argument}: no file matches '{pattern}' in {where} (set data.root or LIGHTNING_DD_DATA)")
 
-    def _class_names(self) -> tuple[str, ...]:
-        """Return the names all files agree on; label 3 must mean the same thing in train and test."""
+    def all_class_names(self) -> tuple[str, ...]:
+        """Return the names all files agree on, before any are chosen: label 3 means the same in train and test.
+
+        Raises:
+            UserError: files are missing or disagree.
+        """
         train, test = self._files(True), self._files(False)
         if both := {file.resolve() for file in train} & {file.resolve() for file in test}:
             raise UserError(f"'{min(both)}' is in data.train_files and in data.test_files")
@@ -189,18 +218,24 @@ class ParquetImages(CachedData):
             parts.append(column.to_numpy().astype(np.int64))
         return torch.from_numpy(np.concatenate(parts))
 
-    def _rows(self, file: Path) -> Iterator[tuple[str, bytes]]:
-        """Yield the place and the encoded bytes of each image of a file."""
-        row = 0
+    def _rows(self, file: Path, mask: npt.NDArray[np.bool_] | None) -> Iterator[tuple[str, bytes]]:
+        """Yield the place and the encoded bytes of each image of a file, or of those in the mask."""
+        import pyarrow as pa
+
+        first = 0
         with _opened(file) as parquet:
             for batch in parquet.iter_batches(batch_size=1024, columns=[self.image_column]):
-                for value in batch.column(0).to_pylist():
+                rows, column = np.arange(len(batch)), batch.column(0)
+                if mask is not None:
+                    rows = rows[mask[first : first + len(batch)]]
+                    column = column.take(pa.array(rows))
+                for row, value in zip((rows + first).tolist(), column.to_pylist(), strict=True):
                     payload = value["bytes"] if isinstance(value, dict) else value
                     where = f"in '{file.name}', row {row}"
                     if payload is None:
                         raise UserError(f"cannot decode the image {where}: it has no bytes")
                     yield where, payload
-                    row += 1
+                first += len(batch)
 
 
 @contextmanager

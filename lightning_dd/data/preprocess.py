@@ -5,14 +5,36 @@ Two kinds: channel standardisation, and ZCA whitening with FRePo's *relative* re
 are whitened with the same matrix, so the matrices travel with the distilled set.
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from lightning_dd.errors import UserError
 
 KINDS = ("standardise", "zca")
+LARGEST_BLOCK = 64
+"""Side in pixels up to which images are whitened whole; FRePo whitens larger ones in blocks of at most this side."""
+RIDGE = 0.1
+"""FRePo's regulariser of the covariance, relative to the mean variance."""
+
+_SMALLEST_BLOCK = 16  # the side below which a block chosen for the user would hardly whiten anything
+_FIT_NUMBERS = 8192 * 3072  # numbers in a block of a fit: float64 copies of the whole set would triple its memory
+
+
+class Pixels(Protocol):
+    """Training images to fit on: a tensor ``(N, C, H, W)``, or what is sliced like one."""
+
+    @property
+    def shape(self) -> torch.Size:
+        """``(N, C, H, W)``."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: slice, /) -> Tensor: ...
 
 
 class Preprocessing:
@@ -21,12 +43,19 @@ class Preprocessing:
     ``normalised = whiten((pixels - mean) / std)``; ``whiten`` is the identity for ``standardise``.
     Calling the object applies it; :meth:`inverse` undoes it.
 
+    Images larger than the whitening matrix are whitened in blocks: with stride s, block (i, j) holds the pixels
+    ``[i::s, j::s]`` of every channel (a checkerboard of s x s sub-images), and all blocks share the matrix. The
+    stride follows from the shapes, so it is not stored.
+
     Args:
         mean: channel means, ``(C,)``, of pixels in [0, 1].
         std: channel standard deviations, ``(C,)``.
         zca_mean: mean of the flattened standardised images, ``(C*H*W,)``; ``None`` without whitening.
-        zca_whiten: whitening matrix ``(C*H*W, C*H*W)``, symmetric.
+        zca_whiten: whitening matrix ``(d, d)``, symmetric, ``d = C*H*W / s**2``.
         zca_unwhiten: its inverse, same shape.
+
+    Raises:
+        UserError: the shapes of mean and matrices disagree.
     """
 
     def __init__(
@@ -42,11 +71,16 @@ class Preprocessing:
         self.zca_mean = zca_mean
         self.zca_whiten = zca_whiten
         self.zca_unwhiten = zca_unwhiten
+        self.zca_stride = _stride_of(zca_mean, zca_whiten, zca_unwhiten)
+        """Stride s of the blocks; 1 where images are whitened whole, or not at all."""
 
     @property
     def kind(self) -> str:
         """``"standardise"`` or ``"zca"``."""
         return "standardise" if self.zca_whiten is None else "zca"
+
+    def __str__(self) -> str:
+        return self.kind if self.zca_stride == 1 else f"{self.kind} in {self.zca_stride}x{self.zca_stride} blocks"
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """Map pixels in [0, 1], ``(N, C, H, W)``, to normalised images on the same device.
@@ -56,16 +90,24 @@ class Preprocessing:
             >>> to_normalised(torch.ones(1, 1, 2, 2)).unique()
             tensor([2.])
         """
-        images = (pixels - self._channels(self.mean, pixels)) / self._channels(self.std, pixels)
+        images = (pixels - self._channels(self.mean, pixels)).div_(self._channels(self.std, pixels))
         if self.zca_mean is None or self.zca_whiten is None:
             return images
-        return _apply_rows(images, self.zca_mean, self.zca_whiten, before=True)
+        with torch.autocast(images.device.type, enabled=False):
+            rows = images.float().flatten(1) - self.zca_mean.to(images.device)
+            return _times(rows.view_as(images), self.zca_whiten, self.zca_stride)
 
     def inverse(self, images: Tensor) -> Tensor:
         """Map normalised images ``(N, C, H, W)`` back to pixels (not clipped to [0, 1])."""
         if self.zca_mean is not None and self.zca_unwhiten is not None:
-            images = _apply_rows(images, self.zca_mean, self.zca_unwhiten, before=False)
+            with torch.autocast(images.device.type, enabled=False):
+                rows = _times(images.float(), self.zca_unwhiten, self.zca_stride).flatten(1)
+                images = (rows + self.zca_mean.to(images.device)).view_as(images)
         return images * self._channels(self.std, images) + self._channels(self.mean, images)
+
+    def to(self, device: torch.device | str) -> "Preprocessing":
+        """Return the same map with its tensors on a device, for many small batches there."""
+        return Preprocessing(**{name: value.to(device) for name, value in self.state_dict().items()})
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the tensors that define this map, without the absent ones."""
@@ -84,12 +126,16 @@ class Preprocessing:
 
 def fit_preprocessing(
     kind: str,
-    pixels: Tensor,
+    pixels: Pixels,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
-    zca_ridge: float = 0.1,
+    zca_ridge: float = RIDGE,
+    zca_block: int | None = None,
+    device: torch.device | str = "cpu",
 ) -> Preprocessing:
     """Fit a preprocessing on training pixels, uint8 ``(N, C, H, W)`` or float in [0, 1].
+
+    Pixels are read block by block, so they need not fit in memory.
 
     Args:
         kind: ``"standardise"`` or ``"zca"``.
@@ -97,55 +143,75 @@ def fit_preprocessing(
         mean: channel means to use instead of the measured ones (published statistics).
         std: channel standard deviations, likewise.
         zca_ridge: FRePo's regulariser relative to the mean variance.
+        zca_block: side in pixels of the blocks that are whitened; see :func:`block_stride`.
+        device: where to compute; the result is on the CPU.
 
     Raises:
-        UserError: ``kind`` is unknown.
+        UserError: ``kind`` is unknown, or ``zca_block`` does not divide the images.
     """
     if kind not in KINDS:
         raise UserError(f"preprocessing must be one of {', '.join(KINDS)}, got '{kind}'")
-    scaled = to_unit(pixels)
+    stride = block_stride(pixels.shape[2], pixels.shape[3], zca_block) if kind == "zca" else 1
     if mean is None or std is None:
-        spread, centre = torch.std_mean(scaled.double(), dim=(0, 2, 3), correction=0)
-        mean, std = centre.tolist(), spread.clamp_min(1e-8).tolist()
+        mean, std = _channel_statistics(pixels, device)
     channelwise = Preprocessing(mean, std)
     if kind == "standardise":
         return channelwise
-    centre, whiten, unwhiten = fit_zca(channelwise(scaled), zca_ridge)
+    centre, whiten, unwhiten = _fit_zca(pixels, channelwise, zca_ridge, stride, device)
     return Preprocessing(mean, std, centre, whiten, unwhiten)
 
 
-def fit_zca(images: Tensor, ridge: float = 0.1) -> tuple[Tensor, Tensor, Tensor]:
+def block_stride(height: int, width: int, zca_block: int | None = None) -> int:
+    """Return the stride of the blocks in which images of this size are whitened.
+
+    Args:
+        height: of the images, in pixels.
+        width: likewise.
+        zca_block: longer side of a block; ``None`` whitens images of up to 64 pixels whole, and larger ones in the
+            largest blocks of at most 64 pixels.
+
+    Raises:
+        UserError: no such blocks fill the image.
+
+    Example:
+        >>> block_stride(32, 32), block_stride(128, 128), block_stride(224, 224), block_stride(64, 64, zca_block=32)
+        (1, 2, 4, 2)
+    """
+    side = max(height, width)
+    if zca_block is not None:
+        stride = side // zca_block if 0 < zca_block <= side and side % zca_block == 0 else 0
+        if stride == 0 or height % stride or width % stride:
+            raise UserError(f"data.zca_block={zca_block} must divide the sides of the images, {height}x{width}")
+        return stride
+    strides = range(-(-side // LARGEST_BLOCK), side // _SMALLEST_BLOCK + 1) if side > LARGEST_BLOCK else [1]
+    found = next((stride for stride in strides if height % stride == 0 and width % stride == 0), None)
+    if found is None:
+        raise UserError(
+            f"images of {height}x{width} cannot be cut into equal blocks of {_SMALLEST_BLOCK} to {LARGEST_BLOCK} "
+            "pixels for ZCA: set data.image_size or data.zca_block"
+        )
+    return found
+
+
+def fit_zca(images: Tensor, ridge: float = RIDGE, stride: int = 1) -> tuple[Tensor, Tensor, Tensor]:
     """Fit FRePo's ZCA: eigenvectors of ``cov + ridge * tr(cov)/d * I``.
 
     With ``cov + ridge * tr(cov)/d * I = U diag(s) U^T`` the whitening matrix is ``U diag(s^-1/2) U^T`` and its
     inverse ``U diag(s^1/2) U^T``. When there are fewer images than dimensions, eigenvalues beyond the number of
     images are replaced by 1, as FRePo does. Computed in float64, returned in float32.
 
+    With blocks, ``cov`` is the mean over the ``stride**2`` blocks of their covariances, each about its own mean.
+
     Args:
         images: standardised images, ``(N, C, H, W)``.
         ridge: regulariser relative to the mean variance ``tr(cov)/d``.
+        stride: of the blocks; 1 whitens images whole.
 
     Returns:
-        mean ``(d,)``, whitening ``(d, d)`` and un-whitening ``(d, d)`` matrices, ``d = C*H*W``.
+        mean ``(C*H*W,)``, whitening ``(d, d)`` and un-whitening ``(d, d)`` matrices, ``d = C*H*W / stride**2``.
     """
-    rows = images.flatten(1)
-    count, dims = rows.shape
-    mean = rows.double().mean(0)
-    covariance = torch.zeros(dims, dims, dtype=torch.float64, device=rows.device)
-    for block in torch.split(rows, 8192):  # float64 copies of the whole set would triple its memory
-        centred = block.double() - mean
-        covariance += centred.T @ centred
-    covariance /= count
-    regularised = covariance + ridge * covariance.trace() / dims * torch.eye(
-        dims, dtype=torch.float64, device=rows.device
-    )
-    values, vectors = torch.linalg.eigh(regularised)
-    values, vectors = values.flip(0), vectors.flip(1)  # descending, so that `count` cuts the smallest
-    if count < dims:
-        values = torch.where(torch.arange(dims, device=values.device) < count, values, torch.ones_like(values))
-    whiten = (vectors * values.rsqrt()) @ vectors.T
-    unwhiten = (vectors * values.sqrt()) @ vectors.T
-    return mean.float(), whiten.float(), unwhiten.float()
+    channels = images.shape[1]
+    return _fit_zca(images, Preprocessing([0.0] * channels, [1.0] * channels), ridge, stride, images.device)
 
 
 def to_unit(pixels: Tensor) -> Tensor:
@@ -153,10 +219,95 @@ def to_unit(pixels: Tensor) -> Tensor:
     return pixels.float().div_(255) if pixels.dtype == torch.uint8 else pixels
 
 
-def _apply_rows(images: Tensor, mean: Tensor, matrix: Tensor, *, before: bool) -> Tensor:
-    """Multiply flattened images by ``matrix``, with ``mean`` taken off before or added after (no autocast)."""
-    with torch.autocast(images.device.type, enabled=False):
-        rows = images.float().flatten(1)
-        mean, matrix = mean.to(rows.device), matrix.to(rows.device)
-        rows = (rows - mean) @ matrix if before else rows @ matrix + mean
-    return rows.view_as(images)
+def to_blocks(images: Tensor, stride: int) -> Tensor:
+    """Cut images ``(N, C, H, W)`` into blocks ``(N * stride**2, C, H/stride, W/stride)`` of pixels ``[i::s, j::s]``.
+
+    Example:
+        >>> to_blocks(torch.arange(16.0).view(1, 1, 4, 4), 2)[1, 0]
+        tensor([[ 1.,  3.],
+                [ 9., 11.]])
+    """
+    count, channels, height, width = images.shape
+    blocks = F.pixel_unshuffle(images, stride).reshape(count, channels, stride**2, height // stride, width // stride)
+    return blocks.transpose(1, 2).flatten(0, 1)
+
+
+def from_blocks(blocks: Tensor, stride: int) -> Tensor:
+    """Undo :func:`to_blocks`."""
+    images = blocks.reshape(-1, stride**2, *blocks.shape[1:]).transpose(1, 2).flatten(1, 2)
+    return F.pixel_shuffle(images, stride)
+
+
+def _times(images: Tensor, matrix: Tensor, stride: int) -> Tensor:
+    """Multiply flattened images, or their flattened blocks, by ``matrix``."""
+    matrix = matrix.to(images.device)
+    if stride == 1:
+        return (images.flatten(1) @ matrix).view_as(images)
+    blocks = to_blocks(images, stride)
+    return from_blocks((blocks.flatten(1) @ matrix).view_as(blocks), stride)
+
+
+def _stride_of(mean: Tensor | None, whiten: Tensor | None, unwhiten: Tensor | None) -> int:
+    if mean is None or whiten is None or unwhiten is None:
+        return 1
+    stride = math.isqrt(mean.numel() // max(1, len(whiten)))
+    square = (mean.numel() // max(1, stride**2),) * 2
+    if stride < 1 or stride**2 * square[0] != mean.numel() or whiten.shape != square or unwhiten.shape != square:
+        raise UserError(
+            f"preprocessing: a ZCA mean of {mean.numel()} numbers does not go with matrices {tuple(whiten.shape)} "
+            f"and {tuple(unwhiten.shape)}"
+        )
+    return stride
+
+
+def _raw_blocks(pixels: Pixels, device: torch.device | str) -> Iterator[Tensor]:
+    """Yield the pixels on ``device`` in blocks of a size that follows from the image shape alone."""
+    step = max(1, _FIT_NUMBERS // math.prod(pixels.shape[1:]))
+    for start in range(0, len(pixels), step):
+        yield pixels[start : start + step].to(device)
+
+
+def _channel_statistics(pixels: Pixels, device: torch.device | str) -> tuple[list[float], list[float]]:
+    """Measure mean and standard deviation of every channel, in float64."""
+    if pixels[:1].dtype == torch.uint8:  # 256 different values: count them once
+        counts = torch.zeros(pixels.shape[1], 256, dtype=torch.int64, device=device)
+        for block in _raw_blocks(pixels, device):
+            counts += torch.stack([channel.flatten().bincount(minlength=256) for channel in block.transpose(0, 1)])
+        values = to_unit(torch.arange(256, dtype=torch.uint8)).double()
+        shares = counts.cpu().double() / counts[0].sum().item()
+        mean = shares @ values
+        variance = (shares * (values - mean[:, None]).square()).sum(1)
+        return mean.tolist(), variance.sqrt().clamp_min(1e-8).tolist()
+    count = len(pixels) * math.prod(pixels.shape[2:])
+    mean, squares = (torch.zeros(pixels.shape[1], dtype=torch.float64, device=device) for _ in range(2))
+    for block in _raw_blocks(pixels, device):
+        mean += block.double().sum((0, 2, 3)) / count
+    for block in _raw_blocks(pixels, device):
+        squares += (block.double() - mean.view(1, -1, 1, 1)).square().sum((0, 2, 3)) / count
+    return mean.tolist(), squares.sqrt().clamp_min(1e-8).tolist()
+
+
+def _fit_zca(
+    pixels: Pixels, channelwise: Preprocessing, ridge: float, stride: int, device: torch.device | str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Fit :func:`fit_zca` on ``channelwise`` images, two passes over the pixels."""
+    count, dims = len(pixels), math.prod(pixels.shape[1:])
+    size = dims // stride**2
+    mean = torch.zeros(dims, dtype=torch.float64, device=device)
+    for block in _raw_blocks(pixels, device):
+        mean += channelwise(to_unit(block)).flatten(1).double().sum(0)
+    mean /= count
+    covariance = torch.zeros(size, size, dtype=torch.float64, device=device)
+    for block in _raw_blocks(pixels, device):
+        centred = channelwise(to_unit(block)).double() - mean.view(block.shape[1:])
+        rows = to_blocks(centred, stride).flatten(1)
+        covariance += rows.T @ rows
+    covariance /= count * stride**2
+    regularised = covariance + ridge * covariance.trace() / size * torch.eye(size, dtype=torch.float64, device=device)
+    values, vectors = torch.linalg.eigh(regularised)
+    values, vectors = values.flip(0), vectors.flip(1)  # descending, so that `count` cuts the smallest
+    if count < size:
+        values = torch.where(torch.arange(size, device=values.device) < count, values, torch.ones_like(values))
+    whiten = (vectors * values.rsqrt()) @ vectors.T
+    unwhiten = (vectors * values.sqrt()) @ vectors.T
+    return mean.float().cpu(), whiten.float().cpu(), unwhiten.float().cpu()

@@ -7,6 +7,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
+from lightning_dd.data.splits import ImageTensors
+from lightning_dd.data.streamed import StreamedImages
+
 Batch = TypeVar("Batch")
 
 
@@ -33,9 +36,23 @@ class ShuffledStream:
         self.generator = generator
         self._order = torch.empty(0, dtype=torch.int64, device=generator.device)
         self._position = 0
+        self._peeked: tuple[Tensor, dict[str, Any]] | None = None
 
     def next(self) -> Tensor:
         """Return the next ``(batch_size,)`` int64 indices."""
+        if self._peeked is not None:
+            batch, self._peeked = self._peeked[0], None
+            return batch
+        return self._advance()
+
+    def peek(self) -> Tensor:
+        """Return what :meth:`next` is going to return, and leave the state as it is."""
+        if self._peeked is None:
+            state = self.state_dict()
+            self._peeked = self._advance(), state
+        return self._peeked[0]
+
+    def _advance(self) -> Tensor:
         if self._position + self.batch_size > len(self._order):
             self._order = torch.randperm(self.size, generator=self.generator, device=self.generator.device)
             self._position = 0
@@ -50,6 +67,8 @@ class ShuffledStream:
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything a resumed stream needs to go on exactly."""
+        if self._peeked is not None:
+            return self._peeked[1]
         return {
             "order": self._order.cpu(),
             "position": self._position,
@@ -58,9 +77,24 @@ class ShuffledStream:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from :meth:`state_dict`."""
+        self._peeked = None
         self._order = state["order"].to(self.generator.device)
         self._position = int(state["position"])
         self.generator.set_state(state["generator"].cpu())
+
+
+def next_batch(split: ImageTensors, stream: ShuffledStream, device: torch.device | str) -> ImageTensors:
+    """Return the stream's next batch of a split on ``device``; streamed images of the one after begin to be read.
+
+    Args:
+        split: the images and their classes.
+        stream: of rows of the split, on the labels' device.
+        device: where the batch shall be.
+    """
+    batch = split.take(stream.next(), device)
+    if isinstance(split.images, StreamedImages):
+        split.images.read_ahead(stream.peek())
+    return batch
 
 
 class ClassBlocks:
@@ -113,14 +147,16 @@ class EvalBatches(IterableDataset[tuple[Tensor, Tensor]]):
     """
 
     def __init__(self, images: Tensor, labels: Tensor, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
-        self.images = images[rank::world_size]
-        self.labels = labels[rank::world_size]
-        self.batch_size = batch_size
+        self.images, self.labels = images, labels
+        starts = range(rank, len(labels), batch_size * world_size)
+        self._batches = [slice(start, start + batch_size * world_size, world_size) for start in starts]
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for start in range(0, len(self.images), self.batch_size):
-            rows = slice(start, start + self.batch_size)
-            yield self.images[rows], self.labels[rows]
+        for place, rows in enumerate(self._batches, start=1):
+            images = self.images[rows]
+            if place < len(self._batches) and isinstance(self.images, StreamedImages):
+                self.images.read_ahead(self._batches[place])
+            yield images, self.labels[rows]
 
 
 class StepCounter(IterableDataset[int]):

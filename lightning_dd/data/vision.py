@@ -10,7 +10,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from lightning_dd.data.base import RawSplit, RealData
+from lightning_dd.data.base import RealData
+from lightning_dd.data.splits import RawSplit
 from lightning_dd.errors import UserError
 
 _DIGITS = tuple("0123456789")
@@ -88,8 +89,8 @@ class MNIST(_TorchvisionData):
     dataset = "MNIST"
     layout = "NHW"
     class_names = _DIGITS
-    channel_mean: ClassVar[Sequence[float] | None] = (0.1307,)
-    channel_std: ClassVar[Sequence[float] | None] = (0.3081,)
+    channel_mean: Sequence[float] | None = (0.1307,)
+    channel_std: Sequence[float] | None = (0.3081,)
 
 
 class FashionMNIST(_TorchvisionData):
@@ -97,24 +98,24 @@ class FashionMNIST(_TorchvisionData):
 
     dataset = "FashionMNIST"
     layout = "NHW"
-    channel_mean: ClassVar[Sequence[float] | None] = (0.2861,)
-    channel_std: ClassVar[Sequence[float] | None] = (0.3530,)
+    channel_mean: Sequence[float] | None = (0.2861,)
+    channel_std: Sequence[float] | None = (0.3530,)
 
 
 class CIFAR10(_TorchvisionData):
     """Photographs of 10 kinds of things, ``(3, 32, 32)``, 50,000 + 10,000 (Krizhevsky 2009)."""
 
     dataset = "CIFAR10"
-    channel_mean: ClassVar[Sequence[float] | None] = (0.4914, 0.4822, 0.4465)
-    channel_std: ClassVar[Sequence[float] | None] = (0.2470, 0.2435, 0.2616)
+    channel_mean: Sequence[float] | None = (0.4914, 0.4822, 0.4465)
+    channel_std: Sequence[float] | None = (0.2470, 0.2435, 0.2616)
 
 
 class CIFAR100(_TorchvisionData):
     """Photographs of 100 kinds of things, ``(3, 32, 32)``, 50,000 + 10,000 (Krizhevsky 2009)."""
 
     dataset = "CIFAR100"
-    channel_mean: ClassVar[Sequence[float] | None] = (0.5071, 0.4866, 0.4409)
-    channel_std: ClassVar[Sequence[float] | None] = (0.2673, 0.2564, 0.2762)
+    channel_mean: Sequence[float] | None = (0.5071, 0.4866, 0.4409)
+    channel_std: Sequence[float] | None = (0.2673, 0.2564, 0.2762)
 
 
 class SVHN(_TorchvisionData):

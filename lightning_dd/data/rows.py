@@ -1,0 +1,147 @@
+"""A part of a data set by rows: members for whoever learns, and held-out images nobody has learned from."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_dd.data.base import RealData
+from lightning_dd.data.splits import RawSplit
+from lightning_dd.data.subset import data_set
+from lightning_dd.errors import UserError
+from lightning_dd.seeding import make_generator
+
+
+class RealRows(RealData):
+    """Some rows of another data set's training split as training data, and held-out images as test data.
+
+    The training split is shuffled once by ``rows_seed`` and cut into chunks of ``rows`` images; ``chunk`` says which
+    one is meant, so chunks are disjoint. Held-out images are the source's test split, or the last ``held_out`` of
+    the shuffled training split. Chunk and held-out images together, in this order, are the *pool*; shadow models of
+    a membership attack train on random halves of it (Carlini et al. 2022, arXiv 2112.03570): ``half`` 2k and 2k + 1
+    are the k-th random half and its complement.
+
+    The part keeps its source's name, by which methods know digits from photographs, and its channel statistics.
+
+    Args:
+        source: class name of the data set.
+        rows: training images of a chunk, at least 1.
+        chunk: which chunk, from 0.
+        held_out: held-out images cut from the training split; 0 takes the source's test split.
+        half: train on this half of the pool instead of on the chunk.
+        rows_seed: of the shuffle and the halves, kept apart from the run's seed.
+        source_args: arguments of the source other than ``root``.
+        root: folder of the source; ``None`` is its default.
+        **kwargs: the other arguments of :class:`~lightning_dd.data.base.RealData`.
+
+    Raises:
+        UserError: an argument is out of range, or (when read) the source has too few images.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        rows: int,
+        chunk: int = 0,
+        held_out: int = 0,
+        half: int | None = None,
+        rows_seed: int = 0,
+        source_args: dict[str, Any] | None = None,
+        root: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(root=root, **kwargs)
+        if rows < 1 or chunk < 0 or held_out < 0 or (half is not None and half < 0):
+            raise UserError(
+                "a part of a data set needs rows >= 1 and chunk, held_out and half >= 0, got "
+                f"{rows}, {chunk}, {held_out} and {half}"
+            )
+        self.source = data_set(source, source_args, root)
+        self.name = source
+        # Statistics are the class's elsewhere; a part takes those of whatever it is a part of.
+        vars(self).update(channel_mean=self.source.channel_mean, channel_std=self.source.channel_std)
+        self.rows, self.chunk, self.held_out, self.half, self.rows_seed = rows, chunk, held_out, half, rows_seed
+
+    def prepare_data(self) -> None:
+        """Let the source download what it needs."""
+        self.source.prepare_data()
+
+    def pool(self) -> RawSplit:
+        """Return the pool: the chunk's ``rows`` images and then the held-out ones, as the source reads them.
+
+        Raises:
+            UserError: the source has too few images.
+        """
+        train = self.source.read(train=True)
+        chunk, held_out = self._cut(len(train.labels))
+        if self.held_out:
+            return _take(train, torch.cat([chunk, held_out]))
+        members, test = _take(train, chunk), self.source.read(train=False)
+        return RawSplit(
+            torch.cat([members.images, test.images]), torch.cat([members.labels, test.labels]), test.class_names
+        )
+
+    def read(self, *, train: bool) -> RawSplit:
+        """Return the chunk (or half of the pool), or the held-out images.
+
+        Held-out images are not even read for the chunk.
+
+        Raises:
+            UserError: the source has too few images.
+        """
+        if train and self.half is None:
+            whole = self.source.read(train=True)
+            return _take(whole, self._cut(len(whole.labels))[0])
+        pool = self.pool()
+        size = len(pool.labels)
+        return _take(pool, self._training_rows(size) if train else torch.arange(self.rows, size))
+
+    def trained_on(self, labels: Tensor) -> Tensor:
+        """Return which images of the pool are training data, once validation images are cut off: ``(P,)`` bool.
+
+        Args:
+            labels: the pool's classes ``(P,)``.
+        """
+        rows = self._training_rows(len(labels))
+        kept, _ = self._split(labels[rows])
+        inside = torch.zeros(len(labels), dtype=torch.bool)
+        inside[rows[kept]] = True
+        return inside
+
+    def spec(self) -> dict[str, Any]:
+        """Arguments another machine needs, and which class they are for (the name is the source's)."""
+        own = super().spec()
+        return {
+            **own,
+            "part": type(self).__name__,
+            "source": self.name,
+            "rows": self.rows,
+            "chunk": self.chunk,
+            "held_out": self.held_out,
+            "half": self.half,
+            "rows_seed": self.rows_seed,
+            "source_args": {key: value for key, value in self.source.spec().items() if key not in own},
+        }
+
+    def _cut(self, size: int) -> tuple[Tensor, Tensor]:
+        """Return the chunk's and the held-out rows of a training split of ``size`` images."""
+        last = (self.chunk + 1) * self.rows
+        if last + self.held_out > size:
+            raise UserError(
+                f"{self.name} has {size} training images: too few for chunk {self.chunk} of {self.rows} rows and "
+                f"{self.held_out} held-out ones"
+            )
+        order = torch.randperm(size, generator=make_generator(self.rows_seed, "rows"))
+        return order[last - self.rows : last], order[size - self.held_out :]
+
+    def _training_rows(self, size: int) -> Tensor:
+        """Places in the pool of ``size`` images, sorted."""
+        if self.half is None:
+            return torch.arange(self.rows)
+        order = torch.randperm(size, generator=make_generator(self.rows_seed, "half", self.half // 2))
+        middle = size // 2
+        return (order[:middle] if self.half % 2 == 0 else order[middle:]).sort().values
+
+
+def _take(split: RawSplit, rows: Tensor) -> RawSplit:
+    return RawSplit(split.images[rows], split.labels[rows], split.class_names)
