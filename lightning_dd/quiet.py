@@ -8,6 +8,7 @@ _NOISE = (
     ".*does not have many workers.*",  # the data is on the device already
     ".*LightningCLI's args parameter is intended.*",
     ".*`IterableDataset` has `__len__` defined.*",
+    ".*but have no `val_dataloader`.*",
     ".*your dataloader is not resumable.*",  # it need not be: modules draw their own batches
 )
 
@@ -16,14 +17,21 @@ def quieten(*, bar_only: bool = False) -> None:
     """Filter known noise out of warnings and log.
 
     Args:
-        bar_only: keep Lightning's messages about each Trainer out as well, for one bar over many Trainers.
+        bar_only: keep Lightning's messages about each Trainer, and bars of trainings within one, out as well: for one
+            bar or one line per result over many Trainers.
     """
     for text in _NOISE:
         warnings.filterwarnings("ignore", message=text)
     warnings.filterwarnings("ignore", module="pytorch_lightning.cli")  # its calls of older jsonargparse functions
     logging.getLogger("pytorch_lightning.utilities.rank_zero").addFilter(_no_tips)
     if bar_only:
-        logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+        for name in ("pytorch_lightning", "lightning_fabric.utilities.seed"):
+            logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def wants_bars() -> bool:
+    """Tell whether a training within a run may show a bar of its own."""
+    return logging.getLogger("pytorch_lightning").getEffectiveLevel() < logging.WARNING
 
 
 def _no_tips(record: logging.LogRecord) -> bool:

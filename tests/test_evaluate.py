@@ -195,14 +195,147 @@ def test_the_summary_is_the_mean_the_sample_deviation_and_the_gap():
     assert unseen.gap == pytest.approx(-0.3)
     text = markdown(rows)
     assert "70.0 ± 14.1" in text
-    assert "| +20.0 | - |" in text
-    assert "| +10.0 | -30.0 |" in text
+    assert "| +20.0 (+10.0 to +30.0) | - |" in text  # resampling 0.6 and 0.8 gives 0.6, 0.7 or 0.8
+    assert "| +10.0 (+10.0 to +10.0) | -30.0 |" in text
+
+
+# ---- nothing is trained twice ------------------------------------------------------------------------------------
+
+
+def count_students(monkeypatch, stop_after=None):
+    from lightning_dd.evaluators import schedule
+
+    trained, run_cell = [], schedule.run_cell
+
+    def counted(cell, *args):
+        if stop_after is not None and len(trained) == stop_after:
+            raise KeyboardInterrupt
+        trained.append(cell)
+        return run_cell(cell, *args)
+
+    monkeypatch.setattr(schedule, "run_cell", counted)
+    return trained
+
+
+def accuracies(rows):
+    return [(row.set, row.architecture, row.source, row.seed, row.accuracy, row.accuracy_best) for row in rows]
+
+
+def test_an_interrupted_evaluation_trains_only_what_is_missing(tmp_path, monkeypatch):
+    file = str(make_distilled(ipc=2).save(tmp_path / "set.safetensors"))
+    arguments = ([file], [SMALL], str(tmp_path / "a"), 3, Recipe(steps=2))
+    with monkeypatch.context() as patch:
+        count_students(patch, stop_after=2)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate_files(*arguments)
+    assert not (tmp_path / "a" / "results.json").exists()
+    trained = count_students(monkeypatch)
+    resumed = evaluate_files(*arguments)
+    assert len(trained) == 4
+    straight = evaluate_files([file], [SMALL], str(tmp_path / "b"), 3, Recipe(steps=2))
+    assert accuracies(resumed) == accuracies(straight)
+    trained.clear()
+    evaluate_files([file], [SMALL], str(tmp_path / "a"), 3, Recipe(steps=3))
+    assert len(trained) == 6  # another recipe makes other students
+
+
+def test_a_damaged_record_is_made_again(tmp_path, monkeypatch):
+    file = str(make_distilled(ipc=2).save(tmp_path / "set.safetensors"))
+    arguments = ([file], [SMALL], str(tmp_path / "a"), 1, Recipe(steps=2))
+    first = evaluate_files(*arguments)
+    next((tmp_path / "a" / "cells").iterdir()).write_text("{")
+    trained = count_students(monkeypatch)
+    assert accuracies(evaluate_files(*arguments)) == accuracies(first)
+    assert len(trained) == 1
+
+
+def test_sets_of_one_size_share_their_random_real_students(tmp_path, monkeypatch):
+    files = []
+    for name, shift in (("a", 0.0), ("b", 0.5)):
+        made = make_distilled(ipc=2)
+        made.images += shift
+        files.append(str(made.save(tmp_path / f"{name}.safetensors")))
+    trained = count_students(monkeypatch)
+    rows = evaluate_files(files, [SMALL], str(tmp_path / "r"), 2, Recipe(steps=2))
+    assert len(rows) == 8
+    assert len(trained) == 6
+    assert {row.set for row in rows if row.source == RANDOM_REAL} == {"a", "b"}
+
+
+@pytest.mark.slow
+def test_workers_give_what_one_process_gives(tmp_path, monkeypatch):
+    file = str(make_distilled(ipc=1, data=MNIST5k).save(tmp_path / "set.safetensors"))
+    arguments = ["conv:width=4,norm=none"]
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    many = evaluate_files([file], arguments, str(tmp_path / "many"), 2, Recipe(steps=3), workers=2)
+    one = evaluate_files([file], arguments, str(tmp_path / "one"), 2, Recipe(steps=3))
+    assert accuracies(many) == accuracies(one)
+
+
+def test_processes_of_a_launcher_share_the_students_and_one_writes_the_report(tmp_path, monkeypatch):
+    file = str(make_distilled(ipc=2).save(tmp_path / "set.safetensors"))
+    arguments = ([file], [SMALL], str(tmp_path / "a"), 2, Recipe(steps=2))
+    trained = count_students(monkeypatch)
+    shares = {}
+
+    def wait(cells, bench):  # in place of waiting, the other process does its work
+        assert not (tmp_path / "a" / "results.json").exists()
+        shares["first"] = len(trained)
+        monkeypatch.setattr("lightning_dd.evaluators.evaluate.launcher", lambda: Launched(1))
+        assert evaluate_files(*arguments) == []
+        shares["both"] = len(trained)
+
+    class Launched:
+        def __init__(self, rank):
+            self.rank = rank
+
+        def global_rank(self):
+            return self.rank
+
+        def world_size(self):
+            return 2
+
+    monkeypatch.setattr("lightning_dd.evaluators.evaluate.launcher", lambda: Launched(0))
+    monkeypatch.setattr("lightning_dd.evaluators.evaluate.wait_for", wait)
+    rows = evaluate_files(*arguments)
+    assert len(rows) == 4
+    assert shares == {"first": 2, "both": 4}
+    assert len(trained) == len(set(trained)) == 4
+
+
+def test_launchers_are_recognised(monkeypatch):
+    from lightning_dd.evaluators.schedule import launcher
+
+    assert launcher() is None
+    settings = {"TORCHELASTIC_RUN_ID": "x", "GROUP_RANK": "0", "LOCAL_RANK": "0", "RANK": "1", "WORLD_SIZE": "3"}
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    found = launcher()
+    assert (found.global_rank(), found.world_size()) == (1, 3)
+
+
+def test_sets_of_one_method_are_one_line_with_a_spread_over_distillations(tmp_path):
+    files = []
+    for seed in (0, 1):
+        made = make_distilled(ipc=2, training={"seed": seed})
+        made.images += seed
+        files.append(str(made.save(tmp_path / f"seed{seed}.safetensors")))
+    other = make_distilled(ipc=2, training={"seed": 0}, method="Other")
+    files.append(str(other.save(tmp_path / "other.safetensors")))
+    rows = evaluate_files(files, [SMALL, "convnet:width=4,depth=2"], str(tmp_path / "r"), 2, Recipe(steps=2))
+    lines = summarise(rows)
+    assert [(line.set, line.distilled.sets, line.distilled.count) for line in lines[::2]] == [
+        ("seed0 x2", 2, 4),
+        ("other", 1, 2),
+    ]
+    assert "Paired difference to `seed0 x2`" in markdown(rows)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"seeds": 0}, "seeds must be at least 1"),
+        ({"workers": 0}, "workers must be at least 1"),
         ({"architectures": []}, "at least one file and one architecture"),
         ({"architectures": ["conv:depth=9"]}, "too small for depth 9"),
         ({"architectures": ["convv"]}, "unknown architecture 'convv'"),

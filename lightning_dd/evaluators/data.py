@@ -7,9 +7,10 @@ from pytorch_lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_dd.data import DATA_SETS, RealData
+from lightning_dd.data import DATA_PARTS, DATA_SETS, RealData
 from lightning_dd.data.distilled import DistilledSet
 from lightning_dd.data.stream import ShuffledStream, pass_through
+from lightning_dd.data.views import SoftViews
 from lightning_dd.errors import UserError
 from lightning_dd.seeding import make_generator
 
@@ -17,7 +18,8 @@ from lightning_dd.seeding import make_generator
 class SyntheticBatches(IterableDataset[tuple[Tensor, Tensor]]):
     """An epoch of shuffled batches of a small set that lives on the device; each rank gets its share of a batch.
 
-    Batch k is a function of seed and k alone, so a resumed run that starts at k continues exactly.
+    Batch k is a function of seed and k alone, so a resumed run that starts at k continues exactly. A set with views
+    is seen through them: pass e over the set takes its stored epoch e.
 
     Args:
         images: ``(n, C, H, W)``.
@@ -28,6 +30,10 @@ class SyntheticBatches(IterableDataset[tuple[Tensor, Tensor]]):
         start: batches already used.
         rank: this process.
         world_size: number of processes.
+        views: of the images, on their device; their logits then stand for ``labels``.
+
+    Raises:
+        UserError: there are more processes than images.
     """
 
     def __init__(
@@ -40,13 +46,14 @@ class SyntheticBatches(IterableDataset[tuple[Tensor, Tensor]]):
         start: int = 0,
         rank: int = 0,
         world_size: int = 1,
+        views: SoftViews | None = None,
     ) -> None:
         if world_size > len(images):
             raise UserError(f"{world_size} processes cannot share {len(images)} synthetic images")
         self.images, self.labels = images, labels
         self.rows_per_step = batch_size * world_size
         self.steps, self.seed, self.start = steps, seed, start
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size, self.views = rank, world_size, views
 
     def __len__(self) -> int:
         return self.steps
@@ -55,9 +62,12 @@ class SyntheticBatches(IterableDataset[tuple[Tensor, Tensor]]):
         order = make_generator(self.seed, "order", device=self.images.device)
         stream = ShuffledStream(len(self.images), self.rows_per_step, order)
         stream.skip(self.start)
-        for _ in range(self.steps):
+        for step in range(self.start, self.start + self.steps):
             rows = stream.next()[self.rank :: self.world_size]
-            yield self.images[rows], self.labels[rows]
+            if self.views is None:
+                yield self.images[rows], self.labels[rows]
+            else:
+                yield self.views.replay(self.images, step // (stream.size // stream.batch_size), rows)
 
 
 class DistilledData(LightningDataModule):
@@ -114,6 +124,7 @@ class DistilledData(LightningDataModule):
         assert self.real.train is not None
         device = self.real.train.images.device
         self._images, self._labels = self.distilled.images.to(device), self.distilled.labels.to(device)
+        self._views = self.distilled.views and self.distilled.views.to(device)
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
         """Batches ``(images (B, C, H, W) normalised, labels (B, num_classes))``; one epoch is the whole run."""
@@ -123,7 +134,9 @@ class DistilledData(LightningDataModule):
             steps = trainer.max_steps * trainer.accumulate_grad_batches if trainer.max_steps > 0 else steps
             start = trainer.global_step * trainer.accumulate_grad_batches
             rank, world = trainer.global_rank, trainer.world_size
-        batches = SyntheticBatches(self._images, self._labels, self.batch_size, steps, self.seed, start, rank, world)
+        batches = SyntheticBatches(
+            self._images, self._labels, self.batch_size, steps, self.seed, start, rank, world, self._views
+        )
         return pass_through(batches)
 
     def val_dataloader(self) -> Any:
@@ -158,9 +171,11 @@ def real_data_of(distilled: DistilledSet, root: str | None = None) -> RealData:
             "say which real data to score on"
         )
     spec = {key: value for key, value in distilled.data.get("spec", {}).items() if key != "preprocessing"}
+    place: dict[str, Any] = {} if root is None else {"root": root}
+    part = spec.pop("part", None)
     try:
-        return DATA_SETS[name](root=root, **spec) if root is not None else DATA_SETS[name](**spec)
-    except TypeError as error:
+        return (DATA_SETS[name] if part is None else DATA_PARTS[part])(**place, **spec)
+    except (TypeError, KeyError) as error:
         raise UserError(f"the distilled set's data '{name}' cannot be rebuilt from the file alone ({error})") from None
 
 

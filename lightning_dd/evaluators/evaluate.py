@@ -1,18 +1,22 @@
 """Run a whole evaluation with one progress bar."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from pytorch_lightning.utilities import rank_zero_only
 from tqdm import tqdm
 
+from lightning_dd.checkpoint import public_settings
 from lightning_dd.data.distilled import DistilledSet
 from lightning_dd.errors import UserError
-from lightning_dd.evaluators.data import check_match, real_data_of
-from lightning_dd.evaluators.matrix import Hardware, Row, cells_of, run_cell
+from lightning_dd.evaluators.matrix import Cell, Hardware, Row, cells_of
 from lightning_dd.evaluators.report import markdown, write_report
+from lightning_dd.evaluators.schedule import Bench, Job, launcher, run_workers, share_of, wait_for
 from lightning_dd.files import require_writable
 from lightning_dd.models.factory import build_network
+from lightning_dd.models.zoo import expand
 from lightning_dd.quiet import quieten
 from lightning_dd.recipe import Recipe
 
@@ -22,79 +26,100 @@ def evaluate_files(
     architectures: Sequence[str],
     output: str,
     seeds: int,
-    recipe: Recipe,
+    recipe: Recipe | Mapping[str, Recipe],
     root: str | None = None,
     hardware: Hardware = Hardware(),  # noqa: B008  (frozen)
+    workers: int = 1,
 ) -> list[Row]:
     """Train every architecture and seed on every set and on random real images, and write the report.
 
-    Everything that can be wrong is looked at before the first student is trained.
+    Everything that can be wrong is looked at before the first student is trained. A finished student is kept in
+    ``output/cells``: running the same command again trains only what is missing. Processes started by torchrun or SLURM
+    share the students out between them and meet in that folder, unless ``hardware`` asks for several devices per
+    student.
 
     Args:
         files: distilled-set files; a set is named by its file, without the suffix.
-        architectures: names of the factory.
+        architectures: names of the factory, or of groups (:mod:`lightning_dd.models.zoo`).
         output: folder of the report.
         seeds: students per architecture and source, at least 1.
-        recipe: how students are trained.
+        recipe: how students are trained; several by name make a matrix of sets by protocols.
         root: folder of the real data on this machine.
         hardware: where students are trained.
+        workers: processes of this machine that train students side by side, at least 1.
 
     Returns:
-        One row per student.
+        One row per student; nothing on processes that do not write the report.
 
     Raises:
         UserError: a file, an architecture, the data or the folder is unusable.
     """
     if seeds < 1:
         raise UserError(f"seeds must be at least 1, got {seeds}")
+    if workers < 1:
+        raise UserError(f"workers must be at least 1, got {workers}")
     if not files or not architectures:
         raise UserError("evaluate needs at least one file and one architecture")
     folder = require_writable(output)
-    sets = _load(files)
-    for distilled in sets.values():
+    recipes = {"": recipe} if isinstance(recipe, Recipe) else dict(recipe)
+    job = Job(_named(files), recipes, folder, root, hardware)
+    bench = Bench(job)
+    architectures = expand(architectures, min(distilled.image_shape for distilled in bench.sets.values()))
+    for distilled in bench.sets.values():
         for architecture in architectures:
             build_network(architecture, distilled.num_classes, distilled.image_shape, seed=0)
-    reals = {}
-    for name, distilled in sets.items():
-        reals[name] = real_data_of(distilled, root)
-        reals[name].use_preprocessing(distilled.preprocessing)
-        reals[name].prepare_data()
-        reals[name].setup("test")
-        check_match(distilled, reals[name])
     quieten(bar_only=True)
-    first = not getattr(rank_zero_only, "rank", 0)  # the processes of one student all come here
-    rows = []
-    cells = cells_of(list(sets), architectures, seeds)
-    steps = {name: recipe.steps_for(len(distilled)) for name, distilled in sets.items()}
-    with tqdm(total=sum(steps[cell.set_name] for cell in cells), unit="step", smoothing=0.05, disable=not first) as bar:
-        for cell in cells:
-            bar.set_description(f"{cell.architecture} {cell.source} {cell.seed}")
-            rows.append(
-                run_cell(
-                    cell,
-                    sets[cell.set_name],
-                    reals[cell.set_name],
-                    recipe,
-                    hardware,
-                    folder / "tensorboard",
-                    lambda: bar.update() and None,
-                )
-            )
-    if not first:
-        return rows
+    cells = cells_of(list(bench.sets), architectures, seeds, list(recipes))
+    if not _train(cells, job, bench, workers):
+        return []
+    rows = _in_groups([bench.work(cell) for cell in cells], bench.sets)
     paths = write_report(rows, folder)
     print(f"\n{markdown(rows)}\nreport: {folder}/results.md, .json, .csv; figure: {paths['png']}")
     print(f"student curves: tensorboard --logdir {folder / 'tensorboard'}")
     return rows
 
 
-def _load(files: Sequence[str]) -> dict[str, DistilledSet]:
-    sets: dict[str, DistilledSet] = {}
+def _train(cells: Sequence[Cell], job: Job, bench: Bench, workers: int) -> bool:
+    """Train what is missing; return whether this process writes the report."""
+    spread = launcher() if job.hardware.strategy == "auto" else None
+    rank, world = (spread.global_rank(), spread.world_size()) if spread else (0, 1)
+    first = not getattr(rank_zero_only, "rank", 0)  # the processes of one student all come here
+    share = share_of(cells, bench, rank, world)
+    with tqdm(total=sum(map(bench.steps, share)), unit="step", smoothing=0.05, disable=not first or rank > 0) as bar:
+        if workers > 1:
+            run_workers(share, job, workers, lambda cell: bar.update(bench.steps(cell)) and None)
+        else:
+            for cell in share:
+                bar.set_description(f"{cell.architecture} {cell.source} {cell.seed}")
+                bench.work(cell, lambda: bar.update() and None)
+    if rank == 0:
+        wait_for(cells, bench)
+    return first and rank == 0
+
+
+def _named(files: Sequence[str]) -> dict[str, str]:
+    """Name each file by its stem, or by folder and stem where stems repeat."""
+    named: dict[str, str] = {}
     for file in files:
         name = Path(file).stem
-        if name in sets:
+        if name in named:
             name = f"{Path(file).parent.name}-{name}"
-        if name in sets:
+        if name in named:
             raise UserError(f"two files give the same set name '{name}': rename one")
-        sets[name] = DistilledSet.load(file)
-    return sets
+        named[name] = file
+    return named
+
+
+def _in_groups(rows: Sequence[Row], sets: dict[str, DistilledSet]) -> list[Row]:
+    """Mark the sets that differ in the seed of their distillation alone as one group."""
+    alike: dict[str, list[str]] = {}
+    for name, distilled in sets.items():
+        config = {key: value for key, value in public_settings(distilled.config).items() if key != "seed"}
+        alike.setdefault(
+            json.dumps([distilled.method, distilled.label_kind, config, distilled.data], sort_keys=True), []
+        ).append(name)
+    group = {
+        name: names[0] if len(names) == 1 else f"{names[0]} x{len(names)}" for names in alike.values() for name in names
+    }
+    seeds = {name: distilled.training.get("seed") for name, distilled in sets.items()}
+    return [replace(row, group=group[row.set], distillation_seed=seeds[row.set]) for row in rows]

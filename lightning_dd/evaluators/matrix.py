@@ -32,6 +32,8 @@ class Cell:
     source: str
     """``distilled`` or ``random-real``."""
     seed: int
+    protocol: str = ""
+    """Name of the recipe."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,12 @@ class Row:
     steps: int
     ipc: int
     method: str
+    group: str = ""
+    """Sets that differ in the seed of their distillation alone share a group; empty stands for the set's own."""
+    distillation_seed: int | None = None
+    protocol: str = ""
+    seconds: float = 0.0
+    """Wall time of training and testing this student."""
 
 
 @dataclass(frozen=True)
@@ -59,14 +67,17 @@ class Hardware:
     """Where students are trained: Lightning's Trainer arguments."""
 
     accelerator: str = "auto"
-    devices: int = 1
+    devices: int | list[int] = 1
     strategy: str = "auto"
 
 
-def cells_of(set_names: Sequence[str], architectures: Sequence[str], seeds: int) -> list[Cell]:
-    """List the students to train: every set x architecture x seed, distilled and random-real."""
+def cells_of(
+    set_names: Sequence[str], architectures: Sequence[str], seeds: int, protocols: Sequence[str] = ("",)
+) -> list[Cell]:
+    """List the students to train: every protocol x set x architecture x seed, distilled and random-real."""
     return [
-        Cell(name, architecture, source, seed)
+        Cell(name, architecture, source, seed, protocol)
+        for protocol in protocols
         for name in set_names
         for architecture in architectures
         for source in (DISTILLED, RANDOM_REAL)
@@ -81,15 +92,20 @@ def is_seen(architecture: str, distilled: DistilledSet) -> bool:
 
 
 def random_real(distilled: DistilledSet, real: RealData, seed: int) -> DistilledSet:
-    """Draw a set of random real training images with the size, label form and preprocessing of a distilled one."""
+    """Draw a set of random real training images with the size, label form and preprocessing of a distilled one.
+
+    Beside soft labels stand hard ones, for these images have no teacher: what the labels alone do is seen by evaluating
+    a set of the distiller ``Random`` with soft labels.
+    """
     assert real.train is not None
+    label_kind = "hard" if distilled.label_kind == "soft" else distilled.label_kind
     rows = draw_per_class(real.train.labels, distilled.ipc, distilled.num_classes, make_generator(seed, "random-real"))
     classes = torch.arange(distilled.num_classes).repeat_interleave(distilled.ipc)
     return DistilledSet(
         images=real.train.images[rows.to(real.train.images.device)].cpu(),
-        labels=initial_labels(classes, distilled.num_classes, distilled.label_kind),
+        labels=initial_labels(classes, distilled.num_classes, label_kind),
         classes=classes,
-        label_kind=distilled.label_kind,
+        label_kind=label_kind,
         class_names=distilled.class_names,
         preprocessing=distilled.preprocessing,
         data=distilled.data,
@@ -119,7 +135,7 @@ def run_cell(
     """
     source = distilled if cell.source == DISTILLED else random_real(distilled, real, cell.seed)
     data = DistilledData.from_set(source, real, recipe.batch_size, seed=cell.seed)
-    student = Student(cell.architecture, recipe.lr, recipe.warmup, recipe.final_lr, recipe.augment, seed=cell.seed)
+    student = Student.with_recipe(cell.architecture, recipe, cell.seed)
     steps = recipe.steps_for(len(distilled))
     best = BestWeights()
     version = re.sub(r"[^\w.=-]+", "-", f"{cell.architecture}-{cell.source}-{cell.seed}")
@@ -166,6 +182,7 @@ def run_cell(
         steps=steps,
         ipc=distilled.ipc,
         method=source.method,
+        protocol=cell.protocol,
     )
 
 

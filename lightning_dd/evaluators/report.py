@@ -5,31 +5,27 @@ import io
 import json
 import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
 from lightning_dd.evaluators.matrix import DISTILLED, RANDOM_REAL, Row
+from lightning_dd.evaluators.statistics import (
+    Difference,
+    Nested,
+    Score,
+    gain_interval,
+    nested_score,
+    paired_difference,
+)
 from lightning_dd.files import write_atomically, write_text
 
 
 @dataclass(frozen=True)
-class Score:
-    """Mean and sample standard deviation over seeds, in [0, 1]."""
-
-    mean: float
-    std: float
-    count: int
-
-    def __str__(self) -> str:
-        return f"{100 * self.mean:.1f} ± {100 * self.std:.1f}"
-
-
-@dataclass(frozen=True)
 class Line:
-    """One architecture on one set."""
+    """One architecture on one set, or on a group of sets that differ in their distillation's seed alone."""
 
     set: str
     architecture: str
@@ -37,32 +33,26 @@ class Line:
     distilled: Score
     best: Score | None
     random_real: Score
+    gain: tuple[float, float]
+    """95 % interval of the distilled minus the random-real mean (bootstrap)."""
     gap: float | None
     """Mean accuracy minus that of the (first) seen architecture on the same set."""
 
 
-def score(values: Sequence[float]) -> Score:
-    """Summarise accuracies of several seeds.
-
-    Example:
-        >>> str(score([0.5, 0.7]))
-        '60.0 ± 14.1'
-    """
-    return Score(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0, len(values))
-
-
 def summarise(rows: Sequence[Row]) -> list[Line]:
-    """Reduce rows to one line per set and architecture, the seen ones first."""
+    """Reduce rows to one line per set (or group of sets) and architecture, the seen ones first."""
     lines: list[Line] = []
-    for name in dict.fromkeys(row.set for row in rows):
-        own = [row for row in rows if row.set == name]
+    label = _labels(rows)
+    for name in dict.fromkeys(map(label, rows)):
+        own = [row for row in rows if label(row) == name]
         architectures = sorted(dict.fromkeys((row.architecture, row.seen) for row in own), key=lambda pair: not pair[1])
         reference: float | None = None
         for architecture, seen in architectures:
             cell = [row for row in own if row.architecture == architecture]
             distilled = [row for row in cell if row.source == DISTILLED]
-            best = [row.accuracy_best for row in distilled if row.accuracy_best is not None]
-            mean = score([row.accuracy for row in distilled])
+            real = _nested(row for row in cell if row.source == RANDOM_REAL)
+            best = [row for row in distilled if row.accuracy_best is not None]
+            mean = nested_score(_nested(distilled))
             if seen and reference is None:
                 reference = mean.mean
             lines.append(
@@ -71,12 +61,44 @@ def summarise(rows: Sequence[Row]) -> list[Line]:
                     architecture=architecture,
                     seen=seen,
                     distilled=mean,
-                    best=score(best) if best else None,
-                    random_real=score([row.accuracy for row in cell if row.source == RANDOM_REAL]),
+                    best=nested_score(_nested(best, "accuracy_best")) if best else None,
+                    random_real=nested_score(real),
+                    gain=gain_interval(_nested(distilled), real),
                     gap=None if reference is None else mean.mean - reference,
                 )
             )
     return lines
+
+
+def compare(rows: Sequence[Row]) -> dict[str, dict[str, Difference]]:
+    """Compare every set (or group) with the first, paired by distillation seed, else by student seed.
+
+    Returns:
+        By set: the paired difference on the ``seen`` architectures and on the mean of the ``unseen`` ones.
+    """
+    names = list(dict.fromkeys(_group(row) for row in rows))
+    distilled = [row for row in rows if row.source == DISTILLED]
+    nested = any(len({row.set for row in distilled if _group(row) == name}) > 1 for name in names)
+    # Of some sets alone the distilling architecture may be among those compared: then it is seen by all.
+    seen = {row.architecture for row in distilled if row.seen}
+    found: dict[str, dict[str, Difference]] = {}
+    for kind in ("seen", "unseen"):
+        sides: list[dict[Hashable, float]] = []
+        for name in names:
+            own = [row for row in distilled if _group(row) == name and (row.architecture in seen) == (kind == "seen")]
+            keys = {(row.distillation_seed if nested else row.seed): None for row in own}
+            sides.append(
+                {
+                    key: statistics.fmean(
+                        row.accuracy for row in own if (row.distillation_seed if nested else row.seed) == key
+                    )
+                    for key in keys
+                }
+            )
+        for name, side in zip(names[1:], sides[1:], strict=True):
+            if set(side) & set(sides[0]):
+                found.setdefault(name, {})[kind] = paired_difference(side, sides[0])
+    return found
 
 
 def markdown(rows: Sequence[Row]) -> str:
@@ -88,6 +110,7 @@ def markdown(rows: Sequence[Row]) -> str:
     table = [header, ["---"] * len(header)]
     for line in lines:
         gain = 100 * (line.distilled.mean - line.random_real.mean)
+        low, high = (100 * end for end in line.gain)
         cells = [line.set] if with_set else []
         cells += [
             f"`{line.architecture}`",
@@ -95,19 +118,64 @@ def markdown(rows: Sequence[Row]) -> str:
             str(line.distilled),
             str(line.best) if line.best else "-",
             str(line.random_real),
-            f"{gain:+.1f}",
+            f"{gain:+.1f} ({low:+.1f} to {high:+.1f})",
             "-" if line.gap is None or line.seen else f"{100 * line.gap:+.1f}",
         ]
         table.append(cells)
-    first = rows[0]
-    seeds = max(line.distilled.count for line in lines)
-    note = (
-        f"Test accuracy in %, mean ± sample standard deviation over {seeds} student seeds; {first.ipc} image(s) per "
-        f"class, {first.steps} steps. `last` is the last step, `best` the step with the best validation accuracy. "
-        "`random real`: as many random real training images, drawn anew for each seed, same recipe, last step. "
-        "`seen`: the set was distilled with an architecture of that name."
+    text = "\n".join("| " + " | ".join(cells) + " |" for cells in table) + f"\n\n{_note(rows, lines)}\n"
+    label = _labels(rows)
+    for protocol in dict.fromkeys(row.protocol for row in rows):
+        own = [row for row in rows if row.protocol == protocol]
+        if differences := compare(own):
+            title = f" ({protocol})" if label(own[0]) != _group(own[0]) else ""
+            text += "\n" + _paired_table(_group(own[0]) + title, differences)
+    return text
+
+
+def _note(rows: Sequence[Row], lines: Sequence[Line]) -> str:
+    sizes = ", ".join(map(str, sorted({row.ipc for row in rows})))
+    steps = ", ".join(map(str, sorted({row.steps for row in rows})))
+    students = max(line.distilled.count // line.distilled.sets for line in lines)
+    many = max(line.distilled.sets for line in lines)
+    spread = f"over {many} distilled sets of {students} students each" if many > 1 else f"over {students} student seeds"
+    return (
+        f"Test accuracy in %, mean ± sample standard deviation {spread}; {sizes} image(s) per class, {steps} steps. "
+        "`last` is the last step, `best` the step with the best validation accuracy. `random real`: as many random "
+        "real training images, drawn anew for each seed, same recipe, last step. `gain`: with its 95 % bootstrap "
+        "interval. `seen`: the set was distilled with an architecture of that name."
     )
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in table) + f"\n\n{note}\n"
+
+
+def _paired_table(reference: str, differences: dict[str, dict[str, Difference]]) -> str:
+    table = [["set", "seen", "mean of unseen", "p (unseen)"], ["---"] * 4]
+    for name, kinds in differences.items():
+        cells = [str(kinds[kind]) if kind in kinds else "-" for kind in ("seen", "unseen")]
+        p = f"{kinds['unseen'].p:.3f}" if "unseen" in kinds and kinds["unseen"].pairs > 1 else "-"
+        table.append([name, *cells, p])
+    rendered = "\n".join("| " + " | ".join(cells) + " |" for cells in table)
+    return (
+        f"{rendered}\n\nPaired difference to `{reference}` in points with its 95 % interval (Student's t), paired by "
+        "seed.\n"
+    )
+
+
+def _group(row: Row) -> str:
+    return row.group or row.set
+
+
+def _labels(rows: Sequence[Row]) -> Callable[[Row], str]:
+    """Return how sets are called in a report: with the protocol where there are several."""
+    if len({row.protocol for row in rows}) < 2:
+        return _group
+    return lambda row: f"{_group(row)} ({row.protocol})"
+
+
+def _nested(rows: Iterable[Row], field: str = "accuracy") -> Nested:
+    """Collect accuracies by distilled set; random-real ones count as one set, for each is drawn anew."""
+    found: dict[Hashable, list[float]] = {}
+    for row in rows:
+        found.setdefault(row.set if row.source == DISTILLED else row.source, []).append(getattr(row, field))
+    return found
 
 
 def write_report(rows: Sequence[Row], folder: Path) -> dict[str, Path]:

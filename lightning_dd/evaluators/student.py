@@ -1,14 +1,16 @@
 """A student: any architecture trained on a distilled set."""
 
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
 from lightning_dd.checkpoint import check_settings, public_settings
-from lightning_dd.data.augment import Augmentation, default_strategy
+from lightning_dd.data.augment import Augmentation
 from lightning_dd.errors import UserError
 from lightning_dd.evaluators.data import DistilledData
 from lightning_dd.models.factory import build_network
+from lightning_dd.protocols import protocol as published
 from lightning_dd.recipe import Recipe, student_loss
 from lightning_dd.scoring import ScoredModule
 from lightning_dd.seeding import derive_seed, make_generator, seeded
@@ -17,7 +19,7 @@ _STATE = "lightning_dd_student"
 
 
 class Student(ScoredModule):
-    """Train one architecture on a distilled set with FRePo's evaluation recipe (Zhou et al. 2022) as default.
+    """Train one architecture on a distilled set, with FRePo's evaluation protocol (Zhou et al. 2022) as default.
 
     It knows nothing of distillers: everything it needs comes from :class:`~lightning_dd.evaluators.DistilledData`.
     Its length is the Trainer's ``max_steps``. For a moving average of the weights add Lightning's
@@ -25,10 +27,12 @@ class Student(ScoredModule):
 
     Args:
         architecture: any name of the factory, with options as ``name:option=value,...``.
-        lr: peak learning rate of Adam.
+        protocol: a published recipe (:data:`~lightning_dd.protocols.PROTOCOLS`); the settings below replace its own.
+        lr: peak learning rate.
         warmup: steps of linear warm-up, at most half the run.
         final_lr: last learning rate relative to the peak.
-        augment: operations joined by ``_``; ``auto`` is FRePo's family for the data, ``none`` is none.
+        augment: operations joined by ``_``; ``auto`` is FRePo's family for the data, ``siamese`` that of DSA, ``none``
+            is none. A set with views is not augmented again.
         seed: of weights, dropout and augmentation.
 
     Raises:
@@ -38,17 +42,28 @@ class Student(ScoredModule):
     def __init__(
         self,
         architecture: str = "conv:norm=none",
-        lr: float = 3e-4,
-        warmup: int = 500,
-        final_lr: float = 0.01,
-        augment: str = "auto",
+        protocol: str = "frepo",
+        lr: float | None = None,
+        warmup: int | None = None,
+        final_lr: float | None = None,
+        augment: str | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
         self.architecture = architecture
-        self.recipe = Recipe(lr=lr, warmup=warmup, final_lr=final_lr, augment=augment)
+        given: dict[str, Any] = {"lr": lr, "warmup": warmup, "final_lr": final_lr, "augment": augment}
+        self.recipe = replace(
+            published(protocol), **{name: value for name, value in given.items() if value is not None}
+        )
         self.seed = seed
+
+    @classmethod
+    def with_recipe(cls, architecture: str, recipe: Recipe, seed: int) -> "Student":
+        """Build a student with any recipe, published or not; a checkpoint of it does not remember the recipe."""
+        student = cls(architecture, seed=seed)
+        student.recipe = recipe
+        return student
 
     def configure_model(self) -> None:
         """Build the network for the data's classes and image shape.
@@ -63,11 +78,13 @@ class Student(ScoredModule):
             self._build(distilled.num_classes, distilled.image_shape)
 
     def setup(self, stage: str) -> None:
-        """Take the form of the labels and the augmentation from the data."""
+        """Take the form of the labels and the augmentation from the data; views that come with a set are its own."""
         data = self._distilled_data()
-        self.label_kind = data.distilled.label_kind
-        strategy = self.recipe.augment
-        self.augmentation = Augmentation(default_strategy(data.real.name) if strategy == "auto" else strategy)
+        self.label_kind, self.temperature = data.distilled.label_kind, data.distilled.temperature
+        learned: float | None = data.distilled.training.get("step_size")
+        self.recipe = self.recipe.suited_to(self.architecture, learned)
+        replayed = data.distilled.views is not None
+        self.augmentation = Augmentation("none") if replayed else self.recipe.augmentation(data.real.name)
 
     def forward(self, images: Tensor) -> Tensor:
         """Map normalised images ``(N, C, H, W)`` to logits ``(N, num_classes)``."""
@@ -80,7 +97,7 @@ class Student(ScoredModule):
         place = (self.global_rank, self.trainer.fit_loop.total_batch_idx)
         images = self.augmentation(images, make_generator(self.seed, "augment", *place))
         with seeded(derive_seed(self.seed, "dropout", *place)):
-            loss = student_loss(self(images), labels, self.label_kind)
+            loss = student_loss(self(images), labels, self.label_kind, self.temperature)
         self.log("student/loss", loss.detach(), prog_bar=True)
         return loss
 
@@ -120,6 +137,6 @@ class Student(ScoredModule):
 
     def configure_optimizers(self) -> Any:
         """Return Adam with warm-up and cosine over the Trainer's ``max_steps``."""
-        optimizer = self.recipe.optimizer(self.network)
+        optimizer = self.recipe.build_optimizer(self.network)
         schedule = self.recipe.scheduler(optimizer, max(1, self.trainer.max_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

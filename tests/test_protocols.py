@@ -1,0 +1,114 @@
+"""Published recipes: their numbers, and that they steer the student."""
+
+import pytest
+import torch
+from helpers import TinyData, make_distilled, tiny_trainer
+from pytorch_lightning import Callback
+
+from lightning_dd.data import DATA_SETS
+from lightning_dd.errors import UserError
+from lightning_dd.evaluators import DistilledData, Student
+from lightning_dd.evaluators.evaluate import evaluate_files
+from lightning_dd.protocols import PROTOCOLS, protocol
+from lightning_dd.recipe import SCHEDULES, Recipe
+
+SMALL = "conv:width=4,depth=2,norm=none"
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "steps", "kind", "first", "last"),
+    [
+        ("frepo", 100, 2000, torch.optim.Adam, 0.0, 3e-6),
+        ("dc", 500, 600, torch.optim.SGD, 0.01, 0.001),
+        ("dsa", 10, 1000, torch.optim.SGD, 0.01, 0.001),
+        ("mtt", 300, 2000, torch.optim.SGD, 0.01, 0.001),
+        ("glad", 10, 1000, torch.optim.SGD, 0.0, 0.0),
+        ("sre2l", 2000, 600, torch.optim.AdamW, 1e-3, 0.0),
+        ("rded", 100, 300, torch.optim.AdamW, 1e-3, 0.5e-3),
+    ],
+)
+def test_published_lengths_optimizers_and_learning_rates(name, rows, steps, kind, first, last):
+    recipe = protocol(name)
+    assert recipe.steps_for(rows) == steps
+    network = torch.nn.Linear(2, 2)
+    optimizer = recipe.build_optimizer(network)
+    assert type(optimizer) is kind
+    schedule = recipe.scheduler(optimizer, steps)
+    rates = []
+    for _ in range(steps + 1):
+        rates.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    assert rates[0] == pytest.approx(first)
+    assert rates[-1] == pytest.approx(last, abs=1e-8)
+    assert max(rates) == pytest.approx(recipe.lr, rel=1e-3)
+
+
+def test_schedules_at_their_middle():
+    at_half = {name: schedule(50, 100, 0, 0.0) for name, schedule in SCHEDULES.items()}
+    assert at_half == pytest.approx({"cosine": 0.5, "half_cosine": 0.8535534, "step": 0.1, "constant": 1.0})
+    assert SCHEDULES["step"](49, 100, 0, 0.0) == 1.0
+    # GLaD warms up for the first half and decays in the second.
+    recipe = PROTOCOLS["glad"]
+    factors = [SCHEDULES["cosine"](step, 100, recipe.warmup, recipe.final_lr) for step in (25, 50, 75)]
+    assert factors == pytest.approx([0.5, 1.0, 0.5])
+
+
+def test_rates_by_architecture_and_learned_with_the_set():
+    assert protocol("rded").suited_to("vit_tiny_patch16_224").lr == 1e-4
+    assert protocol("rded").suited_to("resnet18").lr == 1e-3
+    assert protocol("mtt").suited_to("convnet", learned_lr=0.02).lr == 0.02
+    assert protocol("mtt").suited_to("convnet").lr == 0.01
+    assert protocol("dsa").suited_to("convnet", learned_lr=0.02).lr == 0.01
+
+
+class Rate(Callback):
+    def on_train_start(self, trainer, *args):
+        self.rate = trainer.optimizers[0].param_groups[0]["lr"]
+
+
+def test_a_student_follows_the_protocol_the_set_and_what_is_given(tmp_path):
+    distilled = make_distilled(training={"step_size": 0.03}, label_kind="hard")
+    rates = []
+    for student in (Student(SMALL, "mtt"), Student(SMALL, "dsa"), Student(SMALL, "dsa", lr=0.5)):
+        rate = Rate()
+        tiny_trainer(tmp_path, 4, callbacks=[rate]).fit(student, DistilledData.from_set(distilled, TinyData()))
+        rates.append(rate.rate)
+        assert len(student.augmentation.operations) == 6
+    assert rates == [0.03, 0.01, 0.5]
+
+
+def test_protocols_make_a_matrix(tmp_path, monkeypatch):
+    monkeypatch.setitem(DATA_SETS, "TinyData", TinyData)
+    files = [
+        str(make_distilled(label_kind=kind).save(tmp_path / f"{kind}.safetensors")) for kind in ("hard", "centred")
+    ]
+    recipes = {"frepo": Recipe(steps=2), "dsa": Recipe(steps=3, optimizer="sgd", lr=0.1)}
+    rows = evaluate_files(files, [SMALL], str(tmp_path / "r"), 2, recipes)
+    assert {(row.set, row.protocol, row.steps) for row in rows} == {
+        (kind, name, steps) for kind in ("hard", "centred") for name, steps in (("frepo", 2), ("dsa", 3))
+    }
+    table = (tmp_path / "r" / "results.md").read_text()
+    for label in ("hard (frepo)", "hard (dsa)", "centred (frepo)", "centred (dsa)"):
+        assert f"| {label} |" in table
+    assert "Paired difference to `hard (dsa)`" in table
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"optimizer": "lion"}, "unknown recipe.optimizer 'lion'"),
+        ({"schedule": "linear"}, "unknown recipe.schedule 'linear'"),
+        ({"momentum": 1.0}, r"recipe.momentum must be in \[0, 1\)"),
+        ({"weight_decay": -1}, "recipe.weight_decay must be at least 0"),
+        ({"epochs": 0}, "recipe.epochs must be at least 1"),
+    ],
+)
+def test_bad_recipes_are_refused(settings, message):
+    with pytest.raises(UserError, match=message):
+        Recipe(**settings)
+
+
+def test_an_unknown_protocol_is_refused():
+    with pytest.raises(UserError, match="unknown protocol 'krr'"):
+        protocol("krr")
