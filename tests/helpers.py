@@ -1,5 +1,7 @@
 """Small stand-ins shared by the tests: data, a network, a trainer."""
 
+import inspect
+
 import torch
 from pytorch_lightning import Trainer
 from torch import Tensor, nn
@@ -81,3 +83,29 @@ def make_distilled(
         "config": {"architecture": "conv:width=4,depth=2"},
     }
     return DistilledSet(**(settings | changes))
+
+
+TINY_SETTINGS = {
+    "real_batch_size": 8,
+    "pool_size": 1,
+    "inner_batch_size": 4,
+    "probe_steps": 1,
+    "teacher_steps": 2,
+    "experts": 1,
+    "trajectory_epochs": 2,
+    "expert_epochs": 1,
+    "max_start_epoch": 1,
+    "syn_steps": 2,
+}
+"""What makes a distiller of any kind run in a blink, where it has the setting."""
+
+
+def accepted_settings(cls) -> set[str]:
+    """The names of all arguments of a class and of those its ``**kwargs`` go to."""
+    return {name for base in cls.__mro__ if "__init__" in vars(base) for name in inspect.signature(base).parameters}
+
+
+def tiny_settings(cls) -> dict:
+    """The tiny settings that a distiller class accepts."""
+    accepted = accepted_settings(cls)
+    return {name: value for name, value in TINY_SETTINGS.items() if name in accepted}

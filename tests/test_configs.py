@@ -1,29 +1,26 @@
 """Every YAML file under configs/ is run: a new one cannot escape."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from helpers import make_distilled
+from helpers import make_distilled, tiny_settings
 
+import lightning_dd.distillers
 from lightning_dd.cli import main
 from lightning_dd.data import DATA_SETS, RawSplit
 from lightning_dd.models.pool import rest
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 FILES = sorted(CONFIGS.rglob("*.yaml"))
-SHAPES = {"MNIST": (1, 28), "FashionMNIST": (1, 28)}
+SHAPES = {"MNIST": (1, 28), "FashionMNIST": (1, 28), "ImageNette": (3, 32), "ImageWoof": (3, 32)}
 QUICK = [
     "--trainer.max_steps=2",
     "--trainer.val_check_interval=1",
     "--trainer.log_every_n_steps=1",
     "--trainer.accelerator=cpu",
-]
-QUICK_DISTILLER = [
-    "--model.init_args.real_batch_size=8",
-    "--model.init_args.pool_size=1",
-    "--model.init_args.probe_steps=1",
 ]
 
 
@@ -46,6 +43,38 @@ def stand_ins(monkeypatch):
         monkeypatch.setattr(cls, "prepare_data", lambda self: None)
 
 
+def quick_distiller(content):
+    """The tiny settings of the configuration's method as options."""
+    cls = getattr(lightning_dd.distillers, content["model"]["class_path"])
+    return [f"--model.init_args.{name}={value}" for name, value in tiny_settings(cls).items()]
+
+
+def quick_methods(content, *more):
+    """An experiment's methods with tiny settings, each by its first configuration."""
+    methods = {}
+    for name, words in content["methods"].items():
+        files = [str(CONFIGS.parent / word) if not word.startswith("--") else word for word in words]
+        quick = quick_distiller(yaml.safe_load(Path(files[0]).read_text()))
+        methods[name] = [*files, *QUICK, *quick, *more]
+    return methods
+
+
+def quick_membership(content):
+    """Tiny settings of a membership experiment as options."""
+    methods = quick_methods(content, "--model.init_args.ipc=1")
+    settings = {"members": 60, "lengths": [1], "victims": 1, "seeds": 1, "folds": 2, "attack_rows": 20, "shadows": 0}
+    options = [f"--{name}={json.dumps(value)}" for name, value in (settings | {"methods": methods}).items()]
+    return [*options, "--output=report", "--accelerator=cpu", "--workers=1", "--architecture=conv:width=4,norm=none"]
+
+
+def quick_continual(content):
+    """Tiny settings of a continual experiment as options."""
+    settings = {"steps": 2, "orders": 1, "ipc": 1, "students": 1, "student_steps": 1, "joint_steps": 1}
+    settings["methods"] = quick_methods(content)
+    options = [f"--{name}={json.dumps(value)}" for name, value in settings.items()]
+    return [*options, "--output=report", "--accelerator=cpu", "--architectures=conv:width=4,norm=none"]
+
+
 def untrained(architecture, network, *args):
     """In place of minutes of training: the network as it is, said to be good."""
     rest(network)
@@ -55,8 +84,11 @@ def untrained(architecture, network, *args):
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(CONFIGS)))
 def test_config_runs(path, stand_ins, tmp_path, monkeypatch):
     content = yaml.safe_load(path.read_text())
+    monkeypatch.setattr("lightning_dd.pretrained.architectures._train", untrained)
     config = ["--config", str(path)]
-    if "architectures" in content:
+    if "orders" in content:
+        arguments = ["continual", *config, *quick_continual(content)]
+    elif "architectures" in content:
         from lightning_dd.data import MNIST5k
 
         file = make_distilled(data=MNIST5k).save(tmp_path / "set.safetensors")
@@ -66,12 +98,14 @@ def test_config_runs(path, stand_ins, tmp_path, monkeypatch):
 
         file = make_distilled(data=MNIST5k).save(tmp_path / "set.safetensors")
         arguments = ["fit", *config, *QUICK, f"--data.init_args.file={file}"]
+    elif "members" in content:
+        arguments = ["membership", *config, *quick_membership(content)]
     elif "model" in content:
-        arguments = ["fit", *config, *QUICK, *QUICK_DISTILLER]
+        arguments = ["fit", *config, *QUICK, *quick_distiller(content)]
     else:  # a layer: its first line says which configuration it goes over
         below = path.read_text().splitlines()[0].rpartition("layered over ")[2]
-        arguments = ["fit", "--config", str(CONFIGS.parent / below), *config, *QUICK, *QUICK_DISTILLER]
-        monkeypatch.setattr("lightning_dd.pretrained.architectures._train", untrained)
+        base = yaml.safe_load((CONFIGS.parent / below).read_text())
+        arguments = ["fit", "--config", str(CONFIGS.parent / below), *config, *QUICK, *quick_distiller(base)]
     assert main(arguments) == 0
     if arguments[0] == "fit" and "Student" not in path.read_text():
         assert list(Path("runs").rglob("last.safetensors"))

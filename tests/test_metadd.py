@@ -83,13 +83,32 @@ def test_the_gradient_in_a_run_is_that_of_all_architectures_at_once(tmp_path):
     model, trainer = fit(tmp_path, callback, 0)
     callback.setup(trainer, model, "fit")
     images, labels = (part.detach().requires_grad_() for part in model.synthetic())
-    callback.terms(trainer, model, images, labels)["metadd"].backward()
+    callback.terms(trainer, model, images, labels, images.sum())["metadd"].backward()
     again = [part.detach().clone().requires_grad_() for part in (images, labels)]
     (0.5 * naive_loss(callback.architectures, *again, "learned", callback.options).loss).backward()
     for ours, naive in zip((images, labels), again, strict=True):
         torch.testing.assert_close(ours.grad, naive.grad, rtol=1e-4, atol=1e-7)
     for architecture in callback.architectures:
         assert all(parameter.grad is None for parameter in architecture.network.parameters())
+
+
+def test_a_relative_weight_is_a_share_of_the_methods_own_gradient(tmp_path):
+    callback = metadd(weight=0.3, relative=True, rows=2)
+    model, trainer = fit(tmp_path, callback, 0)
+    callback.setup(trainer, model, "fit")
+    for scale in (1.0, 1000.0):
+        images, labels = (part.detach().requires_grad_() for part in model.synthetic())
+        own = scale * (images * torch.linspace(0, 1, images.numel()).view_as(images)).sum()
+        term = callback.terms(trainer, model, images, labels, own)["metadd"]
+        norms = [float(torch.autograd.grad(loss, images, retain_graph=True)[0].norm()) for loss in (own, term)]
+        assert norms[1] == pytest.approx(0.3 * norms[0], rel=1e-4)
+
+
+def test_what_the_architectures_see_may_be_augmented_and_is_the_same_after_a_restart(tmp_path):
+    runs = [fit(tmp_path, metadd(weight=1.0, augment=augment))[0] for augment in ("crop", "crop", "none")]
+    images = [model.synthetic.images for model in runs]
+    assert torch.equal(images[0], images[1])
+    assert not torch.equal(images[0], images[2])
 
 
 def test_the_clock_says_which_steps_carry_it():

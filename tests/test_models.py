@@ -112,8 +112,8 @@ def test_options_win_over_the_fitted_ones():
 
 
 def test_stem_changes_are_taken_back_when_the_network_cannot_run_with_them():
-    # The mixer's token layers have one weight per token, so a finer patch layer is impossible.
-    trunk = build_network("mixer_s16_224", 10, (3, 32, 32), seed=0).trunk
+    # The token layers have one weight per token, so a finer patch layer is impossible.
+    trunk = build_network("resmlp_12_224", 10, (3, 32, 32), seed=0).trunk
     assert trunk.stem.proj.stride == trunk.stem.proj.kernel_size == (16, 16) == tuple(trunk.stem.proj.weight.shape[2:])
 
 
@@ -303,7 +303,7 @@ def test_spec_reads_and_writes():
         ("vgg11:widht=8", (3, 32, 32), "unknown option 'widht' of architecture 'vgg11'"),
         ("vgg11:width=0", (3, 32, 32), "option 'width' of architecture 'vgg11' must be"),
         ("hrnet_w18_small:foo=1", (3, 32, 32), "unknown option 'foo'"),
-        ("mixer_s16_224:patch_size=4", (3, 32, 32), "option 'patch_size' of architecture 'mixer_s16_224' is fixed"),
+        ("resmlp_12_224:patch_size=4", (3, 32, 32), "option 'patch_size' of architecture 'resmlp_12_224' is fixed"),
         ("torchvision/resnet18:foo=1", (3, 32, 32), "unknown option 'foo' of architecture 'resnet18'"),
         ("resnet18:num_classes=5", (3, 32, 32), "option 'num_classes' of architecture 'resnet18' comes from the data"),
         ("resnet18:checkpoint_path=x", (3, 32, 32), "weights start at random"),

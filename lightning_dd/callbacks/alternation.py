@@ -16,27 +16,32 @@ class PoolAlternation(Callback):
     distiller without a pool is left alone.
 
     Args:
-        inner_steps: inner steps after an outer step that has any; FRePo takes 1.
+        inner_steps: inner steps after an outer step that has any; ``None`` asks the distiller (FRePo takes 1).
         every: outer steps between inner trainings; the next network is drawn after every outer step all the same.
 
     Raises:
         UserError: ``inner_steps`` is negative or ``every`` is below 1.
     """
 
-    def __init__(self, inner_steps: int = 1, every: int = 1) -> None:
-        if inner_steps < 0 or every < 1:
+    def __init__(self, inner_steps: int | None = None, every: int = 1) -> None:
+        if (inner_steps is not None and inner_steps < 0) or every < 1:
             raise UserError(f"PoolAlternation needs inner_steps >= 0 and every >= 1, got {inner_steps} and {every}")
         self.inner_steps = inner_steps
         self.every = every
+        self._steps = 0
         self._seen = 0
 
     def inner_steps_at(self, outer_step: int) -> int:
         """Return how many inner steps follow outer step ``outer_step``, counted from 1."""
-        return self.inner_steps if outer_step % self.every == 0 else 0
+        return self._steps if outer_step % self.every == 0 else 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take up the count where the run stands."""
         self._seen = trainer.global_step
+        if self.inner_steps is not None:
+            self._steps = self.inner_steps
+        elif isinstance(pl_module, PoolDistiller):
+            self._steps = pl_module.inner_steps
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -59,8 +59,7 @@ class ExportDistilledSet(Callback):
         if not isinstance(pl_module, Distiller):
             return
         score = trainer.callback_metrics.get(self.monitor)
-        distilled = pl_module.distilled_set(
-            outer_step=trainer.global_step, **({} if score is None else {self.monitor: float(score)})
-        )
+        scores: dict[str, Any] = {} if score is None else {self.monitor: float(score)}
+        distilled = pl_module.distilled_set(outer_step=trainer.global_step, **scores)
         if trainer.is_global_zero:
             distilled.save(self._folder / f"{name}.safetensors")

@@ -63,7 +63,7 @@ class SyntheticImages(Callback):
     def _show(self, trainer: Trainer, pl_module: LightningModule, file: str | None) -> None:
         if not isinstance(pl_module, Distiller) or not trainer.is_global_zero:
             return
-        distilled = pl_module.distilled_set()
+        distilled = pl_module.distilled_set(views=False)
         grid = image_grid(distilled.pixels(), distilled.ipc)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):

@@ -8,6 +8,7 @@ import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from lightning_dd.data.augment import Augmentation, default_strategy
 from lightning_dd.data.base import ImageTensors, RealData
 from lightning_dd.data.preprocess import Preprocessing
 from lightning_dd.distillers.base import Distiller, ExtraLoss
@@ -39,6 +40,8 @@ class MetaDD(Callback):
     Args:
         architectures: at least 2 names of the factory; keep them apart from those you evaluate as unseen.
         weight: of the whole term in the outer loss.
+        relative: take ``weight`` relative to the method: the term's gradient by the images then has ``weight`` times
+            the norm of the method's own in that step, so that one setting suits objectives of any scale.
         variance: weight of the maps' variance.
         cross_entropy: weight of the cross-entropy.
         kl: weight of the divergence from the common prediction.
@@ -54,6 +57,8 @@ class MetaDD(Callback):
         start: outer steps before the first that carries it.
         warmup: outer steps over which ``weight`` then rises linearly.
         rows: synthetic images per step, drawn anew each time; ``None`` takes all.
+        augment: operations joined by ``_``, one of which is drawn per step and applied before the architectures look;
+            ``auto`` is FRePo's family for the data, ``none`` is none.
         train_steps: training steps of an architecture on the real data.
         train_lr: its peak learning rate.
         files: files of trained architectures to use instead, by architecture.
@@ -68,6 +73,7 @@ class MetaDD(Callback):
         self,
         architectures: list[str],
         weight: float = 0.01,
+        relative: bool = False,
         variance: float = 1.0,
         cross_entropy: float = 1.0,
         kl: float = 1.0,
@@ -83,6 +89,7 @@ class MetaDD(Callback):
         start: int = 0,
         warmup: int = 0,
         rows: int | None = None,
+        augment: str = "none",
         train_steps: int = 1000,
         train_lr: float = 2e-3,
         files: dict[str, str] | None = None,
@@ -110,7 +117,9 @@ class MetaDD(Callback):
             detach_weights=detach_weights,
             grid=grid,
         )
+        self.relative = relative
         self.weight, self.every, self.start, self.warmup, self.rows = weight, every, start, warmup, rows
+        self.augment, self.augmentation = augment, Augmentation("none" if augment == "auto" else augment)
         self.recipe = ArchitectureRecipe(steps=train_steps, lr=train_lr)
         self.files, self.layers, self.seed = files or {}, layers or {}, seed
         for setting, given in (("files", self.files), ("layers", self.layers)):
@@ -136,6 +145,8 @@ class MetaDD(Callback):
             return
         if data.train is None or data.val is None or data.preprocessing is None:
             raise UserError("metadd needs a validation split to judge its architectures: set data.val_fraction above 0")
+        if self.augment == "auto":
+            self.augmentation = Augmentation(default_strategy(data.name))
         adapt = own_preprocessing(data.preprocessing)
         train, val = (_adapted(split, adapt) for split in (data.train, data.val))
         device = trainer.strategy.root_device
@@ -184,18 +195,23 @@ class MetaDD(Callback):
             pl_module.extra_losses.remove(self._term)
         self._term = None
 
-    def terms(self, trainer: Trainer, distiller: Distiller, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    def terms(
+        self, trainer: Trainer, distiller: Distiller, images: Tensor, labels: Tensor, own_loss: Tensor
+    ) -> dict[str, Tensor]:
         """Return ``{"metadd": weighted loss}`` if the term is due at this outer step, else nothing."""
         weight = self.weight_at(trainer.global_step)
         if weight == 0:
             return {}
+        everything = images
         rows = self._draw(trainer, len(images))
         if rows is not None:
             images, labels = images[rows], labels[rows]
         consensus = distiller.network(images.detach()) if self.options.consensus == "distiller" else None
-        result = self.measure(images, labels, distiller.label_kind, consensus)
+        seen = self.augmentation(images, make_generator(self.seed, "augment", trainer.global_step))
+        result = self.measure(seen, labels, distiller.label_kind, consensus)
         distiller.watch(**{f"metadd/{name}": value for name, value in result.terms.items()})
-        return {"metadd": weight * result.loss}
+        scale = weight * _balance(own_loss, result.loss, everything) if self.relative else weight
+        return {"metadd": scale * result.loss}
 
     def measure(self, images: Tensor, labels: Tensor, label_kind: str, consensus: Tensor | None = None) -> MetaLoss:
         """Return loss, terms and maps of images ``(N, C, H, W)`` in the data's normalised space."""
@@ -211,7 +227,7 @@ class MetaDD(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Keep the settings, so that a run is not continued with others."""
-        clock = (self.weight, self.every, self.start, self.warmup, self.rows)
+        clock = (self.weight, self.relative, self.every, self.start, self.warmup, self.rows, self.augment)
         return {"settings": repr((self.names, self.options, clock))}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -223,6 +239,13 @@ class MetaDD(Callback):
         if state_dict != MetaDD.state_dict(self):
             here = MetaDD.state_dict(self)["settings"]
             raise UserError(f"the checkpoint is of another metadd setting: {state_dict['settings']} there, {here} here")
+
+
+def _balance(own: Tensor, term: Tensor, images: Tensor) -> Tensor:
+    """Return the factor that brings a term's gradient by the images to the norm of another loss's."""
+    norms = [torch.autograd.grad(loss, images, retain_graph=True)[0].float().norm() for loss in (own, term)]
+    factor: Tensor = norms[0] / norms[1].clamp(min=1e-12)
+    return factor
 
 
 class _Adapt:
@@ -242,6 +265,4 @@ def own_preprocessing(preprocessing: Preprocessing) -> _Adapt | None:
 
 
 def _adapted(split: ImageTensors, adapt: _Adapt | None) -> ImageTensors:
-    if adapt is None:
-        return split
-    return ImageTensors(torch.cat([adapt(part) for part in torch.split(split.images, 4096)]), split.labels)
+    return split if adapt is None else split.mapped(adapt)

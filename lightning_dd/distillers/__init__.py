@@ -2,7 +2,25 @@
 
 from lightning_dd.distillers.base import Distiller
 from lightning_dd.distillers.coresets import Herding, KCenter, Random
+from lightning_dd.distillers.dc import DC, DSA
+from lightning_dd.distillers.dm import DM
 from lightning_dd.distillers.frepo import FRePo
+from lightning_dd.distillers.mtt import MTT
 from lightning_dd.distillers.pooled import PoolDistiller
+from lightning_dd.distillers.rded import RDED
+from lightning_dd.distillers.sre2l import SRe2L
 
-__all__ = ["Distiller", "FRePo", "Herding", "KCenter", "PoolDistiller", "Random"]
+__all__ = [
+    "DC",
+    "DM",
+    "DSA",
+    "MTT",
+    "RDED",
+    "Distiller",
+    "FRePo",
+    "Herding",
+    "KCenter",
+    "PoolDistiller",
+    "Random",
+    "SRe2L",
+]

@@ -12,17 +12,20 @@ from lightning_dd.data.augment import default_strategy
 from lightning_dd.data.base import DataFacts, ImageTensors, RealData
 from lightning_dd.data.distilled import DistilledSet, library_versions
 from lightning_dd.data.preprocess import Preprocessing
-from lightning_dd.data.stream import ClassBlocks, ShuffledStream
+from lightning_dd.data.stream import ClassBlocks, ShuffledStream, next_batch
 from lightning_dd.errors import UserError
 from lightning_dd.models.factory import build_network
 from lightning_dd.models.interface import Network
+from lightning_dd.pretrained.generator import prepare_generator
 from lightning_dd.recipe import Recipe, train_student
 from lightning_dd.scoring import ScoredModule
 from lightning_dd.seeding import derive_seed, make_generator
+from lightning_dd.synthetic.latents import build_synthetic
+from lightning_dd.synthetic.parameterisation import parse_parameterisation
 from lightning_dd.synthetic.pixels import LABEL_KINDS, SyntheticSet, check_synthetic
 
-ExtraLoss = Callable[[Tensor, Tensor], dict[str, Tensor]]
-"""From all synthetic images and labels, with graph, to named terms that are added to the outer loss."""
+ExtraLoss = Callable[[Tensor, Tensor, Tensor], dict[str, Tensor]]
+"""From all synthetic images and labels and the method's own loss, with graph, to terms added to the outer loss."""
 
 STATE_KEY = "lightning_dd"
 """Where a checkpoint keeps what lies outside the module tree."""
@@ -46,7 +49,9 @@ class Distiller(ScoredModule):
         architecture: the network to distil with, as ``name`` or ``name:option=value,...``.
         labels: ``learned``, ``centred`` (FRePo's start values, fixed) or ``hard`` (one-hot, fixed); a method may not
             define all of them (:attr:`label_kinds`).
-        init: ``real`` starts from random training images, ``noise`` from a standard normal.
+        init: ``real`` starts from random training images, ``noise`` from a standard normal; latents ignore it.
+        parameterisation: what the images are learned through: ``pixels``, or ``latents:option=value,...`` of a
+            generator (:class:`~lightning_dd.synthetic.parameterisation.LatentOptions`).
         lr: outer learning rate.
         real_batch_size: real images per outer step.
         probe_steps: steps of the student trained for each validation score; ``None`` takes the recipe's table.
@@ -70,6 +75,7 @@ class Distiller(ScoredModule):
         architecture: str = "conv",
         labels: str = "learned",
         init: str = "real",
+        parameterisation: str = "pixels",
         lr: float = 0.01,
         real_batch_size: int = 1024,
         probe_steps: int | None = None,
@@ -85,6 +91,9 @@ class Distiller(ScoredModule):
         if labels not in self.label_kinds:
             kinds = ", ".join(self.label_kinds)
             raise UserError(f"labels of {type(self).__name__} must be one of {kinds}, got '{labels}'")
+        self.latents = parse_parameterisation(parameterisation)
+        if self.latents is not None and not self.learns:
+            raise UserError(f"{type(self).__name__} selects real images: parameterisation must be pixels")
         if lr <= 0:
             raise UserError(f"lr must be positive, got {lr}")
         if real_batch_size < 1:
@@ -127,7 +136,7 @@ class Distiller(ScoredModule):
     def draw_real(self) -> ImageTensors:
         """Draw the next ``real_batch_size`` training images of a shuffled stream: ``(B, C, H, W)``, and classes."""
         assert self._real_stream is not None
-        return self._real_rows(self._real_stream.next())
+        return next_batch(self._train(), self._real_stream, self.device)
 
     def draw_real_per_class(self, count: int) -> ImageTensors:
         """Draw ``count`` training images of every class (at most the smallest class), in blocks by class."""
@@ -135,7 +144,7 @@ class Distiller(ScoredModule):
         if self._class_blocks is None:
             self._class_blocks = ClassBlocks(train.labels, self.require_facts().num_classes)
         generator = self.step_generator("class blocks", device=train.labels.device)
-        return self._real_rows(self._class_blocks.draw(count, generator))
+        return train.take(self._class_blocks.draw(count, generator), self.device)
 
     def step_generator(self, *purpose: str | int, device: torch.device | str = "cpu") -> torch.Generator:
         """Return a generator that depends on seed, purpose, rank and outer step alone, so a resumed run is exact."""
@@ -145,7 +154,7 @@ class Distiller(ScoredModule):
 
     def configure_optimizers(self) -> Any:
         """Return the outer optimizer: Adam on whatever the synthetic set learns."""
-        return torch.optim.Adam(self.require_synthetic().parameters(), lr=self.lr)
+        return torch.optim.Adam(self.require_synthetic().parameter_groups(self.lr))
 
     @property
     def student_architecture(self) -> str:
@@ -173,15 +182,17 @@ class Distiller(ScoredModule):
             raise RuntimeError("the data is not known yet: run a Trainer, or load a checkpoint")
         return self.facts
 
-    def distilled_set(self, **training: Any) -> DistilledSet:
+    def distilled_set(self, *, views: bool = True, **training: Any) -> DistilledSet:
         """Return the current synthetic set as a file-ready object.
 
         Args:
+            views: have a teacher label its views as well, where the method has soft labels; false for a look at it.
             training: facts on the run to keep beside it (outer step, validation score).
         """
         synthetic, facts = self.require_synthetic(), self.require_facts()
         assert self.preprocessing is not None
-        images, labels = (part.detach().cpu().clone().contiguous() for part in synthetic())
+        with torch.inference_mode(mode=False):  # for a student may be trained on it
+            images, labels = (part.detach().cpu().clone().contiguous() for part in synthetic())
         return DistilledSet(
             images=images,
             labels=labels,
@@ -212,16 +223,17 @@ class Distiller(ScoredModule):
             self.initialise(data.train)
         if stage != "fit":
             return
-        order = make_generator(self.seed, "real", self.trainer.global_rank, device=data.train.images.device)
+        order = make_generator(self.seed, "real", self.trainer.global_rank, device=data.train.labels.device)
         self._real_stream = ShuffledStream(len(data.train.labels), self.real_batch_size, order)
 
     def training_step(self, batch: int, batch_idx: int) -> Tensor:
         """One outer step; ``batch`` only counts."""
         images, labels = self.require_synthetic()()
         terms = self.outer_terms(images, labels)
-        for extra in self.extra_losses:
-            terms = terms | extra(images, labels)
         loss = torch.stack(list(terms.values())).sum()
+        for extra in self.extra_losses:
+            more = extra(images, labels, loss)
+            terms, loss = terms | more, torch.stack([loss, *more.values()]).sum()
         if self._logs_this_step():
             terms = {f"outer/{name}": value.detach() for name, value in terms.items()}
             for name, value in ({"outer/loss": loss.detach()} | terms | self._watched).items():
@@ -244,13 +256,11 @@ class Distiller(ScoredModule):
 
         Every validation starts from the same weights and order, so scores of one run compare.
         """
-        synthetic, facts = self.require_synthetic(), self.require_facts()
         seed = derive_seed(self.seed, "probe")
+        strategy = default_strategy(self.require_facts().name)
         with torch.inference_mode(mode=False):  # Lightning is in it already, and parameters made in it cannot learn
             probe = self.build_network(seed, self.student_architecture).to(self.device)
-            images, labels = (part.detach().clone() for part in synthetic())
-            strategy = default_strategy(facts.name)
-            train_student(probe, images, labels, self.label_kind, self.probe_recipe, strategy, seed)
+            train_student(probe, self.distilled_set(), self.probe_recipe, strategy, seed)
         self._probe = (probe,)  # in a tuple: a registered network would enter the checkpoint
 
     def scored_logits(self, images: Tensor) -> Tensor:
@@ -304,12 +314,8 @@ class Distiller(ScoredModule):
 
     def initialise(self, train: ImageTensors) -> None:
         """Fill the new synthetic set for a first fit; every rank draws the same."""
-        generator = make_generator(self.seed, "init")
-        synthetic = self.require_synthetic()
-        if self.init == "real":
-            synthetic.init_real(train.images, train.labels, generator)
-        else:
-            synthetic.init_noise(generator)
+        prepare_generator(self.require_synthetic(), self.real_data(), self.trainer, self.train_missing)
+        self.require_synthetic().start(self.init, train.images, train.labels, make_generator(self.seed, "init"))
 
     def real_data(self) -> RealData:
         """Return the run's DataModule.
@@ -324,7 +330,8 @@ class Distiller(ScoredModule):
 
     def _build_synthetic(self) -> None:
         facts = self.require_facts()
-        self.synthetic = SyntheticSet(self.ipc, facts.num_classes, facts.image_shape, self.label_kind)
+        assert self.preprocessing is not None
+        self.synthetic = build_synthetic(self.latents, self.ipc, facts, self.label_kind, self.preprocessing)
 
     def _is_fitting(self) -> bool:
         return self._real_stream is not None
@@ -333,10 +340,6 @@ class Distiller(ScoredModule):
         train = self.real_data().train
         assert train is not None
         return train
-
-    def _real_rows(self, rows: Tensor) -> ImageTensors:
-        train = self._train()
-        return ImageTensors(train.images[rows].to(self.device), train.labels[rows].to(self.device))
 
     def _logs_this_step(self) -> bool:
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]

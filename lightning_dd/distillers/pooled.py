@@ -103,6 +103,11 @@ class PoolDistiller(Distiller):
         return torch.optim.Adam(parameters, lr=self.inner_lr, fused=True)
 
     @property
+    def inner_steps(self) -> int:
+        """Inner steps that follow an outer step, for a clock that has no number of its own."""
+        return 1
+
+    @property
     def network(self) -> Network:
         """The pool's current network."""
         return self.require_pool().network

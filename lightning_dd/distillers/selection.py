@@ -16,17 +16,15 @@ class SelectionDistiller(TeacherDistiller):
     It runs like any other: one outer step at learning rate 0 (``trainer.max_steps: 1``), so that scores, pictures,
     checkpoints and the exported file come the usual way.
 
-    A subclass must answer :meth:`select`; the teacher is trained only if it asks for :attr:`network`.
+    A subclass must answer :meth:`select`; the teacher is trained only for soft labels, or if that asks for
+    :attr:`network`.
 
     Args:
-        **kwargs: see :class:`TeacherDistiller`; ``labels`` must be fixed ones.
+        **kwargs: see :class:`TeacherDistiller`; ``labels`` are fixed, or ``soft``.
     """
 
-    label_kinds: ClassVar[tuple[str, ...]] = ("hard", "centred")
+    label_kinds: ClassVar[tuple[str, ...]] = ("hard", "centred", "soft")
     learns: ClassVar[bool] = False
-
-    def __init__(self, labels: str = "hard", **kwargs: Any) -> None:
-        super().__init__(labels=labels, **kwargs)
 
     @abstractmethod
     def select(self, train: ImageTensors) -> Tensor:

@@ -9,7 +9,7 @@ is exact and the memory does not grow with their number (the idea of gradient ca
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from lightning_dd.losses.architecture_invariant import (
     meta_partition,
     positivity,
 )
+from lightning_dd.losses.attach import attach_gradients
 from lightning_dd.losses.cam import class_activation_map, no_float16, normalise_maps
 from lightning_dd.losses.meta_options import Architecture, MetaOptions
 
@@ -94,8 +95,7 @@ def gathered_loss(
         gradients = [None, slope.get(id(rows)), slope.get(id(consensus))]
         if needed[0]:
             gradients[0] = _carry(architectures, pixels, rows, options, slope.get(id(maps)), slope.get(id(logits)))
-    loss = _Attach.apply(total.detach(), *given, *gradients)
-    return MetaLoss(cast(Tensor, loss), terms, maps.detach())
+    return MetaLoss(attach_gradients(total.detach(), given, gradients), terms, maps.detach())
 
 
 def naive_loss(
@@ -222,20 +222,3 @@ def _leaf(tensor: Tensor | None, needed: bool) -> Tensor | None:
     if tensor is None:
         return None
     return (tensor.clone() if tensor.is_inference() else tensor.detach()).requires_grad_(needed)
-
-
-class _Attach(torch.autograd.Function):
-    """A value with given gradients with respect to given tensors."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, *tensors_and_gradients: Tensor | None) -> Tensor:
-        """Return the value; of ``2n`` tensors the first ``n`` are differentiated by, the others their gradients."""
-        ctx.save_for_backward(*tensors_and_gradients[len(tensors_and_gradients) // 2 :])
-        return value.clone()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradients times that of the value."""
-        scaled = [None if gradient is None else gradient * scale for gradient in ctx.saved_tensors]
-        return (None, *scaled, *[None] * len(scaled))

@@ -116,6 +116,16 @@ def known_architectures() -> list[str]:
     return sorted(_OWN)
 
 
+def check_known(name: str) -> None:
+    """Refuse a name, without options, that neither the project nor a library has.
+
+    Raises:
+        UserError: no network is called so.
+    """
+    if name not in _OWN:
+        _library_of(name)
+
+
 def _read_options(body: str, text: str) -> dict[str, Any]:
     try:
         options = yaml.safe_load("{" + body.replace("=", ": ") + "}")

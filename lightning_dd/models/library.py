@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from lightning_dd.errors import UserError
 from lightning_dd.models.checks import check_images
+from lightning_dd.models.families import BASE_WIDTH, googlenet, mixer_builder, take_width
 from lightning_dd.models.interface import Network
+from lightning_dd.models.norms import exchange_batch_norm
 from lightning_dd.models.stems import LARGEST_SMALL_SIDE, fit_stem
 
 ImageShape = tuple[int, int, int]
@@ -75,14 +77,15 @@ class LibraryNetwork(Network):
 def build_timm(name: str, options: Mapping[str, Any], num_classes: int, image_shape: ImageShape) -> LibraryNetwork:
     """Build a network of timm, with random weights, fitted to the image shape.
 
-    Vision transformers get a patch size that makes 8x8 tokens of an image up to 64 px, Swin windows of 4, VGG the
-    literature's single linear layer after global pooling, and convolutional networks a stem of smaller stride; see
-    :func:`~lightning_dd.models.stems.fit_stem`. Options of the same name win, and ``output_stride`` or ``patch_size``
-    leaves the stem alone.
+    Vision transformers and mixers get a patch size that makes 8x8 tokens of an image up to 64 px, Swin windows of 4,
+    VGG the literature's single linear layer after global pooling, and convolutional networks a stem of smaller stride;
+    see :func:`~lightning_dd.models.stems.fit_stem`. Options of the same name win, and ``output_stride`` or
+    ``patch_size`` leaves the stem alone.
 
     Args:
         name: a name that timm knows.
-        options: keyword arguments for timm's model, and ``width`` (base 64) for a VGG.
+        options: keyword arguments for timm's model; ``width`` (base 64) for a VGG; ``norm`` for networks with batch
+            normalisation, see :func:`~lightning_dd.models.norms.exchange_batch_norm`.
         num_classes: number of logits.
         image_shape: ``(C, H, W)`` before padding.
 
@@ -98,14 +101,21 @@ def build_timm(name: str, options: Mapping[str, Any], num_classes: int, image_sh
     _check_options(name, options)
     channels = image_shape[0]
     size = (_padded(image_shape[1]), _padded(image_shape[2]))
+    options = dict(options)
+    norm = options.pop("norm", None)  # ours: no library knows it
     if re.match(r"vgg\d", name):
-        return _assemble(*_vgg(name, options, num_classes, channels), num_classes, image_shape, refit=False)
+        trunk, linear = _vgg(name, options, num_classes, channels)
+        exchange_batch_norm(name, trunk, norm)
+        return _assemble(trunk, linear, num_classes, image_shape, refit=False)
     ours: dict[str, Any] = {"img_size": size[0] if size[0] == size[1] else size, **_token_options(name, min(size))}
+    mixer = mixer_builder(name)
 
     def create(**kwargs: Any) -> nn.Module:
-        return timm.create_model(name, pretrained=False, num_classes=num_classes, in_chans=channels, **kwargs)
+        kwargs |= {"num_classes": num_classes, "in_chans": channels}
+        return mixer(**kwargs) if mixer else timm.create_model(name, pretrained=False, **kwargs)
 
     model: Any = _call(name, create, ours, options)
+    exchange_batch_norm(name, model, norm)
     head = _cut_head(model, model.get_classifier())
     if head is None:  # two heads, or one that is not a linear layer: ask for none, and add our own
         model.reset_classifier(0)
@@ -123,7 +133,8 @@ def build_torchvision(
 
     Args:
         name: a name that torchvision knows.
-        options: keyword arguments for torchvision's model.
+        options: keyword arguments for torchvision's model; ``width`` (base 64) for GoogLeNet; ``norm`` for networks
+            with batch normalisation, see :func:`~lightning_dd.models.norms.exchange_batch_norm`.
         num_classes: number of logits.
         image_shape: ``(C, H, W)`` before padding.
 
@@ -133,6 +144,9 @@ def build_torchvision(
     import torchvision  # here, not above: see build_timm
 
     _check_options(name, options)
+    options = dict(options)
+    norm = options.pop("norm", None)  # ours: no library knows it
+    width = take_width(name, options) if name == "googlenet" else BASE_WIDTH
     ours: dict[str, Any] = {}
     if name.startswith("vit_"):
         ours["image_size"] = _padded(image_shape[1])
@@ -140,9 +154,12 @@ def build_torchvision(
         ours |= {"aux_logits": False, "init_weights": True}
 
     def create(**kwargs: Any) -> nn.Module:
+        if name == "googlenet":
+            return googlenet(name, num_classes, width, **kwargs)
         return cast(nn.Module, torchvision.models.get_model(name, weights=None, num_classes=num_classes, **kwargs))
 
     model = _call(name, create, ours, options)
+    exchange_batch_norm(f"torchvision/{name}", model, norm)
     if image_shape[0] != 3:
         _replace_first_convolution(model, image_shape[0])
     linears = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
@@ -214,7 +231,7 @@ def _token_options(name: str, side: int) -> dict[str, Any]:
     if side > LARGEST_SMALL_SIDE:
         return {}
     patch = max(2, side // _TOKENS)
-    if re.match(r"(test_)?(vit|deit|cait|beit|eva|flexivit)", name):
+    if re.match(r"(test_)?(vit|deit|cait|beit|eva|flexivit|mixer)", name):
         return {"patch_size": patch}
     if name.startswith("pit_"):
         return {"patch_size": patch, "stride": max(1, patch // 2)}
@@ -223,16 +240,13 @@ def _token_options(name: str, side: int) -> dict[str, Any]:
     return {}
 
 
-def _vgg(name: str, options: Mapping[str, Any], num_classes: int, channels: int) -> tuple[nn.Module, nn.Linear]:
+def _vgg(name: str, options: dict[str, Any], num_classes: int, channels: int) -> tuple[nn.Module, nn.Linear]:
     """Build timm's VGG without its two 4096-wide layers, which are 100 of its 130 million weights."""
     from timm.models import vgg
 
     depth, _, norm = name.partition("_")
-    options = dict(options)
-    width = options.pop("width", 64)
-    if isinstance(width, bool) or not isinstance(width, int) or width < 1:
-        raise UserError(f"option 'width' of architecture '{name}' must be a whole number of at least 1, got {width!r}")
-    layers = [max(1, entry * width // 64) if isinstance(entry, int) else entry for entry in vgg.cfgs[depth]]
+    width = take_width(name, options)
+    layers = [max(1, entry * width // BASE_WIDTH) if isinstance(entry, int) else entry for entry in vgg.cfgs[depth]]
     ours = {"mlp_ratio": 1 / 4096, "norm_layer": nn.BatchNorm2d if norm == "bn" else None}
 
     def create(**kwargs: Any) -> nn.Module:

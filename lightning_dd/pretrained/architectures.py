@@ -22,6 +22,7 @@ from lightning_dd.models.factory import build_network
 from lightning_dd.models.interface import Network
 from lightning_dd.models.pool import rest
 from lightning_dd.pretrained.classifier import RealClassifier
+from lightning_dd.quiet import wants_bars
 from lightning_dd.seeding import derive_seed
 
 _log = logging.getLogger(__name__)
@@ -177,7 +178,7 @@ def _train(
         num_sanity_val_steps=0,
         limit_val_batches=0,
         log_every_n_steps=10,
-        callbacks=[_NamedBar(f"training {architecture}")],
+        callbacks=[NamedBar(f"training {architecture}")],
     )
     trainer.fit(classifier, pass_through(StepCounter(recipe.steps)))
     scores = Trainer(
@@ -216,13 +217,14 @@ def _load(path: Path, network: Network, identity: dict[str, Any]) -> Trained:
     return Trained(network, float(header["accuracy"]))
 
 
-class _NamedBar(TQDMProgressBar):
-    """Lightning's bar with the architecture's name before it."""
+class NamedBar(TQDMProgressBar):
+    """Lightning's bar with a name of what is trained before it."""
 
     def __init__(self, title: str) -> None:
-        super().__init__(refresh_rate=20)
+        super().__init__(refresh_rate=20 if wants_bars() else 0)
         self._title = title
 
     def on_train_epoch_start(self, trainer: Trainer, *args: Any) -> None:
+        """Put the name there, after the base class has put its own."""
         super().on_train_epoch_start(trainer, *args)
         self.train_progress_bar.set_description(self._title)

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from lightning_dd.data.augment import Augmentation
 from lightning_dd.data.base import ImageTensors
-from lightning_dd.data.stream import ShuffledStream
+from lightning_dd.data.stream import ShuffledStream, next_batch
 from lightning_dd.models.interface import Network
 from lightning_dd.recipe import warmup_cosine
 from lightning_dd.scoring import ScoredModule
@@ -43,7 +43,7 @@ class RealClassifier(ScoredModule):
         self.lr, self.weight_decay, self.seed = lr, weight_decay, seed
         self.augmentation = Augmentation(augment)
         self._train = train  # a tuple: not a buffer, and not in the checkpoint
-        order = make_generator(seed, "order", device=train.images.device)
+        order = make_generator(seed, "order", device=train.labels.device)
         self._stream = ShuffledStream(len(train.labels), batch_size, order)
         self.make_accuracy(network.num_classes)
 
@@ -54,11 +54,10 @@ class RealClassifier(ScoredModule):
 
     def training_step(self, batch: int, batch_idx: int) -> Tensor:
         """One step on a batch of its own; ``batch`` only counts."""
-        rows = self._stream.next()
-        images = self._train.images[rows].to(self.device)
+        images, labels = next_batch(self._train, self._stream, self.device)
         images = self.augmentation(images, make_generator(self.seed, "augment", batch_idx))
         with seeded(derive_seed(self.seed, "dropout", batch_idx)):
-            loss = F.cross_entropy(self.network(images).float(), self._train.labels[rows].to(self.device))
+            loss = F.cross_entropy(self.network(images).float(), labels)
         self.log("classifier/loss", loss.detach(), prog_bar=True)
         return loss
 

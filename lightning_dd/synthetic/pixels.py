@@ -1,6 +1,7 @@
 """The synthetic set: learnable images and labels."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ class SyntheticSet(nn.Module):
     ``(onehot - 1/C) / sqrt(C/10)`` (Zhou et al. 2022) for the kinds ``learned`` (a parameter) and ``centred`` (the
     same values, fixed), or from one-hot vectors for ``hard`` (fixed).
 
-    A parameterisation other than pixels overrides :meth:`render`.
+    A parameterisation other than pixels overrides :meth:`render`, :meth:`start` and :meth:`parameter_groups`.
 
     Args:
         ipc: images per class, at least 1.
@@ -49,7 +50,7 @@ class SyntheticSet(nn.Module):
         self.image_shape = image_shape
         self.label_kind = label_kind
         self.register_buffer("classes", torch.arange(num_classes).repeat_interleave(ipc), persistent=False)
-        self.images = nn.Parameter(torch.zeros(num_classes * ipc, *image_shape))
+        self.make_learnable()
         labels = initial_labels(self.classes, num_classes, label_kind)
         if label_kind == "learned":
             self.labels = nn.Parameter(labels)
@@ -59,6 +60,10 @@ class SyntheticSet(nn.Module):
     def __len__(self) -> int:
         return len(self.classes)
 
+    def make_learnable(self) -> None:
+        """Make what the images are learned through; here the images themselves."""
+        self.images = nn.Parameter(torch.zeros(self.num_classes * self.ipc, *self.image_shape))
+
     def render(self) -> Tensor:
         """Return the images ``(n, C, H, W)`` in normalised space, with graph to what is learned."""
         return self.images
@@ -66,6 +71,31 @@ class SyntheticSet(nn.Module):
     def forward(self) -> tuple[Tensor, Tensor]:
         """Return images ``(n, C, H, W)`` in normalised space and labels ``(n, num_classes)``."""
         return self.render(), self.labels
+
+    def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
+        """Return all that is learned as an outer optimizer's parameter groups, each with its learning rate.
+
+        Args:
+            lr: the outer learning rate, which a group may take a multiple of.
+        """
+        return [{"params": [parameter for parameter in self.parameters() if parameter.requires_grad], "lr": lr}]
+
+    def start(self, init: str, images: Tensor, labels: Tensor, generator: torch.Generator) -> None:
+        """Fill the set for a first fit.
+
+        Args:
+            init: ``real`` for :meth:`init_real`, ``noise`` for :meth:`init_noise`.
+            images: normalised training images ``(N, C, H, W)``.
+            labels: their classes ``(N,)``.
+            generator: CPU generator of the draw.
+
+        Raises:
+            UserError: a class has fewer than ``ipc`` images.
+        """
+        if init == "real":
+            self.init_real(images, labels, generator)
+        else:
+            self.init_noise(generator)
 
     @torch.no_grad()
     def init_real(self, images: Tensor, labels: Tensor, generator: torch.Generator) -> None:

@@ -1,0 +1,86 @@
+"""DM: distribution matching (Zhao & Bilen 2023, arXiv 2110.04181)."""
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from lightning_dd.data.augment import apply
+from lightning_dd.data.base import ImageTensors
+from lightning_dd.distillers.matching import ClassMatching, batch_statistics
+from lightning_dd.losses.matching import class_mean_distance
+from lightning_dd.models.features import features_in_slices, network_features
+from lightning_dd.models.interface import Network
+
+
+class DM(ClassMatching):
+    """Distil by matching the mean feature of every class under fresh networks.
+
+    An outer step minimises :func:`~lightning_dd.losses.matching.class_mean_distance` of siamese-augmented real and
+    synthetic images under a random, untrained network. The published runs take 20,000 outer steps. The distance grows
+    with the number of features, so ``lr`` belongs to the network. No gradient reaches labels. Networks with batch
+    normalisation see all classes together and use the statistics of that batch.
+
+    Args:
+        ipc: images per class.
+        architecture: the network to distil with.
+        labels: ``hard`` or ``centred``; both are fixed.
+        init: ``real`` for random training images, or ``noise``.
+        lr: learning rate of the images (the paper takes 10 for 100 and more images per class of CIFAR-10).
+        augment: see :class:`~lightning_dd.distillers.matching.ClassMatching`.
+        pool_size: networks in turn; the method has one.
+        lifetime: inner steps a network takes before it is replaced; 0 gives every outer step a fresh, untrained one.
+        inner_lr: learning rate of the inner SGD, for a lifetime above 0.
+        inner_batch_size: synthetic images per inner step, likewise.
+        **kwargs: see :class:`~lightning_dd.distillers.matching.ClassMatching`.
+
+    Raises:
+        UserError: an argument is out of range.
+    """
+
+    label_kinds: ClassVar[tuple[str, ...]] = ("hard", "centred")
+
+    def __init__(
+        self,
+        ipc: int = 1,
+        architecture: str = "convnet",
+        labels: str = "hard",
+        init: str = "real",
+        lr: float = 1.0,
+        augment: str = "auto",
+        pool_size: int = 1,
+        lifetime: int = 0,
+        inner_lr: float = 0.01,
+        inner_batch_size: int = 256,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            ipc=ipc,
+            architecture=architecture,
+            labels=labels,
+            init=init,
+            lr=lr,
+            augment=augment,
+            pool_size=pool_size,
+            lifetime=lifetime,
+            inner_lr=inner_lr,
+            inner_batch_size=inner_batch_size,
+            **kwargs,
+        )
+
+    def outer_loss(self, network: Network, images: Tensor, labels: Tensor, real: ImageTensors) -> dict[str, Tensor]:
+        """Return the squared distance of mean features, summed over classes; without graph to the labels."""
+        num_classes = labels.shape[1]
+        draws = self.draw_siamese(num_classes)
+        own, target = (
+            [apply(block, draw) for block, draw in zip(batch.tensor_split(num_classes), draws, strict=True)]
+            for batch in (images, real.images)
+        )
+        with batch_statistics(network) as batchwise:
+            if batchwise:
+                with torch.no_grad():
+                    real_features = network_features(network, torch.cat(target))
+            else:
+                real_features = torch.cat([features_in_slices(network, block) for block in target])
+            features = network_features(network, torch.cat(own))
+        return {"means": class_mean_distance(features, real_features, num_classes)}

@@ -1,0 +1,111 @@
+"""Distillers that compare the synthetic images of each class with real ones of that class."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_dd.data.augment import Draw
+from lightning_dd.data.base import ImageTensors
+from lightning_dd.data.siamese import siamese, siamese_strategy
+from lightning_dd.distillers.pooled import PoolDistiller
+from lightning_dd.errors import UserError
+from lightning_dd.models.interface import Network
+
+
+class ClassMatching(PoolDistiller):
+    """What DC, DSA and DM share: real images by class, siamese augmentation, and how images are updated.
+
+    The outer optimizer is SGD with momentum 0.5. ``real_batch_size`` is not used: :attr:`real_per_class` takes its
+    place.
+
+    Args:
+        real_per_class: real images of every class per outer step, at most the smallest class.
+        augment: operations of the siamese family joined by ``_``, one of which is drawn per class and outer step and
+            applied to its real and synthetic images alike; inner steps draw one per batch with numbers of its own for
+            every image. ``auto`` takes the published family for the data, ``none`` none.
+        **kwargs: see :class:`PoolDistiller`.
+
+    Raises:
+        UserError: an argument is out of range, or an operation is unknown.
+    """
+
+    def __init__(self, real_per_class: int = 256, augment: str = "none", **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if real_per_class < 1:
+            raise UserError(f"real_per_class must be at least 1, got {real_per_class}")
+        self.real_per_class = real_per_class
+        self.augment = augment
+        self._use_strategy("none" if augment == "auto" else augment)
+
+    def setup(self, stage: str) -> None:
+        """Take the augmentation for this data, too."""
+        super().setup(stage)
+        if self.augment == "auto":
+            self._use_strategy(siamese_strategy(self.require_facts().name))
+
+    def draw_real(self) -> ImageTensors:
+        """Draw real images in blocks by class: ``(num_classes * real_per_class, C, H, W)``, and classes."""
+        return self.draw_real_per_class(self.real_per_class)
+
+    def draw_siamese(self, num_classes: int) -> list[Draw]:
+        """Draw what happens to the real and synthetic images of each class in this outer step."""
+        if not self.siamese.operations:
+            return [self.siamese.draw(torch.Generator())] * num_classes
+        generator = self.step_generator("siamese")
+        return [self.siamese.draw(generator) for _ in range(num_classes)]
+
+    def draw_synthetic(self) -> tuple[Tensor, Tensor]:
+        """Draw synthetic images for an inner step, augmented each with its own numbers, and labels."""
+        images, labels = super().draw_synthetic()
+        generator = self.step_generator("inner augmentation", self.require_pool().current.age)
+        return self.inner_augmentation(images, generator), labels
+
+    def configure_optimizers(self) -> Any:
+        """Return SGD with momentum 0.5 on whatever the synthetic set learns."""
+        return torch.optim.SGD(self.require_synthetic().parameter_groups(self.lr), momentum=0.5)
+
+    def configure_inner_optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        """Return SGD without momentum."""
+        return torch.optim.SGD(parameters, lr=self.inner_lr)
+
+    def _use_strategy(self, strategy: str) -> None:
+        self.siamese, self.inner_augmentation = siamese(strategy), siamese(strategy, shared=False)
+
+
+@contextmanager
+def batch_statistics(network: Network) -> Iterator[bool]:
+    """Within the block batch normalisation uses, and takes up, the statistics of its batch.
+
+    Yields:
+        Whether the network has any.
+    """
+    kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+    layers = [module for module in network.modules() if isinstance(module, kinds)]
+    for layer in layers:
+        layer.train()
+    try:
+        yield bool(layers)
+    finally:
+        for layer in layers:
+            layer.eval()
+
+
+@torch.no_grad()
+def measure_batch_statistics(network: Network, images: Tensor, num_classes: int, count: int = 16) -> None:
+    """Let batch normalisation take up the statistics of real images of all classes at once.
+
+    A batch of one class, or of one image, would mislead it.
+
+    Args:
+        network: in inference mode, as it is afterwards; nothing happens to one without batch normalisation.
+        images: normalised images in blocks of one size by class.
+        num_classes: number of blocks.
+        count: images of each block that are used, at most all.
+    """
+    with batch_statistics(network) as any_layer:
+        if any_layer:
+            few = torch.cat([block[:count] for block in images.tensor_split(num_classes)])
+            network(few.contiguous(memory_format=torch.channels_last))

@@ -1,0 +1,202 @@
+"""MTT: matching training trajectories (Cazenavette et al. 2022, arXiv 2203.11932)."""
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import vector_to_parameters
+
+from lightning_dd.data.distilled import DistilledSet
+from lightning_dd.data.siamese import apply, siamese, siamese_strategy
+from lightning_dd.data.stream import ShuffledStream
+from lightning_dd.distillers.base import Distiller
+from lightning_dd.errors import UserError
+from lightning_dd.losses import trajectory
+from lightning_dd.losses.trajectory import InnerStep, functional_loss
+from lightning_dd.models.interface import Network
+from lightning_dd.models.pool import rest
+from lightning_dd.pretrained.experts import ExpertRecipe, Trajectories, expert_files, refuse_batch_statistics
+from lightning_dd.recipe import student_loss
+
+LEAST_STEP_SIZE = 0.01
+"""The learned step size is kept at or above this share of its first value: below 0 it would climb the loss."""
+
+
+class MTT(Distiller):
+    """Distil by training from an expert's parameters to where the expert came on real data.
+
+    Experts are networks trained on the real data before the first outer step; their parameters after every epoch are
+    on disk, cached and reused. An outer step draws an expert and a start epoch, takes ``syn_steps`` SGD steps on the
+    synthetic set from there, and minimises the squared distance to the expert ``expert_epochs`` later, relative to how
+    far the expert moved. Images, learned labels and the step size get the gradient through all steps. The defaults are
+    the paper's for CIFAR-10 at one image per class; it runs 5,000 outer steps.
+
+    Experts of hard labels are trained with cross-entropy, those of learned and centred labels by regression on centred
+    one-hot vectors. Inner steps run in inference mode (no dropout).
+
+    Args:
+        ipc: images per class.
+        architecture: the network of experts and inner steps; one without batch normalisation.
+        labels: ``hard``, ``centred`` or ``learned``.
+        lr: learning rate of the images (SGD with momentum 0.5).
+        label_lr: learning rate of learned labels.
+        syn_steps: inner steps N on synthetic batches.
+        expert_epochs: epochs M of the expert that they are to reproduce.
+        max_start_epoch: start epochs are drawn from 0 to ``max_start_epoch - 1``.
+        step_size: first value of the inner steps' learned learning rate alpha.
+        step_size_lr: learning rate of alpha itself, which is kept above 1 % of its first value.
+        batch_syn: synthetic images per inner step; ``None`` takes all.
+        experts: number of experts.
+        trajectory_epochs: epochs every expert is trained for.
+        expert_lr: learning rate of the experts' SGD.
+        expert_batch_size: real images per step of an expert.
+        expert_seed: of the experts; kept apart from the run's seed, so that seeds of a run share them.
+        augment: operations of :mod:`lightning_dd.data.siamese` for experts and inner steps, drawn anew for every step;
+            ``auto`` takes the data set's, ``none`` none.
+        constant_memory: hold the graph of one inner step instead of all N. The gradient is equal; it costs up to a
+            quarter more time where few images are distilled.
+        **kwargs: see :class:`Distiller`.
+
+    Raises:
+        UserError: an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        ipc: int = 1,
+        architecture: str = "convnet",
+        labels: str = "hard",
+        lr: float = 100.0,
+        label_lr: float = 1.0,
+        syn_steps: int = 50,
+        expert_epochs: int = 2,
+        max_start_epoch: int = 2,
+        step_size: float = 0.01,
+        step_size_lr: float = 1e-7,
+        batch_syn: int | None = None,
+        experts: int = 100,
+        trajectory_epochs: int = 50,
+        expert_lr: float = 0.01,
+        expert_batch_size: int = 256,
+        expert_seed: int = 0,
+        augment: str = "auto",
+        constant_memory: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(ipc=ipc, architecture=architecture, labels=labels, lr=lr, **kwargs)
+        counts = (syn_steps, expert_epochs, max_start_epoch, experts, 1 if batch_syn is None else batch_syn)
+        if min(counts) < 1:
+            raise UserError(
+                "syn_steps, expert_epochs, max_start_epoch, experts and batch_syn (or none) must be at least 1, got "
+                f"{syn_steps}, {expert_epochs}, {max_start_epoch}, {experts} and {batch_syn}"
+            )
+        if step_size <= 0 or step_size_lr < 0 or label_lr < 0:
+            raise UserError(
+                "step_size must be positive, step_size_lr and label_lr at least 0, got "
+                f"{step_size}, {step_size_lr} and {label_lr}"
+            )
+        last = max_start_epoch - 1 + expert_epochs
+        if trajectory_epochs < last:
+            raise UserError(
+                f"trajectory_epochs must be at least max_start_epoch - 1 + expert_epochs = {last}, "
+                f"got {trajectory_epochs}"
+            )
+        self.augment = augment
+        self.expert_recipe = ExpertRecipe(
+            augment="none" if augment == "auto" else augment,
+            epochs=trajectory_epochs,
+            lr=expert_lr,
+            batch_size=expert_batch_size,
+            labels="hard" if labels == "hard" else "centred",
+        )
+        self.experts, self.expert_seed = experts, expert_seed
+        self.syn_steps, self.expert_epochs, self.max_start_epoch = syn_steps, expert_epochs, max_start_epoch
+        self.batch_syn, self.label_lr = batch_syn, label_lr
+        self.step_size = nn.Parameter(torch.tensor(step_size))
+        self.step_size_lr, self.least_step_size = step_size_lr, LEAST_STEP_SIZE * step_size
+        self.match = trajectory.constant_memory if constant_memory else trajectory.unrolled
+        self._student: tuple[Network, ...] = ()  # in a tuple: a registered network would enter the checkpoint
+        self._trajectories: Trajectories | None = None
+
+    def setup(self, stage: str) -> None:
+        """Build the network of the inner steps as well, and train or find the experts."""
+        super().setup(stage)
+        if stage != "fit" or self._trajectories is not None:
+            return
+        facts, device = self.require_facts(), self.trainer.strategy.root_device
+        network = self.build_network(self.expert_seed).to(device)
+        refuse_batch_statistics(self.architecture, network)
+        rest(network)
+        self._student = (network,)
+        if self.augment == "auto":
+            self.expert_recipe = replace(self.expert_recipe, augment=siamese_strategy(facts.name))
+        self._augmentation = siamese(self.expert_recipe.augment, shared=False)
+        train = self.real_data().train
+        assert train is not None
+        files = expert_files(
+            self.trainer,
+            self.experts,
+            architecture=self.architecture,
+            train=train,
+            facts=facts,
+            recipe=self.expert_recipe,
+            seed=self.expert_seed,
+            train_missing=self.train_missing,
+        )
+        self._trajectories = Trajectories(files, device)
+
+    def outer_terms(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """The trajectory loss from a drawn start epoch of a drawn expert."""
+        generator = self.step_generator("trajectory")
+        expert, epoch = (
+            int(torch.randint(count, (), generator=generator)) for count in (self.experts, self.max_start_epoch)
+        )
+        assert self._trajectories is not None
+        start, target = (self._trajectories.snapshot(expert, at) for at in (epoch, epoch + self.expert_epochs))
+        vector_to_parameters(start, self.network.parameters())
+        steps = self._inner_steps(len(images), generator)
+        loss = functional_loss(self.network, partial(student_loss, label_kind=self.label_kind))
+        self.watch(
+            **{
+                "trajectory/step_size": self.step_size.detach().clone(),
+                "trajectory/start_epoch": torch.tensor(float(epoch)),
+            }
+        )
+        return {"trajectory": self.match(loss, start, target, images, labels, self.step_size, steps)}
+
+    def configure_optimizers(self) -> Any:
+        """Return SGD with momentum 0.5, with a learning rate each for images, labels and step size."""
+        synthetic = self.require_synthetic()
+        learned = [{"params": [synthetic.labels], "lr": self.label_lr}] if self.label_kind == "learned" else []
+        groups = [
+            {**group, "params": [part for part in group["params"] if part is not synthetic.labels]}
+            for group in synthetic.parameter_groups(self.lr)
+        ]
+        groups = [group for group in groups if group["params"]]
+        own = {"params": [self.step_size], "lr": self.step_size_lr}
+        return torch.optim.SGD([*groups, *learned, own], lr=self.lr, momentum=0.5)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Keep the step size positive."""
+        super().optimizer_step(*args, **kwargs)
+        with torch.no_grad():
+            self.step_size.clamp_(min=self.least_step_size)
+
+    @property
+    def network(self) -> Network:
+        """The network at the current expert's start epoch, in inference mode."""
+        if not self._student:
+            raise RuntimeError("the network exists only while fitting")
+        return self._student[0]
+
+    def distilled_set(self, *, views: bool = True, **training: Any) -> DistilledSet:
+        """Return the current synthetic set with the learned step size beside it."""
+        return super().distilled_set(views=views, step_size=float(self.step_size.detach()), **training)
+
+    def _inner_steps(self, rows: int, generator: torch.Generator) -> list[InnerStep]:
+        """Draw batches, in passes over random orders of the set, and an augmentation for each."""
+        order = ShuffledStream(rows, self.batch_syn or rows, generator)
+        batches = torch.stack([order.next() for _ in range(self.syn_steps)]).to(self.device)
+        return [InnerStep(batch, partial(apply, draw=self._augmentation.draw(generator))) for batch in batches]

@@ -1,0 +1,122 @@
+"""RDED: realistic, diverse and efficient sets without any optimisation (Sun et al. 2024, arXiv 2312.03526)."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_dd.data.base import ImageTensors
+from lightning_dd.data.views import draw_crops, resample
+from lightning_dd.distillers.relabel import teacher_logits
+from lightning_dd.distillers.selection import SelectionDistiller
+from lightning_dd.errors import UserError
+from lightning_dd.seeding import make_generator
+
+
+class RDED(SelectionDistiller):
+    """Build images of the crops of real images that the teacher is surest of.
+
+    For every class, ``candidates`` real images are drawn, and ``crops`` square random crops of each are brought to full
+    size. The teacher's cross-entropy keeps the best crop of every image, and then the ``ipc * patches^2`` best of
+    these; every ``patches^2`` of them are made smaller and tiled into one image. Crops and tiles are made of pixels and
+    normalised afterwards, so whitened data is whitened as whole images. All of it happens once, and the teacher's soft
+    labels follow.
+
+    The paper's students also shuffle the tiles of an image at each step. Stored views do not: a view is a crop and a
+    CutMix of the image as it is.
+
+    Args:
+        ipc: images per class.
+        candidates: real images drawn of every class, at most all it has.
+        crops: random crops of each.
+        patches: tiles along a side of an image: 1 for small images, 2 for large ones.
+        crop_min_scale: smallest area of a crop as a share of the image's.
+        labels: ``soft``, ``hard`` or ``centred``.
+        soft_min_scale: smallest area of a view's crop as a share of the image's.
+        **kwargs: see :class:`TeacherDistiller`.
+
+    Raises:
+        UserError: an argument is out of range, or too few candidates or an image that cannot be tiled.
+    """
+
+    def __init__(
+        self,
+        ipc: int = 1,
+        candidates: int = 300,
+        crops: int = 5,
+        patches: int = 1,
+        crop_min_scale: float = 0.08,
+        labels: str = "soft",
+        soft_min_scale: float = 0.5,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(ipc=ipc, labels=labels, soft_min_scale=soft_min_scale, **kwargs)
+        if candidates < 1 or crops < 1 or patches < 1:
+            raise UserError(
+                f"RDED needs candidates, crops and patches of at least 1, got {candidates}, {crops} and {patches}"
+            )
+        if not 0 < crop_min_scale <= 1:
+            raise UserError(f"crop_min_scale must be in (0, 1], got {crop_min_scale}")
+        self.candidates, self.crops, self.patches, self.crop_min_scale = candidates, crops, patches, crop_min_scale
+
+    def select(self, train: ImageTensors) -> Tensor:
+        """Choose the surest crops of every class and tile them."""
+        facts = self.require_facts()
+        if any(side % self.patches for side in facts.image_shape[1:]):
+            raise UserError(f"patches={self.patches} do not divide images of {facts.image_shape[1:]} pixels")
+        assert self.preprocessing is not None
+        generator = make_generator(self.seed, "candidates")
+        made = []
+        for label in range(facts.num_classes):
+            rows = (train.labels == label).nonzero().flatten()
+            order = torch.randperm(len(rows), generator=generator)[: self.candidates]
+            needed = self.ipc * self.patches**2
+            if needed > len(order):
+                raise UserError(
+                    f"ipc={self.ipc} with patches={self.patches} needs {needed} candidates of every class, and class "
+                    f"{label} has {len(order)}"
+                )
+            boxes = draw_crops(len(order) * self.crops, self.crop_min_scale, generator, ratio=1.0)
+            real = train.images[rows[order.to(rows.device)]].to(self.trainer.strategy.root_device)
+            made.append(self.best_crops(self.preprocessing.inverse(real), boxes.to(real.device), label, needed))
+        tiled = torch.cat([tile(pixels, self.patches) for pixels in made])
+        return self.preprocessing(tiled)
+
+    def best_crops(self, pixels: Tensor, boxes: Tensor, label: int, count: int) -> Tensor:
+        """Return the ``count`` surest crops of one class as pixels ``(count, C, H, W)``, the surest first.
+
+        Args:
+            pixels: candidates ``(N, C, H, W)``.
+            boxes: ``(N * crops, 4)``, those of an image side by side.
+            label: their class.
+            count: at most N.
+        """
+        assert self.preprocessing is not None
+        cut = resample(pixels.repeat_interleave(self.crops, 0), boxes, torch.zeros_like(boxes[:, 0], dtype=torch.bool))
+        logits = teacher_logits(self.network, self.preprocessing(cut))
+        target = torch.full((len(cut),), label, device=cut.device)
+        losses = F.cross_entropy(logits, target, reduction="none").view(len(pixels), self.crops)
+        best = losses.min(1)
+        chosen = best.values.argsort(stable=True)[:count]
+        return cut[chosen * self.crops + best.indices[chosen]]
+
+
+def tile(pixels: Tensor, patches: int) -> Tensor:
+    """Make ``(n * patches^2, C, H, W)`` smaller and tile them into ``(n, C, H, W)``.
+
+    The i-th image takes those at i, n + i, 2n + i, ..., row by row, so that the best are spread over the images.
+
+    Example:
+        >>> tile(torch.arange(4.0).view(4, 1, 1, 1).expand(4, 1, 2, 2), 2)
+        tensor([[[[0., 1.],
+                  [2., 3.]]]])
+    """
+    if patches == 1:
+        return pixels
+    channels, height, width = pixels.shape[1:]
+    small = F.interpolate(
+        pixels, (height // patches, width // patches), mode="bilinear", align_corners=False, antialias=True
+    )
+    grid = small.view(patches, patches, -1, channels, height // patches, width // patches)
+    return grid.permute(2, 3, 0, 4, 1, 5).reshape(-1, channels, height, width)

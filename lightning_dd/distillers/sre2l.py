@@ -1,0 +1,184 @@
+"""SRe2L: squeeze, recover and relabel (Yin, Xing & Shen 2023, arXiv 2306.13092)."""
+
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_dd.data.augment import DIGITS
+from lightning_dd.data.base import ImageTensors
+from lightning_dd.data.preprocess import Preprocessing
+from lightning_dd.data.views import draw_crops, resample
+from lightning_dd.distillers.teacher import TeacherDistiller
+from lightning_dd.errors import UserError
+from lightning_dd.losses.attach import attach_gradients
+from lightning_dd.losses.batchnorm import StatisticsDistance, batch_norm_layers
+from lightning_dd.losses.cam import no_float16
+from lightning_dd.recipe import warmup_cosine
+
+_CLASSES = 100
+"""Classes in a recovery group at most, as in the paper's code."""
+_ROWS = 512
+"""Images in one forward pass of the teacher."""
+
+
+class Windows(NamedTuple):
+    """What each of G recovery groups shows the teacher in one step: one window for all images of a group."""
+
+    crops: Tensor
+    """``(G, 4)``: left, top, width, height as shares of the sides."""
+    flips: Tensor
+    """``(G,)`` bool."""
+    shifts: Tensor
+    """``(G, 2)`` int64: pixels down and to the right, rolled around the border."""
+
+
+class SRe2L(TeacherDistiller):
+    """Squeeze the data into a teacher, recover images from it, and relabel them with its answers.
+
+    An outer step is one recovery iteration. The images are recovered in groups of one image per class (at most 100
+    classes), each as a batch of its own: cross-entropy of the teacher, plus the distance of the batch's statistics
+    from those the teacher's batch normalisation remembers. The loss is the sum over groups, and Adam acts on each pixel
+    alone, so that groups do not touch each other; MetaDD may couple them.
+
+    After each step images are clipped to pixels in [0, 1]; for whitened data they are un-whitened, clipped and
+    whitened again. Crops and rolls act on the images as the teacher sees them. Latents of a generator are not clipped.
+
+    Args:
+        ipc: images per class.
+        architecture: of the students.
+        labels: ``soft``, or ``hard``.
+        init: ``noise``, or ``real``.
+        lr: Adam's learning rate, decayed by a cosine to 0 over the run.
+        bn_weight: weight of the statistics' distance. Deep teachers need a smaller one: the sum has more layers.
+        first_bn_weight: of the first layer in that distance.
+        min_scale: smallest area of the random crop as a share of the image's; 1 for none.
+        jitter: largest roll in pixels.
+        **kwargs: see :class:`TeacherDistiller`. The teacher must have batch normalisation.
+
+    Raises:
+        UserError: an argument is out of range, or the teacher has no batch normalisation.
+    """
+
+    label_kinds: ClassVar[tuple[str, ...]] = ("soft", "hard")
+
+    def __init__(
+        self,
+        ipc: int = 1,
+        architecture: str = "resnet18",
+        labels: str = "soft",
+        init: str = "noise",
+        lr: float = 0.25,
+        bn_weight: float = 0.01,
+        first_bn_weight: float = 10.0,
+        min_scale: float = 0.08,
+        jitter: int = 4,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(ipc=ipc, architecture=architecture, labels=labels, init=init, lr=lr, **kwargs)
+        if bn_weight < 0 or first_bn_weight < 0 or jitter < 0:
+            raise UserError(
+                "SRe2L needs bn_weight, first_bn_weight and jitter of at least 0, got "
+                f"{bn_weight}, {first_bn_weight} and {jitter}"
+            )
+        if not 0 < min_scale <= 1:
+            raise UserError(f"min_scale must be in (0, 1], got {min_scale}")
+        self.bn_weight, self.first_bn_weight = bn_weight, first_bn_weight
+        self.min_scale, self.jitter = min_scale, jitter
+
+    def initialise(self, train: ImageTensors) -> None:
+        """Refuse a teacher without batch normalisation before it is trained; then start from noise."""
+        if not batch_norm_layers(self.build_network(0, self.teacher_architecture)):
+            raise UserError(
+                f"SRe2L recovers images from batch statistics, and its teacher '{self.teacher_architecture}' keeps "
+                "none: choose one with batch normalisation, as convnet:norm=batch or resnet18"
+            )
+        super().initialise(train)
+
+    def outer_terms(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Return the sum over groups of cross-entropy and statistics; its gradient is gathered pass by pass."""
+        windows = self.draw_windows()
+        gathered = torch.zeros_like(images)
+        total, losses = images.new_zeros(()), []
+        start = 0
+        for block in recovery_groups(self.require_facts().num_classes, self.ipc):
+            for rows in torch.split(block, max(1, _ROWS // block.shape[1])):
+                part = Windows(*(drawn[start : start + len(rows)] for drawn in windows))
+                start += len(rows)
+                index = rows.flatten().to(images.device)
+                pixels = images.detach()[index].requires_grad_()
+                with no_float16(images.device.type):
+                    fit, distance = self.recovery_loss(pixels, labels.detach()[index], part)
+                loss = fit + self.bn_weight * distance
+                gathered[index] = torch.autograd.grad(loss, pixels)[0]
+                losses.append(torch.stack([fit.detach(), distance.detach(), loss.detach()]))
+        fit, distance, total = torch.stack(losses).sum(0)
+        self.watch(**{"recovery/cross_entropy": fit, "recovery/statistics": distance})
+        return {"recovery": attach_gradients(total, [images], [gathered])}
+
+    def recovery_loss(self, images: Tensor, labels: Tensor, windows: Windows) -> tuple[Tensor, Tensor]:
+        """Return the cross-entropy and the statistics' distance, each summed over G groups.
+
+        Args:
+            images: ``(G * size, C, H, W)``, group by group.
+            labels: ``(G * size, num_classes)`` one-hot.
+            windows: of the G groups.
+        """
+        groups = len(windows.crops)
+        size = len(images) // groups
+        crops, flips = (drawn.repeat_interleave(size, 0).to(images.device) for drawn in windows[:2])
+        parts = torch.split(resample(images, crops, flips), size)
+        shown = [part.roll(tuple(shift), (2, 3)) for part, shift in zip(parts, windows.shifts.tolist(), strict=True)]
+        distance = StatisticsDistance(groups, self.first_bn_weight)
+        teacher = self.network
+        with distance.watch(teacher):
+            logits = teacher(torch.cat(shown).contiguous(memory_format=torch.channels_last))
+        return groups * F.cross_entropy(logits.float(), labels), distance.total()
+
+    def draw_windows(self) -> Windows:
+        """Draw this step's windows, one of every group."""
+        groups = self.ipc * len(recovery_groups(self.require_facts().num_classes, self.ipc))
+        generator = self.step_generator("windows")
+        mirrors = 0.0 if self.require_facts().name in DIGITS else 0.5
+        return Windows(
+            crops=draw_crops(groups, self.min_scale, generator),
+            flips=torch.rand(groups, generator=generator) < mirrors,
+            shifts=torch.randint(-self.jitter, self.jitter + 1, (groups, 2), generator=generator),
+        )
+
+    def configure_optimizers(self) -> Any:
+        """Return Adam with betas 0.5 and 0.9, and a cosine to 0 over the run."""
+        optimizer = torch.optim.Adam(self.require_synthetic().parameter_groups(self.lr), betas=(0.5, 0.9))
+        steps = max(1, self.trainer.max_steps)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Step, and bring the images back to what pixels in [0, 1] can be."""
+        super().optimizer_step(*args, **kwargs)
+        images = dict(self.require_synthetic().named_parameters()).get("images")
+        if images is not None:
+            assert self.preprocessing is not None
+            with torch.no_grad():
+                images.copy_(clip_to_pixels(images, self.preprocessing))
+
+
+def recovery_groups(num_classes: int, ipc: int, largest: int = _CLASSES) -> list[Tensor]:
+    """Return the rows of the recovery groups, block by block of classes: each ``(ipc, classes of the block)``.
+
+    Example:
+        >>> recovery_groups(3, 2)
+        [tensor([[0, 2, 4],
+                [1, 3, 5]])]
+    """
+    blocks = torch.arange(num_classes).chunk(-(-num_classes // largest))
+    return [torch.arange(ipc)[:, None] + ipc * block for block in blocks]
+
+
+def clip_to_pixels(images: Tensor, preprocessing: Preprocessing) -> Tensor:
+    """Return the normalised images ``(N, C, H, W)`` whose pixels are clipped to [0, 1]."""
+    if preprocessing.kind == "zca":
+        return preprocessing(preprocessing.inverse(images).clamp(0, 1))
+    mean, std = (values.to(images.device).view(1, -1, 1, 1) for values in (preprocessing.mean, preprocessing.std))
+    return images.clamp(-mean / std, (1 - mean) / std)

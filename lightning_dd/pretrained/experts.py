@@ -1,0 +1,277 @@
+"""Expert trajectories: networks trained on the real data by plain SGD, their parameters kept after every epoch.
+
+MTT (Cazenavette et al. 2022, arXiv 2203.11932) matches stretches of them. There is one file per expert in the cache
+folder, so an interrupted stage goes on with the experts that are missing. A file takes ``4 (epochs + 1) P`` bytes for P
+parameters: 65 MB for 50 epochs of the literature's ConvNet on CIFAR-10.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from pytorch_lightning import LightningModule, Trainer
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lightning_dd.data.base import DataFacts, ImageTensors
+from lightning_dd.data.cache import cache_folder
+from lightning_dd.data.siamese import siamese
+from lightning_dd.data.stream import ShuffledStream, StepCounter, pass_through
+from lightning_dd.errors import UserError
+from lightning_dd.files import write_atomically
+from lightning_dd.losses.krr import centred_one_hot
+from lightning_dd.losses.trajectory import parameter_vector
+from lightning_dd.models.factory import build_network
+from lightning_dd.models.interface import Network
+from lightning_dd.pretrained.architectures import NamedBar
+from lightning_dd.pretrained.turns import accelerator_of, first_process_first
+from lightning_dd.recipe import student_loss
+from lightning_dd.seeding import derive_seed, make_generator
+from lightning_dd.synthetic.pixels import initial_labels
+
+_log = logging.getLogger(__name__)
+_HEADER = "lightning_dd_expert"
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class ExpertRecipe:
+    """How an expert is trained: SGD without momentum, decay or schedule.
+
+    Args:
+        augment: operations of :mod:`lightning_dd.data.siamese`, each image with numbers of its own; ``none`` for none.
+        epochs: passes over the training split; the last, incomplete batch of a pass is dropped.
+        lr: learning rate.
+        batch_size: images per step, at most the whole split.
+        labels: ``hard`` (cross-entropy) or ``centred`` (half the squared error on centred one-hot vectors).
+
+    Raises:
+        UserError: a number is out of range, or an operation is unknown.
+    """
+
+    augment: str
+    epochs: int = 50
+    lr: float = 0.01
+    batch_size: int = 256
+    labels: str = "hard"
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1 or self.batch_size < 1 or self.lr <= 0:
+            raise UserError(
+                "experts need trajectory_epochs and expert_batch_size >= 1 and expert_lr > 0, got "
+                f"{self.epochs}, {self.batch_size} and {self.lr}"
+            )
+        siamese(self.augment)
+
+
+def expert_files(trainer: Trainer, count: int, **settings: Any) -> list[Path]:
+    """Return the files of experts ``0 .. count - 1``, each found or trained by the first of the trainer's processes.
+
+    The other processes wait for one expert at a time, so that no barrier times out.
+
+    Args:
+        trainer: whose processes and accelerator.
+        count: number of experts.
+        **settings: see :func:`expert_file`.
+
+    Raises:
+        UserError: see :func:`expert_file`.
+    """
+    files = []
+    for index in range(count):
+        with first_process_first(trainer, f"expert {index}"):
+            files.append(expert_file(index=index, accelerator=accelerator_of(trainer), **settings))
+    return files
+
+
+def expert_file(
+    architecture: str,
+    train: ImageTensors,
+    facts: DataFacts,
+    recipe: ExpertRecipe,
+    seed: int,
+    index: int,
+    accelerator: str = "auto",
+    train_missing: bool = True,
+) -> Path:
+    """Return the file of one expert's trajectory; the expert is trained now if the cache lacks it.
+
+    The cache's key covers data, preprocessing, architecture, recipe, seed and index.
+
+    Args:
+        architecture: a name of the factory.
+        train: normalised training images and classes.
+        facts: what the data says of itself.
+        recipe: how it is trained.
+        seed: of all experts.
+        index: which of them.
+        accelerator: Lightning's Trainer argument.
+        train_missing: train what is not in the cache; otherwise refuse.
+
+    Raises:
+        UserError: the architecture keeps batch statistics, the expert is missing and may not be trained, it diverged,
+            or the cache folder cannot be written.
+    """
+    identity = {
+        "version": _VERSION,
+        "architecture": architecture,
+        "data": facts.fingerprint,
+        "class_names": list(facts.class_names),
+        "preprocessing": facts.preprocessing,
+        "recipe": asdict(recipe),
+        "seed": seed,
+        "index": index,
+    }
+    key = hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=16).hexdigest()
+    path = cache_folder() / "experts" / f"{key}.safetensors"
+    if _is_whole(path, identity):
+        return path
+    if not train_missing:
+        raise UserError(
+            f"expert {index} of '{architecture}' is not trained on this data yet, and train_missing is false: run the "
+            "same command with train_missing=true (experts that are trained already are kept)"
+        )
+    named = derive_seed(seed, "expert", architecture, index)
+    network = build_network(architecture, facts.num_classes, facts.image_shape, derive_seed(named, "weights"))
+    refuse_batch_statistics(architecture, network)
+    snapshots = _train(f"expert {index}", network, train, recipe, named, accelerator)
+    if not bool(torch.isfinite(snapshots[-1]).all()):
+        raise UserError(
+            f"expert {index} of '{architecture}' diverged: its parameters are not finite after {recipe.epochs} epochs; "
+            f"lower expert_lr (now {recipe.lr})"
+        )
+    tensors = {_name(epoch): snapshot for epoch, snapshot in enumerate(snapshots)}
+    header = {_HEADER: json.dumps(identity)}
+    return write_atomically(path, lambda temporary: save_file(tensors, temporary, header))
+
+
+class Trajectories:
+    """Trajectories on disk. Files are mapped, not read: only the snapshots asked for are loaded.
+
+    Args:
+        files: from :func:`expert_file`; they stay open, so a cache that is cleared meanwhile does no harm.
+        device: where snapshots go.
+    """
+
+    def __init__(self, files: Sequence[Path], device: torch.device | str = "cpu") -> None:
+        self._files: list[Any] = [safe_open(file, framework="pt", device=str(device)) for file in files]
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def snapshot(self, expert: int, epoch: int) -> Tensor:
+        """Return an expert's parameters ``(P,)`` after ``epoch`` epochs; 0 is before the first. Not to be changed."""
+        return cast(Tensor, self._files[expert].get_tensor(_name(epoch)))
+
+
+def refuse_batch_statistics(architecture: str, network: Network) -> None:
+    """Refuse a network with batch normalisation: its running statistics are no parameters and cannot be matched.
+
+    Raises:
+        UserError: it has some.
+    """
+    kinds = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
+    if any(isinstance(module, kinds) and module.track_running_stats for module in network.modules()):
+        raise UserError(
+            f"trajectory matching cannot use architecture '{architecture}': its batch statistics are no parameters; "
+            "choose one without batch normalisation, as convnet:norm=instance (or group, layer, none)"
+        )
+
+
+def _train(
+    title: str, network: Network, train: ImageTensors, recipe: ExpertRecipe, seed: int, accelerator: str
+) -> list[Tensor]:
+    """Train by an ordinary Lightning fit and return the snapshots, on the CPU."""
+    expert = _Expert(network, train, recipe, seed)
+    steps = recipe.epochs * expert.steps_per_epoch
+    with _few_words():
+        trainer = Trainer(
+            max_steps=steps,
+            accelerator=accelerator,
+            devices=1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            log_every_n_steps=10,
+            callbacks=[NamedBar(title)],
+        )
+        trainer.fit(expert, pass_through(StepCounter(steps)))
+    return expert.snapshots
+
+
+class _Expert(LightningModule):
+    """A network on real batches of its own. It stays in inference mode, as the student's steps do: no dropout."""
+
+    def __init__(self, network: Network, train: ImageTensors, recipe: ExpertRecipe, seed: int) -> None:
+        super().__init__()
+        self.network = network
+        self.recipe, self.seed = recipe, seed
+        self.snapshots: list[Tensor] = []
+        self._train = train  # a tuple: not a buffer, and not in the checkpoint
+        self._augment = siamese(recipe.augment, shared=False)
+        order = make_generator(seed, "order", device=train.images.device)
+        self._stream = ShuffledStream(len(train.labels), recipe.batch_size, order)
+        self.steps_per_epoch = self._stream.size // self._stream.batch_size
+
+    def on_train_start(self) -> None:
+        """Take the first snapshot."""
+        self.network.eval()
+        self._keep()
+
+    def training_step(self, batch: int, batch_idx: int) -> Tensor:
+        """One step on a batch of its own; ``batch`` only counts."""
+        rows = self._stream.next()
+        images = self._train.images[rows].to(self.device)
+        images = self._augment(images, make_generator(self.seed, "augment", batch_idx))
+        classes, count = self._train.labels[rows].to(self.device), self.network.num_classes
+        hard = self.recipe.labels == "hard"
+        targets = initial_labels(classes, count, "hard") if hard else centred_one_hot(classes, count)
+        loss = student_loss(self.network(images), targets, self.recipe.labels)
+        self.log("expert/loss", loss.detach(), prog_bar=True)
+        return loss
+
+    def on_train_batch_end(self, outputs: Any, batch: int, batch_idx: int) -> None:
+        """Take a snapshot at the end of an epoch."""
+        if (batch_idx + 1) % self.steps_per_epoch == 0:
+            self._keep()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Return plain SGD."""
+        return torch.optim.SGD(self.network.parameters(), lr=self.recipe.lr)
+
+    def _keep(self) -> None:
+        self.snapshots.append(parameter_vector(self.network).cpu())  # a copy: the parameters live on
+
+
+def _name(epoch: int) -> str:
+    return f"epoch{epoch}"
+
+
+def _is_whole(path: Path, identity: dict[str, Any]) -> bool:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return bool(json.loads((file.metadata() or {}).get(_HEADER, "null")) == identity)
+    except FileNotFoundError:
+        return False
+    except (SafetensorError, OSError, ValueError):
+        _log.warning("a damaged file in the cache of experts is replaced: %s", path.name)
+        return False
+
+
+@contextmanager
+def _few_words() -> Iterator[None]:
+    """Keep Lightning's messages about each Trainer out: there may be a hundred of them."""
+    logger = logging.getLogger("pytorch_lightning")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

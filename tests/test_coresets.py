@@ -1,0 +1,265 @@
+"""Methods that select real images, and the teacher they share: choices against brute force, and the whole run."""
+
+import itertools
+
+import pytest
+import torch
+from helpers import TinyData, tiny_trainer
+from pytorch_lightning import Callback
+from pytorch_lightning.callbacks import ModelCheckpoint
+
+import lightning_dd.pretrained.architectures as architectures
+from lightning_dd.callbacks import MetaDD
+from lightning_dd.data.distilled import DistilledSet
+from lightning_dd.distillers import RDED, Herding, KCenter, Random
+from lightning_dd.distillers.load import distilled_from_checkpoint
+from lightning_dd.errors import UserError
+from lightning_dd.losses.coresets import herding, k_center
+
+TINY = {"architecture": "convnet:width=4,depth=2", "ipc": 2, "probe_steps": 1, "teacher_steps": 60, "teacher_lr": 0.02}
+SOFT = {"labels": "soft", "soft_epochs": 3, "temperature": 5.0}
+METHODS = [Random, Herding, KCenter, RDED]
+
+
+def data():
+    return TinyData(val_fraction=0.25)
+
+
+def selected(cls, folder, steps=1, **changes):
+    model = cls(**(TINY | {"labels": "hard"} | changes))
+    tiny_trainer(folder, steps, callbacks=[]).fit(model, data())
+    return model
+
+
+def rows_of(images, train):
+    """Index of each image in the training split."""
+    return [int((train.images == image).flatten(1).all(1).nonzero()[0]) for image in images]
+
+
+@pytest.fixture
+def trainings(monkeypatch, tmp_path):
+    """Count the teachers that are really trained, in a cache of the test's own."""
+    monkeypatch.setenv("LIGHTNING_DD_CACHE", str(tmp_path / "cache"))
+    counted, train = [], architectures._train
+
+    def counting(architecture, *args):
+        counted.append(architecture)
+        return train(architecture, *args)
+
+    monkeypatch.setattr(architectures, "_train", counting)
+    return counted
+
+
+# ---- choices -----------------------------------------------------------------------------------------------------
+
+
+def test_herding_is_the_greedy_choice_over_all_means():
+    features = torch.randn(9, 4, generator=torch.Generator().manual_seed(0))
+    chosen = []
+    for _ in range(9):
+        left = [row for row in range(9) if row not in chosen]
+        distances = {row: float((features.mean(0) - features[[*chosen, row]].mean(0)).norm()) for row in left}
+        chosen.append(min(distances, key=distances.get))
+    for count in (1, 4, 9):
+        assert herding(features, count).tolist() == chosen[:count]
+
+
+def test_k_center_is_farthest_first_from_the_row_nearest_the_mean():
+    features = torch.randn(9, 4, generator=torch.Generator().manual_seed(1))
+    chosen = [min(range(9), key=lambda row: float((features[row] - features.mean(0)).norm()))]
+    while len(chosen) < 9:
+        chosen.append(max(range(9), key=lambda row: min(float((features[row] - features[c]).norm()) for c in chosen)))
+    for count in (1, 4, 9):
+        assert k_center(features, count).tolist() == chosen[:count]
+    # Its radius is at most twice the best possible (Gonzalez 1985).
+
+    def radius(centres):
+        return max(min(float((row - features[c]).norm()) for c in centres) for row in features)
+
+    # (with any first centre)
+    assert radius(chosen[:3]) <= 2 * min(radius(some) for some in itertools.combinations(range(9), 3)) + 1e-6
+
+
+@pytest.mark.parametrize(("cls", "choose"), [(Herding, herding), (KCenter, k_center)])
+def test_coresets_choose_by_the_teachers_unit_features_class_by_class(cls, choose, tmp_path):
+    model = selected(cls, tmp_path)
+    train = model.trainer.datamodule.train
+    expected = []
+    for label in range(3):
+        own = (train.labels == label).nonzero().flatten()
+        features = model.network.features(train.images[own]).flatten(1)
+        expected += own[choose(features / features.norm(dim=1, keepdim=True), 2)].tolist()
+    assert rows_of(model.synthetic.images, train) == expected
+
+
+def test_random_is_uniform_per_class_without_replacement_and_follows_the_seed(tmp_path):
+    counts = torch.zeros(27)
+    drawn = []
+    for seed in range(60):
+        model = Random(**(TINY | {"ipc": 3, "seed": seed}))
+        model.trainer = tiny_trainer(tmp_path, callbacks=[])
+        model.trainer.datamodule = source = data()
+        source.setup("fit")
+        model.facts = source.facts
+        rows = rows_of(model.select(source.train), source.train)
+        assert len(set(rows)) == 9
+        assert source.train.labels[rows].tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+        counts[rows] += 1
+        drawn.append(rows)
+    assert len(set(map(tuple, drawn))) == 60
+    # 60 draws of 3 out of 9: 20 on average, variance 60 * 1/3 * 2/3; chi-squared with 24 degrees of freedom.
+    assert float(((counts - 20).square() / (60 * 2 / 9)).sum()) < 52  # 99.9 %
+    first, again = (selected(Random, tmp_path).synthetic.images for _ in range(2))
+    assert torch.equal(first, again)
+
+
+# ---- the run -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cls", METHODS, ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("labels", ["hard", "centred", "soft"])
+def test_every_selection_runs_with_every_label_and_moves_nothing(cls, labels, tmp_path):
+    model = selected(cls, tmp_path, steps=2, **({"labels": labels} | (SOFT if labels == "soft" else {})))
+    chosen = model.select(model.trainer.datamodule.train)
+    assert torch.equal(model.synthetic.images.detach(), chosen)
+    loaded = DistilledSet.load(model.distilled_set().save(tmp_path / "set.safetensors"))
+    assert loaded.label_kind == labels
+    assert (loaded.views is not None) == (labels == "soft")
+    assert loaded.labels.argmax(1).tolist() == [0, 0, 1, 1, 2, 2] or labels == "soft"
+
+
+def test_soft_labels_are_the_teachers_logits_of_images_and_views(tmp_path):
+    model = selected(Random, tmp_path, **SOFT)
+    assert torch.equal(model.synthetic.labels, torch.eye(3).repeat_interleave(2, 0))  # MetaDD's terms see these
+    assert model.label_kind == "hard"
+    distilled = model.distilled_set(outer_step=1)
+    assert (distilled.label_kind, distilled.temperature, distilled.views.epochs) == ("soft", 5.0, 3)
+    assert distilled.training["outer_step"] == 1
+    assert distilled.config["labels"] == "soft"
+    torch.testing.assert_close(distilled.labels, model.network(distilled.images))
+    images, logits = distilled.views.replay(distilled.images, 2, torch.arange(6))
+    torch.testing.assert_close(logits, model.network(images), rtol=2e-3, atol=2e-3)
+    assert model.distilled_set(views=False).training == {
+        k: v for k, v in distilled.training.items() if k != "outer_step"
+    }
+    plain = selected(Random, tmp_path, **(SOFT | {"soft_epochs": 0})).distilled_set()
+    assert plain.views is None
+    torch.testing.assert_close(plain.labels, distilled.labels)
+
+
+def test_labels_are_made_once_and_anew_when_images_move(tmp_path):
+    model = selected(Random, tmp_path, **SOFT)
+    first = model.distilled_set()
+    assert model.distilled_set().views is first.views
+    assert Random(**(TINY | SOFT))._labelled is None
+    model.synthetic.images.data += 0.5
+    moved = model.distilled_set()
+    assert not torch.equal(moved.labels, first.labels)
+    torch.testing.assert_close(moved.labels, model.network(moved.images))
+    assert torch.equal(moved.views.crops, first.views.crops)  # of the run's seed alone
+
+
+class DigitLike(TinyData):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.name = "MNIST5k"
+
+
+@pytest.mark.parametrize(("source", "mirrors"), [(TinyData, True), (DigitLike, False)])
+def test_views_of_digits_are_never_mirrored(source, mirrors, tmp_path):
+    model = Random(**(TINY | SOFT | {"soft_epochs": 20}))
+    tiny_trainer(tmp_path, 1, callbacks=[]).fit(model, source(val_fraction=0.25))
+    assert bool(model.distilled_set().views.flips.any()) == mirrors
+
+
+class KeepSet(Callback):
+    def __init__(self, folder):
+        self.folder = folder
+
+    def on_train_end(self, trainer, pl_module):
+        pl_module.distilled_set().save(self.folder / f"rank{trainer.global_rank}.safetensors")
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without distributed")
+@pytest.mark.parametrize("cls", METHODS, ids=lambda cls: cls.__name__)
+def test_two_processes_select_and_label_the_same(cls, tmp_path):
+    model = cls(**(TINY | SOFT))
+    trainer = tiny_trainer(tmp_path, 1, callbacks=[KeepSet(tmp_path)], devices=2, strategy="ddp_fork")
+    trainer.fit(model, data())
+    first, second = (DistilledSet.load(tmp_path / f"rank{rank}.safetensors") for rank in (0, 1))
+    assert torch.equal(first.images, second.images)
+    assert torch.equal(first.labels, second.labels)
+    assert torch.equal(first.views.logits, second.views.logits)
+
+
+def test_a_checkpoint_becomes_a_soft_set_with_the_cached_teacher(trainings, tmp_path, monkeypatch):
+    model = Random(**(TINY | SOFT))
+    keep = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    tiny_trainer(tmp_path, 1, callbacks=[keep], enable_checkpointing=True).fit(model, data())
+    exported = distilled_from_checkpoint(tmp_path / "step=1.ckpt")
+    assert torch.equal(exported.labels, model.distilled_set().labels)
+    assert torch.equal(exported.views.logits, model.distilled_set().views.logits)
+    assert trainings == [TINY["architecture"]]
+    monkeypatch.setenv("LIGHTNING_DD_CACHE", str(tmp_path / "elsewhere"))
+    with pytest.raises(UserError, match="is not trained on this data yet"):
+        distilled_from_checkpoint(tmp_path / "step=1.ckpt")
+
+
+# ---- the teacher -------------------------------------------------------------------------------------------------
+
+
+def test_the_teacher_is_trained_once_cached_and_reused(trainings, tmp_path):
+    selected(Random, tmp_path)
+    assert trainings == []  # hard labels of random images need none
+    first = selected(Herding, tmp_path)
+    assert trainings == [TINY["architecture"]]
+    second = selected(KCenter, tmp_path, seed=3, ipc=1)
+    assert trainings == [TINY["architecture"]]
+    for left, right in zip(first.network.parameters(), second.network.parameters(), strict=True):
+        assert torch.equal(left, right)
+        assert not left.requires_grad
+    assert not first.network.training
+    selected(KCenter, tmp_path, teacher="conv:width=4,depth=2", teacher_steps=50)
+    selected(Random, tmp_path, **SOFT, teacher="conv:width=4,depth=2", teacher_steps=50)
+    assert trainings == [TINY["architecture"], "conv:width=4,depth=2"]
+    assert not [name for name in first.state_dict() if "teacher" in name or "network" in name]
+
+
+def test_a_missing_teacher_is_refused_where_none_may_be_trained(trainings, tmp_path):
+    for cls, changes in ((Herding, {}), (Random, SOFT)):
+        with pytest.raises(UserError, match="is not trained on this data yet, and train_missing is false"):
+            selected(cls, tmp_path, train_missing=False, **changes)
+    assert trainings == []
+    selected(Herding, tmp_path)
+    selected(KCenter, tmp_path, train_missing=False)
+
+
+def test_a_teacher_needs_a_validation_split(tmp_path):
+    with pytest.raises(UserError, match=r"set data.val_fraction above 0"):
+        tiny_trainer(tmp_path, 1, callbacks=[]).fit(Herding(**TINY), TinyData(val_fraction=0))
+
+
+def test_metadd_on_a_selection_is_refused_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(architectures, "_train", lambda *args: 1.0)
+    metadd = MetaDD(["convnet:width=4,depth=2", "conv:width=4,depth=2"])
+    with pytest.raises(UserError, match=r"^metadd has nothing to act on: Random selects real images and learns none$"):
+        tiny_trainer(tmp_path, 1, callbacks=[metadd]).fit(Random(**TINY), data())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"labels": "learned"}, "labels of Random must be one of hard, centred, soft, got 'learned'"),
+        ({"labels": "soft", "soft_epochs": -1}, "soft_epochs must be at least 0"),
+        ({"labels": "soft", "temperature": 0}, "temperature must be positive"),
+    ],
+)
+def test_bad_settings_are_refused_at_once(settings, message):
+    with pytest.raises(UserError, match=message):
+        Random(**(TINY | settings))
+
+
+@pytest.mark.parametrize("cls", [Random, Herding, KCenter])
+def test_more_images_than_there_are_of_a_class_are_refused(cls, tmp_path):
+    with pytest.raises(UserError, match="ipc=10 is more than the 9 training images"):
+        selected(cls, tmp_path, ipc=10)

@@ -1,0 +1,447 @@
+"""Generator latents: rendering, slices, the start, the small generator and its cache, runs, generators of one's own."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from helpers import TinyData, tiny_trainer
+from pytorch_lightning import Callback
+from pytorch_lightning.callbacks import ModelCheckpoint
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import lightning_dd.pretrained.generator as pretrained
+from lightning_dd.callbacks import MetaDD, PoolAlternation
+from lightning_dd.data.preprocess import Preprocessing, fit_preprocessing
+from lightning_dd.distillers import FRePo, Random
+from lightning_dd.distillers.load import distilled_from_checkpoint
+from lightning_dd.errors import UserError
+from lightning_dd.models.generator import Generator
+from lightning_dd.synthetic.latents import LatentSet
+from lightning_dd.synthetic.parameterisation import LatentOptions, parse_parameterisation
+
+STANDARD = Preprocessing([0.3], [0.2])
+TINY = "latents:width=4,steps=2"
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def latent_set(ipc=2, shape=(1, 16, 16), labels="hard", preprocessing=STANDARD, seed=0, **options):
+    made = LatentSet(ipc, 3, shape, labels, LatentOptions(**({"width": 4} | options)), preprocessing)
+    made.start("real", torch.empty(0), torch.empty(0), generator(seed))
+    return made
+
+
+def frepo(parameterisation=TINY, **changes):
+    settings = {"architecture": "conv:width=4,depth=2", "real_batch_size": 8, "pool_size": 2, "lifetime": 4}
+    return FRePo(parameterisation=parameterisation, **(settings | {"probe_steps": 2} | changes))
+
+
+# ---- the string --------------------------------------------------------------------------------------------------
+
+
+def test_the_parameterisation_is_one_string():
+    assert parse_parameterisation("pixels") is None
+    options = parse_parameterisation("latents:level=1,lr_styles=1e-3,steps=7")
+    assert (options.level, options.lr_styles, options.steps, options.width) == (1, 1e-3, 7, LatentOptions().width)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("latent", "unknown parameterisation 'latent'; did you mean 'latents'"),
+        ("latents:stpes=3", "unknown option of latents 'stpes'; did you mean 'steps'"),
+        ("pixels:width=3", "unknown option of pixels 'width'"),
+        ("latents:steps", "cannot read parameterisation 'latents:steps'"),
+        ("latents:steps=0", "latents: steps must be a whole number of at least 1, got 0"),
+        ("latents:slice=2.5", "latents: slice must be a whole number"),
+        ("latents:lr_styles=0", "latents: lr_styles must be a positive number, got 0"),
+        ("latents:lr=fast", "latents: lr must be a positive number, got 'fast'"),
+        ("latents:level=-1", "latents: level must be a whole number of at least 0, got -1"),
+        ("latents:seed=x", "latents: seed must be a whole number"),
+        ("latents:generator=3", "latents: generator must be the path of a file"),
+        ("latents:generator=mine.pt,level=1", "level must be 0 with a generator of your own"),
+    ],
+)
+def test_bad_parameterisations_are_named(text, message):
+    with pytest.raises(UserError, match=message) as caught:
+        frepo(text)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_level_beyond_the_last_block_and_a_selecting_method_are_refused():
+    with pytest.raises(UserError, match=r"level must be 0 to 2 \(the generator's blocks for this image size\), got 3"):
+        latent_set(level=3)
+    with pytest.raises(UserError, match="Random selects real images: parameterisation must be pixels"):
+        Random(parameterisation="latents")
+
+
+# ---- the generator -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(1, 28, 28), (3, 32, 32), (3, 64, 48), (1, 8, 8), (1, 5, 7)])
+def test_the_generator_makes_pixels_of_any_size_and_can_be_cut_anywhere(shape):
+    made = Generator(4, shape, width=4, latent_size=6)
+    z, classes = torch.randn(3, 6, generator=generator()), torch.tensor([0, 3, 1])
+    whole = made(z, classes)
+    assert whole.shape == (3, *shape)
+    assert float(whole.detach().min()) >= 0
+    assert float(whole.detach().max()) <= 1
+    styles = made.styles(z, classes)
+    for level in range(1, made.depth + 1):
+        features = made.features(styles, level)
+        assert features.shape[1:] == made.feature_shape(level)
+        torch.testing.assert_close(made.pixels(features, styles[:, level:], level), whole)
+    assert not torch.allclose(made(z, torch.tensor([1, 3, 1]))[0], whole[0])
+
+
+# ---- rendering and its gradient ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("level", [0, 1, 2])
+@pytest.mark.parametrize("kind", ["standardise", "zca"])
+def test_rendering_in_slices_equals_one_plain_pass_and_so_does_the_gradient(level, kind):
+    pixels = torch.rand(40, 1, 16, 16, generator=generator(1))
+    sliced = latent_set(level=level, slice=4, preprocessing=fit_preprocessing(kind, pixels))
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in sliced.latents]
+    network = sliced.generator
+    if level == 0:
+        plain = network.pixels(network.features(leaves[0], 1), leaves[0][:, 1:], 1)
+    else:
+        plain = network.pixels(*leaves, level)
+    plain = fit_preprocessing(kind, pixels)(plain)
+    images = sliced.render()
+    torch.testing.assert_close(images, plain, rtol=1e-4, atol=1e-4)
+    weights = torch.randn(images.shape, generator=generator(2))
+    (images.square() * weights).sum().backward()
+    (plain.square() * weights).sum().backward()
+    for own, leaf in zip(sliced.latents, leaves, strict=True):
+        assert float(leaf.grad.abs().max()) > 0
+        torch.testing.assert_close(own.grad, leaf.grad, rtol=1e-3, atol=1e-3 * float(leaf.grad.abs().max()))
+    assert all(parameter.grad is None and not parameter.requires_grad for parameter in network.parameters())
+
+
+class PeakBytes(TorchDispatchMode):
+    """The most bytes of new tensors alive at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive, self.peak, self.seen = 0, 0, set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self.seen:
+                    self.seen.add(storage._cdata)
+                    self.alive += storage.nbytes()
+                    weakref.finalize(storage, self.gone, storage._cdata, storage.nbytes())
+        self.peak = max(self.peak, self.alive)
+        return made
+
+    def gone(self, key, size):
+        self.seen.discard(key)
+        self.alive -= size
+
+
+def peak_beyond_images(ipc, slice_):
+    """Bytes a gradient takes at most, less the images, latents and their gradients, which are the result."""
+    made = latent_set(ipc=ipc, level=1, slice=slice_)
+    gc.collect()
+    with PeakBytes() as watched:
+        made.render().sum().backward()
+    kept = sum(tensor.grad.nbytes for tensor in made.latents)
+    return watched.peak - 3 * kept - 3 * len(made) * 256 * 4
+
+
+def test_memory_grows_with_the_slice_and_not_with_the_set():
+    few, many = peak_beyond_images(4, 6), peak_beyond_images(32, 6)
+    whole = peak_beyond_images(32, 1000)
+    assert whole > 5 * many
+    assert many < 1.5 * few
+
+
+def test_the_images_do_not_depend_on_the_precision_around_them():
+    made = latent_set()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = made.render()
+    assert inside.dtype == torch.float32
+    assert torch.equal(inside, made.render())
+
+
+def test_no_graph_is_built_where_no_gradient_is_wanted():
+    with torch.no_grad():
+        assert not latent_set(slice=2).render().requires_grad
+
+
+# ---- the start ---------------------------------------------------------------------------------------------------
+
+
+def test_the_map_is_cleaned_and_clipped_at_the_start_only(monkeypatch):
+    real = Generator.features
+
+    def broken(self, styles, level):
+        x = real(self, styles, level).clone()
+        x[:, 0, 0, :4] = torch.tensor([float("nan"), float("inf"), -float("inf"), -30.0])
+        return x
+
+    monkeypatch.setattr(Generator, "features", broken)
+    made = latent_set(level=1)
+    assert made.features[:, 0, 0, :4].detach().unique(dim=0).tolist() == [[0.0, 5.0, -5.0, -10.0]]
+    with torch.no_grad():
+        made.features.fill_(50.0)
+        made.render()
+    assert float(made.features.detach().min()) == 50
+
+
+def test_the_start_is_the_generators_image_of_the_class_and_of_the_seed():
+    made = latent_set(ipc=2, level=2, slice=4)
+    z = torch.randn(6, made.options.latent_size, generator=generator())
+    expected = STANDARD(made.generator(z, torch.tensor([0, 0, 1, 1, 2, 2])))
+    torch.testing.assert_close(made.render(), expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(latent_set(level=2, slice=4).features, made.features)
+    assert not torch.equal(latent_set(level=2, seed=1).features, made.features)
+
+
+def test_building_a_set_leaves_the_global_generator_alone():
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    latent_set()
+    assert torch.equal(torch.rand(2), expected)
+
+
+def test_maps_styles_and_labels_have_learning_rates_of_their_own():
+    made = latent_set(labels="learned", lr_features=3.0, lr_styles=0.5)
+    groups = {group["name"]: (group["lr"], group["params"]) for group in made.parameter_groups(0.1)}
+    assert {name: lr for name, (lr, _) in groups.items()} == pytest.approx(
+        {"features": 0.3, "styles": 0.05, "labels": 0.1}
+    )
+    assert all(params[0] is getattr(made, name) for name, (_, params) in groups.items())
+    assert [group["name"] for group in latent_set(level=0).parameter_groups(0.1)] == ["styles"]
+
+
+# ---- training the generator --------------------------------------------------------------------------------------
+
+
+class Colour(TinyData):
+    channels = 3
+
+
+def fitted(tmp_path, model, data=None, steps=3, **kwargs):
+    trainer = tiny_trainer(tmp_path, steps, **kwargs)
+    trainer.fit(model, data or TinyData())
+    return model
+
+
+@pytest.mark.parametrize("preprocessing", ["standardise", "zca"])
+def test_a_trained_generator_shows_the_class_it_is_asked_for(tmp_path, preprocessing):
+    data = Colour(preprocessing=preprocessing)
+    model = fitted(tmp_path, frepo("latents:width=8,steps=200,level=1", ipc=10), data, steps=0)
+    pixels = model.distilled_set().pixels().flatten(1)
+    real = data.preprocessing.inverse(data.train.images).flatten(1)
+    means = torch.stack([real[data.train.labels == label].mean(0) for label in range(3)])
+    nearest = torch.cdist(pixels, means).argmin(1)
+    assert float((nearest == model.synthetic.classes).float().mean()) > 0.9
+    assert float(pixels.std(0).mean()) > 0.01  # and not the same image every time
+
+
+def test_the_generator_is_trained_once_and_shared_between_runs(tmp_path, monkeypatch):
+    trained = []
+    train = pretrained._train
+    monkeypatch.setattr(pretrained, "_train", lambda *args: (trained.append(1), train(*args)))
+    space = "latents:width=4,steps=3,seed=5"
+    with pytest.raises(UserError, match="train_missing is false"):
+        fitted(tmp_path, frepo(space, train_missing=False))
+    first = fitted(tmp_path, frepo(space))
+    second = fitted(tmp_path, frepo(space, seed=1, train_missing=False, labels="centred"))
+    assert trained == [1]
+    for name, value in first.synthetic.generator.state_dict().items():
+        assert torch.equal(value, second.synthetic.generator.state_dict()[name])
+    assert not torch.equal(first.synthetic.features, second.synthetic.features)
+    for other in ("latents:width=4,steps=3,seed=6", "latents:width=4,steps=4,seed=5"):
+        fitted(tmp_path, frepo(other))
+    assert trained == [1, 1, 1]
+
+
+def test_a_damaged_file_in_the_cache_is_replaced(tmp_path):
+    space = "latents:width=4,steps=3,seed=7"
+    first = fitted(tmp_path, frepo(space))
+    folder = pretrained.cache_folder() / "generators"
+    newest = max(folder.iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    newest.write_bytes(newest.read_bytes()[:100])
+    second = fitted(tmp_path, frepo(space))
+    assert torch.equal(first.synthetic.features, second.synthetic.features)
+    assert newest.stat().st_size > 100
+
+
+def test_a_training_that_diverges_is_said(tmp_path, monkeypatch):
+    def diverge(task, accelerator):
+        with torch.no_grad():
+            task.generator.start.bias.fill_(float("nan"))
+
+    monkeypatch.setattr(pretrained, "_train", diverge)
+    with pytest.raises(UserError, match=r"diverged: lower latents' lr, which is 0\.5"):
+        fitted(tmp_path, frepo("latents:width=4,steps=3,lr=0.5"))
+
+
+# ---- runs --------------------------------------------------------------------------------------------------------
+
+
+def checkpointing(folder, steps, every, **kwargs):
+    keep = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=every, save_top_k=-1)
+    settings = {"callbacks": [PoolAlternation(), keep], "enable_checkpointing": True}
+    return tiny_trainer(folder, steps, **(settings | kwargs))
+
+
+@pytest.mark.parametrize("labels", ["learned", "centred"])
+def test_a_resumed_run_equals_the_run_never_interrupted(tmp_path, labels):
+    straight, resumed = (frepo(f"{TINY},slice=2", labels=labels) for _ in range(2))
+    checkpointing(tmp_path, 6, every=2).fit(straight, TinyData())
+    path = str(tmp_path / "step=2.ckpt")
+    checkpointing(tmp_path / "b", 6, every=100).fit(resumed, TinyData(), ckpt_path=path, weights_only=True)
+    start = fitted(tmp_path / "c", frepo(labels=labels), steps=0)
+    assert not torch.equal(straight.synthetic.features, start.synthetic.features)
+    for name, value in straight.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+
+
+def test_a_checkpoint_becomes_a_distilled_set_without_data_or_cache(tmp_path, monkeypatch):
+    model = frepo()
+    checkpointing(tmp_path, 2, every=2).fit(model, TinyData())
+    monkeypatch.setenv("LIGHTNING_DD_CACHE", str(tmp_path / "empty"))
+    distilled = distilled_from_checkpoint(tmp_path / "step=2.ckpt")
+    assert torch.equal(distilled.images, model.distilled_set().images)
+    assert distilled.config["parameterisation"] == TINY
+    assert float(distilled.pixels().min()) >= 0
+
+
+def test_outer_steps_change_latents_and_leave_the_generator(tmp_path):
+    class Start(Callback):
+        def on_train_start(self, trainer, pl_module):
+            self.state = {name: value.clone() for name, value in pl_module.synthetic.state_dict().items()}
+
+    start = Start()
+    metadd = MetaDD(["convnet:width=4,depth=2", "conv:width=4,depth=2"], every=1, train_steps=30)
+    model = frepo(labels="learned")
+    fitted(tmp_path, model, TinyData(val_fraction=0.25), callbacks=[PoolAlternation(), metadd, start])
+    for name, value in model.synthetic.state_dict().items():
+        assert torch.equal(value, start.state[name]) == name.startswith("generator."), name
+
+
+def test_mixed_precision_runs(tmp_path):
+    model = fitted(tmp_path, frepo(), precision="bf16-mixed")
+    assert torch.isfinite(model.distilled_set().images).all()
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without distributed")
+def test_two_processes_hold_one_set(tmp_path):
+    class KeepRank(Callback):
+        def on_train_end(self, trainer, pl_module):
+            torch.save(pl_module.synthetic.state_dict(), tmp_path / f"rank{trainer.global_rank}.pt")
+
+    model = frepo("latents:width=4,steps=2,seed=9,slice=2", labels="learned")
+    trainer = tiny_trainer(tmp_path, 3, callbacks=[PoolAlternation(), KeepRank()], devices=2, strategy="ddp_fork")
+    trainer.fit(model, TinyData())
+    one, two = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2))
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    start = fitted(tmp_path / "start", frepo("latents:width=4,steps=2,seed=9"), steps=0)
+    assert not torch.equal(one["features"], start.synthetic.features)
+
+
+# ---- a generator of one's own ------------------------------------------------------------------------------------
+
+
+class Mine(nn.Module):
+    """From 5 latents and the class to 8 x 8 pixels."""
+
+    def __init__(self, side=8, scale=1.0, noise=0.0):
+        super().__init__()
+        self.side, self.scale, self.noise = side, scale, noise
+        self.body = nn.Linear(5 + 3, side * side)
+
+    def forward(self, z, classes):
+        given = torch.cat([z, torch.nn.functional.one_hot(classes, 3).to(z.dtype)], 1)
+        pixels = self.scale * torch.sigmoid(self.body(given)).view(-1, 1, self.side, self.side)
+        return pixels + self.noise * torch.rand_like(pixels) if self.noise else pixels
+
+
+def export(path, **settings):
+    torch.manual_seed(0)
+    mine = Mine(**settings).eval()
+    example = (torch.randn(2, 5), torch.zeros(2, dtype=torch.long))
+    torch.jit.trace(mine, example, check_trace=False).save(str(path))
+    return mine
+
+
+def own(path, **options):
+    more = "".join(f",{name}={value}" for name, value in options.items())
+    return f"latents:generator={path},latent_size=5{more}"
+
+
+def test_a_generator_of_ones_own_is_used_and_its_z_learned(tmp_path):
+    mine = export(tmp_path / "mine.pt")
+    model = frepo(own(tmp_path / "mine.pt", slice=2), labels="centred")
+    data = TinyData()
+    fitted(tmp_path, model, data, steps=4)
+    assert [name for name, _ in model.synthetic.named_parameters()] == ["z"]
+    plain = data.preprocessing(mine(model.synthetic.z, model.synthetic.classes))
+    torch.testing.assert_close(model.synthetic.render(), plain)
+    start = fitted(tmp_path, frepo(own(tmp_path / "mine.pt"), labels="centred"), steps=0)
+    assert not torch.equal(start.synthetic.z, model.synthetic.z)
+    assert torch.equal(start.synthetic.z, torch.randn(3, 5, generator=pretrained.make_generator(0, "init")))
+    weights = torch.randn(plain.shape, generator=generator())
+    model.synthetic.zero_grad()
+    (model.synthetic.render() * weights).sum().backward()
+    expected = torch.autograd.grad((plain * weights).sum(), model.synthetic.z)[0]
+    torch.testing.assert_close(model.synthetic.z.grad, expected)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"side": 4}, r"must give images of shape \(2, 1, 8, 8\) for this data, got \(2, 1, 4, 4\)"),
+        ({"scale": 3.0}, r"must give pixels in \[0, 1\], got \["),
+        ({"scale": float("nan")}, "gives NaN or infinite values"),
+        ({"noise": 0.01, "scale": 0.9}, "other images for the same latents: switch its noise off"),
+    ],
+)
+def test_a_generator_that_makes_something_else_is_refused(tmp_path, settings, message):
+    export(tmp_path / "mine.pt", **settings)
+    with pytest.raises(UserError, match=message) as caught:
+        fitted(tmp_path, frepo(own(tmp_path / "mine.pt")))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_generator_of_other_latents_or_no_generator_is_refused(tmp_path):
+    export(tmp_path / "mine.pt")
+    with pytest.raises(UserError, match=r"cannot run on latents of shape \(2, 6\).*latent_size") as caught:
+        fitted(tmp_path, frepo(f"latents:generator={tmp_path / 'mine.pt'},latent_size=6"))
+    assert "\n" not in str(caught.value)
+    torch.save(Mine().state_dict(), tmp_path / "pickle.pt")
+    (tmp_path / "half.pt").write_bytes((tmp_path / "mine.pt").read_bytes()[:300])
+    for name, message in (("none.pt", "no such file"), ("pickle.pt", "not a TorchScript"), ("half.pt", "truncated")):
+        with pytest.raises(UserError, match=message) as caught:
+            fitted(tmp_path, frepo(own(tmp_path / name)))
+        assert "\n" not in str(caught.value)
+
+
+def test_a_checkpoint_finds_its_generator_again_or_says_so(tmp_path):
+    path = tmp_path / "mine.pt"
+    export(path)
+    model = frepo(own(path))
+    checkpointing(tmp_path, 2, every=2).fit(model, TinyData())
+    checkpoint = tmp_path / "step=2.ckpt"
+    assert torch.equal(distilled_from_checkpoint(checkpoint).images, model.distilled_set().images)
+    export(path, scale=0.5)
+    with pytest.raises(UserError, match="is not the file the checkpoint was made with"):
+        distilled_from_checkpoint(checkpoint)
+    path.unlink()
+    with pytest.raises(UserError, match=r"generator '.*mine.pt': no such file"):
+        distilled_from_checkpoint(checkpoint)

@@ -1,0 +1,122 @@
+"""RDED: the selection against a brute-force computation, the tiling, and bad settings."""
+
+import pytest
+import torch
+from helpers import TinyData, tiny_trainer
+from torch.nn import functional as F
+
+from lightning_dd.data.views import draw_crops, resample
+from lightning_dd.distillers import RDED
+from lightning_dd.distillers.rded import tile
+from lightning_dd.errors import UserError
+from lightning_dd.seeding import make_generator
+
+TINY = {
+    "architecture": "convnet:width=4,depth=2",
+    "labels": "hard",
+    "probe_steps": 1,
+    "teacher_steps": 60,
+    "teacher_lr": 0.02,
+    "candidates": 7,
+    "crops": 3,
+}
+
+
+def run(folder, source=None, **changes):
+    model = RDED(**(TINY | changes))
+    tiny_trainer(folder, 1, callbacks=[]).fit(model, source or TinyData(val_fraction=0.25))
+    return model
+
+
+def shrink(pixels):
+    """An 8 x 8 image to 4 x 4 as an antialiased bilinear resize by 1/2: a triangle of four pixels on each axis."""
+    weights = torch.zeros(4, 8)
+    for place in range(4):
+        taps = {2 * place - 1: 1.0, 2 * place: 3.0, 2 * place + 1: 3.0, 2 * place + 2: 1.0}
+        inside = {index: weight for index, weight in taps.items() if 0 <= index < 8}
+        for index, weight in inside.items():
+            weights[place, index] = weight / sum(inside.values())
+    return weights @ pixels @ weights.T
+
+
+@pytest.mark.parametrize(("ipc", "patches"), [(2, 1), (1, 2), (1, 1)])
+@pytest.mark.parametrize("preprocessing", ["standardise", "zca"])
+def test_the_surest_crops_are_chosen_and_tiled(ipc, patches, preprocessing, tmp_path):
+    source = TinyData(val_fraction=0.25, preprocessing=preprocessing)
+    model = run(tmp_path, source, ipc=ipc, patches=patches, crop_min_scale=0.3)
+    generator = make_generator(0, "candidates")
+    train, to_normalised = source.train, source.preprocessing
+    expected = []
+    for label in range(3):
+        own = (train.labels == label).nonzero().flatten()
+        order = own[torch.randperm(len(own), generator=generator)[:7]]
+        boxes = draw_crops(21, 0.3, generator, ratio=1.0)
+        torch.testing.assert_close(boxes[:, 2], boxes[:, 3])  # square
+        best = []
+        for place, row in enumerate(order.tolist()):
+            pixels = to_normalised.inverse(train.images[row : row + 1])
+            tries = []
+            for box in boxes[3 * place : 3 * place + 3]:
+                crop = resample(pixels, box[None], torch.tensor([False]))
+                logits = model.network(to_normalised(crop))
+                tries.append((float(F.cross_entropy(logits, torch.tensor([label]))), crop[0, 0]))
+            best.append(min(tries, key=lambda pair: pair[0]))
+        surest = [crop for _, crop in sorted(best, key=lambda pair: pair[0])[: ipc * patches**2]]
+        for index in range(ipc):
+            if patches == 1:
+                expected.append(surest[index])
+                continue
+            small = [shrink(crop) for crop in surest[index::ipc]]
+            expected.append(torch.cat([torch.cat(small[:2], 1), torch.cat(small[2:], 1)]))
+    expected = to_normalised(torch.stack(expected)[:, None])
+    torch.testing.assert_close(model.synthetic.images.detach(), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_tiles_lie_row_by_row_and_the_best_are_spread_over_the_images():
+    pixels = torch.arange(8.0).view(8, 1, 1, 1).expand(8, 3, 4, 4)
+    tiled = tile(pixels, 2)
+    assert tiled.shape == (2, 3, 4, 4)
+    corners = [(0, 0), (0, 3), (3, 0), (3, 3)]
+    assert [float(tiled[0, 2, row, column]) for row, column in corners] == pytest.approx([0, 2, 4, 6])
+    assert [float(tiled[1, 0, row, column]) for row, column in corners] == pytest.approx([1, 3, 5, 7])
+    assert torch.equal(tile(pixels, 1), pixels)
+
+
+def test_fewer_images_than_candidates_are_all_candidates(tmp_path):
+    few, all_ = (run(tmp_path, ipc=9, candidates=count, crops=1, crop_min_scale=1.0) for count in (9, 300))
+    assert torch.equal(few.synthetic.images, all_.synthetic.images)
+    # Nine whole images of nine: the class itself, the surest first.
+    own = few.trainer.datamodule.train
+    torch.testing.assert_close(
+        few.synthetic.images[:9].detach().flatten(1).sort(0).values,
+        own.images[own.labels == 0].flatten(1).sort(0).values,
+        rtol=1e-4,
+        atol=1e-4,
+    )
+
+
+def test_the_selection_follows_the_seed(tmp_path):
+    first, again, other = (run(tmp_path, seed=seed).synthetic.images for seed in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_labels_are_soft_unless_asked_otherwise():
+    assert RDED().soft is not None
+    assert RDED(labels="hard").soft is None
+    with pytest.raises(UserError, match="labels of RDED must be one of hard, centred, soft, got 'learned'"):
+        RDED(labels="learned")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"candidates": 0}, "candidates, crops and patches of at least 1, got 0, 3 and 1"),
+        ({"crop_min_scale": 0.0}, r"crop_min_scale must be in \(0, 1\], got 0.0"),
+        ({"patches": 3}, r"patches=3 do not divide images of \(8, 8\) pixels"),
+        ({"ipc": 2, "patches": 2}, "ipc=2 with patches=2 needs 8 candidates of every class, and class 0 has 7"),
+    ],
+)
+def test_bad_settings_are_refused_in_one_line(settings, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        run(tmp_path, **settings)

@@ -1,0 +1,307 @@
+"""SRe2L: batch statistics, recovery group by group, the clip to pixels, and bad settings."""
+
+import pytest
+import torch
+from helpers import TinyData, tiny_trainer
+from pytorch_lightning import Callback
+from pytorch_lightning.callbacks import ModelCheckpoint
+from torch import nn
+from torch.nn import functional as F
+
+from lightning_dd.callbacks import MetaDD, PoolAlternation
+from lightning_dd.data.views import resample
+from lightning_dd.distillers import SRe2L
+from lightning_dd.distillers.sre2l import clip_to_pixels, recovery_groups
+from lightning_dd.errors import UserError
+from lightning_dd.losses.batchnorm import StatisticsDistance, batch_norm_layers
+from lightning_dd.models import build_network
+from lightning_dd.models.pool import rest
+
+TINY = {
+    "architecture": "convnet:width=4,depth=2",
+    "teacher": "convnet:width=4,depth=2,norm=batch",
+    "ipc": 2,
+    "lr": 0.1,
+    "jitter": 1,
+    "min_scale": 0.5,
+    "teacher_steps": 60,
+    "teacher_lr": 0.02,
+    "soft_epochs": 2,
+    "probe_steps": 2,
+}
+
+
+def data(**kwargs):
+    return TinyData(**({"val_fraction": 0.25} | kwargs))
+
+
+def run(folder, steps=3, source=None, trainer=None, **changes):
+    model = SRe2L(**(TINY | changes))
+    (trainer or tiny_trainer(folder, steps, callbacks=[])).fit(model, source or data())
+    return model
+
+
+# ---- the statistics ----------------------------------------------------------------------------------------------
+
+
+class TwoLayers(nn.Module):
+    """Batch normalisation of maps, and of vectors."""
+
+    def __init__(self):
+        super().__init__()
+        self.second = nn.BatchNorm1d(5)  # named before the first, which is called first
+        self.linear = nn.Linear(3 * 16, 5)
+        self.first = nn.BatchNorm2d(3)
+        self.untracked = nn.BatchNorm1d(5, track_running_stats=False)
+        generator = torch.Generator().manual_seed(0)
+        for layer in (self.first, self.second):
+            layer.running_mean.copy_(torch.randn(layer.num_features, generator=generator))
+            layer.running_var.copy_(torch.rand(layer.num_features, generator=generator))
+
+    def forward(self, images):
+        return self.untracked(self.second(self.linear(self.first(images).flatten(1))))
+
+
+def distance_by_hand(network, images, first_weight):
+    total = torch.zeros(())
+    inputs = {"first": images.transpose(0, 1).flatten(1)}
+    inputs["second"] = network.linear(network.first(images).flatten(1)).T
+    for name, weight in (("first", first_weight), ("second", 1.0)):
+        layer, rows = getattr(network, name), inputs[name]
+        mean = rows.mean(1)
+        variance = ((rows - mean[:, None]) ** 2).mean(1)
+        total = total + weight * (mean - layer.running_mean).square().sum().sqrt()
+        total = total + weight * (variance - layer.running_var).square().sum().sqrt()
+    return total
+
+
+def measured(network, images, groups=1, first_weight=10.0):
+    distance = StatisticsDistance(groups, first_weight)
+    with distance.watch(network):
+        network(images)
+    return distance.total()
+
+
+@pytest.mark.parametrize("rows", [1, 6])
+def test_the_distance_is_the_explicit_one_and_the_first_layer_weighs_ten_times(rows):
+    network = TwoLayers().eval()
+    images = torch.randn(rows, 3, 4, 4, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    if rows == 1:
+        network.untracked.track_running_stats = True  # it could not normalise a single vector by itself
+        network.untracked.running_mean, network.untracked.running_var = None, None
+        network.untracked = nn.Identity()
+    for weight in (10.0, 1.0):
+        own, expected = measured(network, images, first_weight=weight), distance_by_hand(network, images, weight)
+        torch.testing.assert_close(own, expected)
+        gradients = [torch.autograd.grad(value, images)[0] for value in (own, expected)]
+        torch.testing.assert_close(*gradients)
+
+
+def test_groups_that_share_a_pass_have_statistics_of_their_own():
+    network = TwoLayers().eval()
+    images = torch.randn(6, 3, 4, 4, generator=torch.Generator().manual_seed(1))
+    expected = distance_by_hand(network, images[:3], 10.0) + distance_by_hand(network, images[3:], 10.0)
+    torch.testing.assert_close(measured(network, images, groups=2), expected)
+    assert abs(float(expected - measured(network, images))) > 1e-3
+
+
+def test_watching_leaves_no_hook_and_layers_without_statistics_are_skipped():
+    network = TwoLayers().eval()
+    assert batch_norm_layers(network) == [network.second, network.first]
+    with pytest.raises(RuntimeError, match="boom"), StatisticsDistance().watch(network):
+        raise RuntimeError("boom")
+    assert not any(module._forward_pre_hooks for module in network.modules())
+    with pytest.raises(RuntimeError, match="no layer"):
+        StatisticsDistance().total()
+
+
+def test_real_images_are_nearer_to_the_statistics_than_noise(tmp_path):
+    model = run(tmp_path, 0)
+    train = model.trainer.datamodule.train
+    noise = torch.randn(train.images.shape, generator=torch.Generator().manual_seed(0))
+    assert float(measured(model.network, train.images)) < 0.3 * float(measured(model.network, noise))
+
+
+# ---- recovery ----------------------------------------------------------------------------------------------------
+
+
+def test_groups_hold_one_image_per_class_of_at_most_a_hundred_classes():
+    (whole,) = recovery_groups(4, 3)
+    assert whole.tolist() == [[0, 3, 6, 9], [1, 4, 7, 10], [2, 5, 8, 11]]
+    blocks = recovery_groups(5, 2, largest=2)
+    assert [tuple(block.shape) for block in blocks] == [(2, 2), (2, 2), (2, 1)]
+    assert sorted(torch.cat([block.flatten() for block in blocks]).tolist()) == list(range(10))
+    assert blocks[1].tolist() == [[4, 6], [5, 7]]
+
+
+@pytest.mark.parametrize(("classes", "rows"), [(100, 512), (100, 3), (2, 512)])
+def test_recovering_groups_together_is_recovering_each_alone(classes, rows, tmp_path, monkeypatch):
+    monkeypatch.setattr("lightning_dd.distillers.sre2l._CLASSES", classes)
+    monkeypatch.setattr("lightning_dd.distillers.sre2l._ROWS", rows)
+    monkeypatch.setattr(recovery_groups, "__defaults__", (classes,))
+    model = run(tmp_path, 0, ipc=3, bn_weight=0.3)
+    model.trainer.fit_loop.epoch_loop._batches_that_stepped = 0
+    images = torch.randn(9, 1, 8, 8, generator=torch.Generator().manual_seed(4), requires_grad=True)
+    (term,) = model.outer_terms(images, model.synthetic.labels).values()
+    (2 * term).backward()
+    windows, network = model.draw_windows(), model.network
+    groups = [rows for block in recovery_groups(3, 3, classes) for rows in block]
+    total, expected = 0.0, torch.zeros_like(images)
+    for index, group in enumerate(groups):
+        alone = images.detach()[group].requires_grad_()
+        crop, flip = windows.crops[index].expand(len(group), 4), windows.flips[index].expand(len(group))
+        shown = resample(alone, crop, flip).roll(tuple(windows.shifts[index].tolist()), (2, 3))
+        inputs = [shown := network.convs[0](shown)]
+        shown = F.avg_pool2d(network.norms[0](shown).relu(), 2)
+        inputs.append(network.convs[1](shown))
+        logits = network.classify(F.avg_pool2d(network.norms[1](inputs[1]).relu(), 2).flatten(1))
+        loss = F.cross_entropy(logits, group // 3)
+        for layer, maps, weight in zip(network.norms, inputs, (10.0, 1.0), strict=True):
+            variance, mean = torch.var_mean(maps, (0, 2, 3), correction=0)
+            loss = loss + 0.3 * weight * ((mean - layer.running_mean).norm() + (variance - layer.running_var).norm())
+        loss.backward()
+        total += float(loss)
+        expected[group] = alone.grad
+    assert float(term) == pytest.approx(total, rel=1e-4)
+    torch.testing.assert_close(images.grad, 2 * expected, rtol=1e-3, atol=1e-5)
+
+
+def test_a_window_is_shared_by_its_group_and_drawn_anew_at_each_step(tmp_path):
+    model = SRe2L(**(TINY | {"ipc": 200, "jitter": 2, "min_scale": 0.3}))
+    tiny_trainer(tmp_path, 0, callbacks=[]).fit(SRe2L(**TINY), data())
+    trainer = tiny_trainer(tmp_path, 1, callbacks=[])
+    model.facts, model._trainer = data_facts(), trainer
+    windows = model.draw_windows()
+    assert windows.crops.shape == (200, 4)
+    assert sorted(set(windows.shifts.flatten().tolist())) == [-2, -1, 0, 1, 2]
+    assert 0.3 < float(windows.flips.float().mean()) < 0.7
+    trainer.fit_loop.epoch_loop.batch_progress.total.ready += 1
+    trainer.fit_loop.epoch_loop.batch_progress.current.ready += 1
+    assert not torch.equal(windows.crops, model.draw_windows().crops)
+
+
+def data_facts():
+    source = data()
+    source.setup("fit")
+    return source.facts
+
+
+def test_recovery_lowers_both_terms(tmp_path):
+    source = data()
+    start, end = run(tmp_path, 0, source), run(tmp_path, 60, bn_weight=0.1)
+    labels = start.synthetic.labels
+    terms = []
+    for model in (start, end):
+        model._trainer = end.trainer
+        pixels = clip_to_pixels(model.synthetic.images.detach(), source.preprocessing)
+        groups = torch.cat([rows for block in recovery_groups(3, 2) for rows in block])
+        windows = end.draw_windows()._replace(crops=torch.tensor([[0.0, 0.0, 1.0, 1.0]] * 2))
+        terms.append([float(term) for term in end.recovery_loss(pixels[groups], labels[groups], windows)])
+    (fit_before, distance_before), (fit_after, distance_after) = terms
+    assert fit_after < 0.5 * fit_before
+    assert distance_after < 0.8 * distance_before
+
+
+# ---- the run -----------------------------------------------------------------------------------------------------
+
+
+class AfterEachStep(Callback):
+    def __init__(self):
+        self.pixels = []
+
+    def on_train_batch_end(self, trainer, pl_module, *args):
+        images = pl_module.synthetic.images.detach()
+        self.pixels.append(pl_module.preprocessing.inverse(images))
+
+
+@pytest.mark.parametrize("preprocessing", ["standardise", "zca"])
+def test_images_are_clipped_to_pixels_after_every_step(preprocessing, tmp_path):
+    watch = AfterEachStep()
+    source = data(preprocessing=preprocessing)
+    run(tmp_path, 3, source, tiny_trainer(tmp_path, 3, callbacks=[watch]), lr=1.0)
+    assert len(watch.pixels) == 3
+    for pixels in watch.pixels:
+        assert -1e-4 <= float(pixels.min()) <= 1e-4  # the noise it starts from goes beyond either end
+        assert 1 - 1e-3 <= float(pixels.max()) <= 1 + 1e-3
+    inside = source.train.images
+    torch.testing.assert_close(clip_to_pixels(inside, source.preprocessing), inside, rtol=1e-3, atol=1e-3)
+
+
+def test_adam_has_the_papers_betas_and_ends_at_zero(tmp_path):
+    model = run(tmp_path, 4)
+    (optimizer,) = model.trainer.optimizers
+    assert optimizer.param_groups[0]["betas"] == (0.5, 0.9)
+    scheduler = model.trainer.lr_scheduler_configs[0].scheduler
+    assert scheduler.get_last_lr()[0] == pytest.approx(0.0, abs=1e-9)
+    assert scheduler.lr_lambdas[0](2) == pytest.approx(0.5)
+
+
+def test_the_set_starts_from_noise_and_is_relabelled(tmp_path):
+    start = run(tmp_path, 0)
+    assert abs(float(start.synthetic.images.std()) - 1) < 0.1
+    distilled = run(tmp_path, 3).distilled_set()
+    assert (distilled.label_kind, distilled.temperature, distilled.views.epochs) == ("soft", 20.0, 2)
+    assert run(tmp_path, 1, labels="hard").distilled_set().label_kind == "hard"
+
+
+def test_a_resumed_recovery_equals_the_one_never_interrupted(tmp_path):
+    def fit(folder, **kwargs):
+        model = SRe2L(**TINY)
+        keep = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=3, save_top_k=-1)
+        trainer = tiny_trainer(folder, 7, callbacks=[keep], enable_checkpointing=True, val_check_interval=2)
+        trainer.fit(model, data(), **kwargs)
+        return model
+
+    straight = fit(tmp_path / "a")
+    resumed = fit(tmp_path / "b", ckpt_path=str(tmp_path / "a" / "step=3.ckpt"), weights_only=True)
+    assert torch.equal(straight.synthetic.images, resumed.synthetic.images)
+    assert torch.equal(straight.distilled_set().views.logits, resumed.distilled_set().views.logits)
+
+
+def test_metadd_joins_the_recovery_with_hard_labels(tmp_path):
+    seen = []
+
+    class Watched(MetaDD):
+        def measure(self, images, labels, label_kind, consensus=None):
+            seen.append((label_kind, labels.clone()))
+            return super().measure(images, labels, label_kind, consensus)
+
+    settings = {"every": 1, "train_steps": 30, "weight": 1.0}
+    metadd = Watched(["convnet:width=4,depth=2", "conv:width=4,depth=2"], **settings)
+    trainer = tiny_trainer(tmp_path, 2, callbacks=[PoolAlternation(), metadd])
+    with_term = run(tmp_path, trainer=trainer)
+    assert len(seen) == 2
+    assert seen[0][0] == "hard"
+    assert torch.equal(seen[0][1], torch.eye(3).repeat_interleave(2, 0))
+    assert not torch.equal(with_term.synthetic.images, run(tmp_path, 2).synthetic.images)
+
+
+def test_half_precision_of_the_trainer_changes_little(tmp_path):
+    whole = run(tmp_path, 2)
+    half = run(tmp_path, trainer=tiny_trainer(tmp_path, 2, callbacks=[], precision="bf16-mixed"))
+    assert float((whole.synthetic.images - half.synthetic.images).abs().mean()) < 0.02
+
+
+def test_a_teacher_without_batch_normalisation_is_refused_before_it_is_trained(tmp_path, monkeypatch):
+    monkeypatch.setattr("lightning_dd.pretrained.architectures._train", None)
+    with pytest.raises(UserError, match=r"its teacher 'convnet:width=4' keeps none: choose one with batch norm"):
+        run(tmp_path, teacher="convnet:width=4")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"labels": "learned"}, "labels of SRe2L must be one of soft, hard, got 'learned'"),
+        ({"bn_weight": -1.0}, "bn_weight, first_bn_weight and jitter of at least 0, got -1.0, 10.0 and 1"),
+        ({"min_scale": 0.0}, r"min_scale must be in \(0, 1\], got 0.0"),
+    ],
+)
+def test_bad_settings_are_refused_at_once(settings, message):
+    with pytest.raises(UserError, match=message):
+        SRe2L(**(TINY | settings))
+
+
+def test_a_library_network_with_batch_normalisation_is_seen():
+    network = build_network("resnet18:channels=[4,4,4,4],layers=[1,1,1,1]", 3, (1, 8, 8), seed=0)
+    rest(network)
+    assert float(measured(network, torch.randn(4, 1, 8, 8))) > 0
