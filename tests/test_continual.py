@@ -1,0 +1,569 @@
+"""Class-incremental learning: class subsets, the union of distilled sets, forgetting, the run and its resumption."""
+
+import csv
+import json
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from helpers import TinyData, make_distilled
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from lightning_dd.cli import main
+from lightning_dd.continual import Plan, parse_methods, run, run_continual, union
+from lightning_dd.continual.course import Course
+from lightning_dd.continual.plan import class_order, split_classes
+from lightning_dd.continual.report import curves, forgetting, markdown
+from lightning_dd.continual.run import rows_of
+from lightning_dd.continual.union import embed_labels
+from lightning_dd.data import DATA_SETS, ClassSubset, DistilledSet, RawSplit
+from lightning_dd.data.subset import load_preprocessing, save_preprocessing
+from lightning_dd.data.views import draw_views
+from lightning_dd.errors import UserError
+from lightning_dd.evaluators.data import check_match, real_data_of
+from lightning_dd.recipe import Recipe
+from lightning_dd.synthetic.pixels import initial_labels
+
+STUDENT = "conv:width=4,depth=2,norm=none"
+
+
+class FourKinds(TinyData):
+    classes = 4
+
+
+class Poisoned(FourKinds):
+    """The same, with noise in place of the images of all classes but 1 and 3."""
+
+    def read(self, *, train: bool) -> RawSplit:
+        images, labels, names = super().read(train=train)
+        noise = torch.randint(0, 256, images.shape, generator=torch.Generator().manual_seed(9)).to(torch.uint8)
+        kept = ((labels == 1) | (labels == 3)).view(-1, 1, 1, 1)
+        return RawSplit(torch.where(kept, images, noise), labels, names)
+
+
+@pytest.fixture(autouse=True)
+def _register(monkeypatch):
+    monkeypatch.setitem(DATA_SETS, "FourKinds", FourKinds)
+
+
+def config(method, steps=1, pool=False, **settings):
+    """The smallest configuration of a distiller."""
+    callbacks = [{"class_path": "ExportDistilledSet"}]
+    return {
+        "trainer": {
+            "max_steps": steps,
+            "accelerator": "cpu",
+            "check_val_every_n_epoch": None,
+            "num_sanity_val_steps": 0,
+            "callbacks": [*callbacks, *([{"class_path": "PoolAlternation"}] if pool else [])],
+        },
+        "model": {"class_path": method, "init_args": {"architecture": "conv:width=4,depth=2", **settings}},
+        "data": {"class_path": "MNIST5k"},
+    }
+
+
+@pytest.fixture
+def methods(tmp_path):
+    """FRePo and random images, as the verb takes them."""
+    folder = tmp_path / "configs"
+    folder.mkdir()
+    frepo = config("FRePo", 3, pool=True, pool_size=1, real_batch_size=8, flip=False)
+    for name, content in (("frepo", frepo), ("random", config("Random"))):
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(content))
+    return {"frepo": [str(folder / "frepo.yaml"), "--trainer.max_steps=2"], "random": [str(folder / "random.yaml")]}
+
+
+def plan(**changes):
+    settings = {
+        "data": "FourKinds",
+        "steps": 2,
+        "ipc": 1,
+        "orders": 1,
+        "architectures": (STUDENT,),
+        "recipe": Recipe(steps=2, lr=1e-2),
+        "joint": Recipe(steps=2, lr=1e-2, batch_size=8),
+        "accelerator": "cpu",
+    }
+    return Plan(**(settings | changes))
+
+
+# ---- class subsets -----------------------------------------------------------------------------------------------
+
+
+def test_a_subset_renumbers_its_classes_in_their_order_and_leaves_the_others_out():
+    data = ClassSubset("FourKinds", [3, 1])
+    data.setup("test")
+    assert data.facts.class_names == ("class3", "class1")
+    assert data.facts.name == "FourKinds"
+    whole = FourKinds().read(train=False)
+    pixels = data.preprocessing.inverse(data.test.images).mul(255).round().to(torch.uint8)
+    for new, old in enumerate((3, 1)):
+        assert torch.equal(pixels[data.test.labels == new], whole.images[whole.labels == old])
+    assert len(data.test.labels) == 2 * FourKinds.per_class
+
+
+def test_no_pixel_of_another_class_reaches_a_subset(monkeypatch):
+    parts = []
+    for cls in (FourKinds, Poisoned):
+        monkeypatch.setitem(DATA_SETS, "FourKinds", cls)
+        parts.append(ClassSubset("FourKinds", [3, 1], {"preprocessing": "zca"}))
+        parts[-1].setup("test")
+    clean, poisoned = parts
+    assert clean.facts == poisoned.facts
+    for split in ("train", "val", "test"):
+        assert torch.equal(getattr(clean, split).images, getattr(poisoned, split).images)
+
+
+def test_a_subset_takes_its_sources_settings_and_statistics():
+    from lightning_dd.data import MNIST5k
+
+    data = ClassSubset("MNIST5k", [5], {"val_fraction": 0.5, "split_seed": 3, "eval_batch_size": 7})
+    assert (data.val_fraction, data.split_seed, data.eval_batch_size) == (0.5, 3, 7)
+    assert data.channel_mean == MNIST5k.channel_mean
+
+
+def test_a_subsets_preprocessing_can_be_given(tmp_path):
+    first = ClassSubset("FourKinds", [3, 1], {"preprocessing": "zca"})
+    first.setup("fit")
+    path = save_preprocessing(first.preprocessing, tmp_path / "map.safetensors")
+    later = ClassSubset("FourKinds", [0, 2], {"preprocessing": "zca"}, str(path))
+    later.setup("fit")
+    assert torch.equal(later.preprocessing.zca_whiten, first.preprocessing.zca_whiten)
+    assert later.facts.preprocessing.startswith("zca")
+    (tmp_path / "bad").write_text("no map")
+    with pytest.raises(UserError, match="missing, or not one of lightning_dd"):
+        load_preprocessing(tmp_path / "bad")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("FourKinds", []), "at least one"),
+        (("FourKinds", [1, 1]), "different labels"),
+        (("FourKinds", [-1]), "different labels"),
+        (("FourKind", [1]), "did you mean 'FourKinds'"),
+        (("FourKinds", [1], {"sides": 3}), "arguments do not fit data set 'FourKinds'"),
+    ],
+)
+def test_a_subset_that_cannot_be_is_refused(arguments, message):
+    with pytest.raises(UserError, match=message):
+        ClassSubset(*arguments)
+
+
+def test_a_class_the_source_lacks_is_refused():
+    with pytest.raises(UserError, match="classes must be below 4 for FourKinds, got 4"):
+        ClassSubset("FourKinds", [0, 4]).setup("fit")
+
+
+# ---- orders and methods ------------------------------------------------------------------------------------------
+
+
+def test_a_class_order_depends_on_its_seed_alone():
+    assert class_order(100, 1) == [int(label) for label in np.random.RandomState(1).permutation(100)]
+    np.random.seed(5)
+    torch.manual_seed(5)
+    assert class_order(100, 1) == class_order(100, 1) != class_order(100, 2)
+    assert sorted(class_order(100, 3)) == list(range(100))
+    first, again = (Course(plan(), 1, 4, Path("x")) for _ in range(2))
+    assert first.steps == again.steps
+    assert first.seed("distil", 0) == again.seed("distil", 0) != first.seed("distil", 1)
+
+
+@pytest.mark.parametrize("steps", [0, 3, 10])
+def test_steps_must_divide_the_classes(steps):
+    with pytest.raises(UserError, match="parts of at least 2 classes: 1, 2, 5; got"):
+        split_classes(range(10), steps)
+
+
+@pytest.mark.parametrize(
+    ("methods", "message"),
+    [
+        ({}, "name at least one"),
+        ({"a": ["none.yaml"]}, r"methods.a: configuration 'none.yaml': no such file"),
+        ({"joint": ["none.yaml"]}, "not 'joint'"),
+        ({"a/b": ["none.yaml"]}, "letters, digits"),
+        ({"a": []}, "at least one configuration file"),
+    ],
+)
+def test_methods_that_cannot_be_are_refused(methods, message):
+    with pytest.raises(UserError, match=message):
+        parse_methods(methods)
+
+
+# ---- the union ---------------------------------------------------------------------------------------------------
+
+
+def part(classes, label_kind="hard", ipc=2, **changes):
+    """A set as if distilled from some classes of FourKinds."""
+    from lightning_dd.synthetic.pixels import SyntheticSet
+
+    real = ClassSubset("FourKinds", classes, {"preprocessing": "standardise"})
+    real.use_preprocessing(make_distilled().preprocessing)
+    real.setup("fit")
+    kind = "hard" if label_kind == "soft" else label_kind
+    synthetic = SyntheticSet(ipc, len(classes), real.facts.image_shape, kind)
+    synthetic.init_real(real.train.images, real.train.labels, torch.Generator().manual_seed(0))
+    settings = {
+        "images": synthetic.images.detach(),
+        "labels": synthetic.labels.detach(),
+        "classes": synthetic.classes,
+        "label_kind": label_kind,
+        "class_names": real.facts.class_names,
+        "preprocessing": real.preprocessing,
+        "data": {"name": real.name, "spec": real.spec(), "fingerprint": real.facts.fingerprint},
+        "method": "Test",
+    }
+    return DistilledSet(**(settings | changes))
+
+
+@pytest.mark.parametrize("kind", ["hard", "centred", "learned"])
+def test_start_labels_of_the_steps_unite_to_the_start_labels_of_all_classes(kind):
+    whole = union([part([3, 1], kind), part([0, 2], kind)])
+    assert whole.class_names == ("class3", "class1", "class0", "class2")
+    assert whole.classes.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    torch.testing.assert_close(whole.labels, initial_labels(whole.classes, 4, kind))
+    assert whole.ipc == 2
+    assert torch.equal(whole.images[4:], part([0, 2], kind).images)
+
+
+def test_learned_labels_keep_their_differences_and_call_foreign_classes_average_wrong_ones():
+    generator = torch.Generator().manual_seed(0)
+    classes, start, total = torch.arange(3).repeat_interleave(4), 2, 7
+    labels = initial_labels(classes, 3, "learned") + 0.3 * torch.randn(12, 3, generator=generator)
+    rows = embed_labels(labels, classes, "learned", start, total)
+    own = rows[:, start : start + 3]
+    # The rows differ within the step as they did, up to one common factor.
+    ratio = (own - own[:, :1])[:, 1:] / (labels - labels[:, :1])[:, 1:]
+    torch.testing.assert_close(ratio, torch.full_like(ratio, float(ratio[0, 0])), rtol=1e-4, atol=1e-4)
+    # The mean gap is that of FRePo's labels for all classes, and sums are kept at zero as theirs.
+    right = own.gather(1, classes[:, None]).squeeze(1)
+    wrong = (own.sum(1) - right) / 2
+    assert float((right - wrong).mean()) == pytest.approx(1 / math.sqrt(total / 10), rel=1e-5)
+    centred = labels - labels.mean(1, keepdim=True)
+    rows = embed_labels(centred, classes, "learned", start, total)
+    torch.testing.assert_close(rows.sum(1), torch.zeros(12), rtol=0, atol=1e-5)
+    # On average a wrong class of the step is worth as much as a class it never saw.
+    own, foreign = rows[:, start : start + 3], rows[:, [0, 1, 5, 6]]
+    wrong = (own.sum(1) - own.gather(1, classes[:, None]).squeeze(1)) / 2
+    assert float(wrong.mean()) == pytest.approx(float(foreign.mean()), abs=1e-6)
+    torch.testing.assert_close(foreign, torch.full_like(foreign, -1 / total / math.sqrt(total / 10)))
+
+
+def test_learned_labels_of_any_amplitude_weigh_the_same():
+    classes = torch.tensor([0, 1, 1])
+    labels = torch.tensor([[0.9, -0.7], [-0.4, 0.6], [-0.5, 0.2]])
+    one, other = (embed_labels(scale * labels, classes, "learned", 0, 4) for scale in (1.0, 0.01))
+    torch.testing.assert_close(one, other)
+    with pytest.raises(UserError, match="do not tell their classes apart"):
+        embed_labels(-labels, classes, "learned", 0, 4)
+
+
+def test_soft_labels_keep_their_softmax_and_give_foreign_classes_none():
+    labels, temperature = torch.tensor([[4.0, -3.0], [0.5, 9.0]]), 20.0
+    rows = embed_labels(labels, torch.tensor([0, 1]), "soft", 1, 4, temperature)
+    chances = torch.softmax(rows / temperature, 1)
+    torch.testing.assert_close(chances[:, 1:3], torch.softmax(labels / temperature, 1))
+    assert float(chances[:, [0, 3]].max()) < 1e-12
+
+
+def soft_part(classes, seed, epochs=3):
+    views = draw_views(epochs, (1, 8, 8), 4, 2, torch.Generator().manual_seed(seed))
+    views.logits.copy_(torch.randn(views.logits.shape, generator=torch.Generator().manual_seed(seed)))
+    return part(classes, "soft", labels=torch.randn(4, 2), temperature=20.0, views=views)
+
+
+def test_stored_views_of_the_union_are_those_of_its_parts():
+    parts = [soft_part([3, 1], 1), soft_part([0, 2], 2)]
+    whole = union(parts)
+    for index, own in enumerate(parts):
+        rows = torch.arange(4)
+        images, logits = own.views.replay(own.images, 2, rows)
+        united_images, united_logits = whole.views.replay(whole.images, 2, rows + 4 * index)
+        assert torch.equal(images, united_images)
+        torch.testing.assert_close(
+            torch.softmax(united_logits / 20, 1)[:, 2 * index : 2 * index + 2], torch.softmax(logits / 20, 1)
+        )
+    with pytest.raises(UserError, match="different numbers of stored views"):
+        union([soft_part([3, 1], 1), soft_part([0, 2], 2, epochs=4)])
+
+
+def test_the_union_is_a_file_that_rebuilds_its_real_data(tmp_path):
+    path = union([part([3, 1]), part([0, 2])]).save(tmp_path / "memory.safetensors")
+    loaded = DistilledSet.load(path)
+    real = real_data_of(loaded)
+    assert isinstance(real, ClassSubset)
+    assert real.classes == [3, 1, 0, 2]
+    real.setup("fit")
+    check_match(loaded, real)
+
+
+def zca_of(part):
+    from lightning_dd.data.preprocess import Preprocessing
+
+    return Preprocessing(part.preprocessing.mean + 0.1, part.preprocessing.std)
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (lambda: part([1, 2]), "two sets hold the class 'class1'"),
+        (lambda: part([0, 2], "centred"), "different forms of labels: hard and centred"),
+        (lambda: part([0, 2], ipc=1), "different images per class: 2 and 1"),
+        (lambda: part([0, 2], preprocessing=zca_of(part([0, 2]))), "different preprocessing"),
+        (lambda: part([0, 2], images=torch.zeros(4, 1, 4, 4)), r"different image shapes: \(1, 8, 8\) and \(1, 4, 4\)"),
+        (lambda: part([0, 2], data={"name": "x", "spec": {"classes": [0, 2]}}), "different data"),
+        (lambda: part([0, 2], data={}), "remember their classes"),
+    ],
+)
+def test_sets_that_do_not_belong_together_are_refused(other, message):
+    with pytest.raises(UserError, match=message):
+        union([part([3, 1]), other()])
+
+
+def test_a_union_of_nothing_is_refused():
+    with pytest.raises(UserError, match="at least one"):
+        union([])
+
+
+# ---- forgetting and the report -----------------------------------------------------------------------------------
+
+
+def test_forgetting_equals_a_slow_count():
+    generator = np.random.default_rng(0)
+    matrix = [list(generator.random(2 * (step + 1))) for step in range(5)]
+    expected = []
+    for step, row in enumerate(matrix):
+        losses = []
+        for label in range(2 * step):
+            best = -1.0
+            for earlier in range(step):
+                if label < len(matrix[earlier]) and matrix[earlier][label] > best:
+                    best = matrix[earlier][label]
+            losses.append(best - row[label])
+        expected.append(sum(losses) / len(losses) if losses else 0.0)
+    assert forgetting(matrix) == pytest.approx(expected)
+    assert forgetting([[0.5], [0.9, 0.1]])[1] == pytest.approx(-0.4)  # old classes may gain
+
+
+def records(accuracies):
+    """Records of two steps; accuracies by step and student."""
+    return [
+        {
+            "images": 2 * (step + 1),
+            "class_names": ["a", "b", "c", "d"][: 2 * (step + 1)],
+            "scores": {
+                STUDENT: [{"accuracy": value, "class_accuracy": [value] * 2 * (step + 1)} for value in students]
+            },
+        }
+        for step, students in enumerate(accuracies)
+    ]
+
+
+def test_the_table_is_the_mean_and_deviation_over_orders():
+    rows = rows_of("x", 0, records([[1.0, 0.8], [0.5, 0.7]])) + rows_of("x", 1, records([[0.7, 0.7], [0.8, 0.8]]))
+    assert [row.accuracy for row in rows] == pytest.approx([0.9, 0.6, 0.7, 0.8])
+    assert [row.forgetting for row in rows] == pytest.approx([0.0, 0.3, 0.0, -0.1])
+    assert rows[1].class_accuracy == pytest.approx({"a": 0.6, "b": 0.6, "c": 0.6, "d": 0.6})
+    (curve,) = curves(rows)
+    assert curve.accuracy[1].mean == pytest.approx(0.7)
+    assert curve.accuracy[1].std == pytest.approx(0.02**0.5)
+    assert curve.average.mean == pytest.approx(0.75)
+    assert "| x | 80.0 ± 14.1 | 70.0 ± 14.1 | 75.0 ± 0.0 | 10.0 ± 28.3 |" in markdown(rows)
+
+
+# ---- the run -----------------------------------------------------------------------------------------------------
+
+
+def results(folder):
+    return (folder / "results.json").read_text(), (folder / "results.md").read_text()
+
+
+def test_a_run_writes_every_steps_files_one_line_each_and_a_report(methods, tmp_path, capsys):
+    rows = run_continual(parse_methods(methods), plan(orders=2), tmp_path / "run")
+    out = capsys.readouterr().out
+    assert len(rows) == 3 * 2 * 2  # methods and the upper line x orders x steps
+    assert out.count("step 1: 2 classes") == out.count("step 2: 4 classes") == 6
+    assert {row.method for row in rows} == {"frepo", "random", "joint"}
+    assert [row.images for row in rows if row.method == "frepo"] == [2, 4, 2, 4]
+    assert [row.images for row in rows if row.method == "joint"][:2] == [
+        21,
+        43,
+    ]  # a tenth is for validation, rounded up
+    order = class_order(4, 1)
+    step = DistilledSet.load(tmp_path / "run/order1/frepo/step2/last.safetensors")
+    memory = DistilledSet.load(tmp_path / "run/order1/frepo/step2/memory.safetensors")
+    assert step.class_names == tuple(f"class{label}" for label in order[2:])
+    assert memory.class_names == tuple(f"class{label}" for label in order)
+    assert torch.equal(memory.images[2:], step.images)
+    assert step.training["outer_step"] == 2  # the option wins over the file
+    saved = json.loads((tmp_path / "run/results.json").read_text())
+    assert list(saved[-1]["class_accuracy"]) == list(memory.class_names)
+    with (tmp_path / "run/results.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == 12
+    assert (tmp_path / "run/results.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("frepo", "random", "joint"):
+        events = EventAccumulator(str(tmp_path / "run/tensorboard" / name)).Reload()
+        assert [item.step for item in events.Scalars("continual/accuracy")] == [2, 4]
+        own = [row.accuracy for row in rows if (row.method, row.classes) == (name, 4)]
+        assert events.Scalars("continual/accuracy")[-1].value == pytest.approx(sum(own) / 2)
+
+
+def test_interrupted_after_anything_and_resumed_the_table_is_the_same(methods, tmp_path, monkeypatch):
+    def experiment(folder):
+        run_continual(parse_methods(methods), plan(), folder)
+
+    experiment(tmp_path / "straight")
+    real_distil, real_score = run.distil, run.score_student
+    left = 0
+
+    def once(function, is_new):
+        def wrapped(*args, **kwargs):
+            nonlocal left
+            if not is_new(*args):
+                return function(*args, **kwargs)
+            if left == 0:
+                raise KeyboardInterrupt
+            left -= 1
+            return function(*args, **kwargs)
+
+        return wrapped
+
+    new_stage = once(real_distil, lambda configs, data, output, overrides: not (output / "last.safetensors").is_file())
+    monkeypatch.setattr(run, "distil", new_stage)
+    monkeypatch.setattr(run, "score_student", once(real_score, lambda *args: True))
+    interruptions = 0
+    while not (tmp_path / "broken" / "results.json").is_file():
+        left = 1  # one distillation or one student, then the power fails
+        try:
+            experiment(tmp_path / "broken")
+        except KeyboardInterrupt:
+            interruptions += 1
+    assert interruptions == 2 * 2 + 3 * 2 - 1  # stages and students, but for the last
+    assert results(tmp_path / "broken") == results(tmp_path / "straight")
+    left = 0  # nothing is left to do
+    experiment(tmp_path / "broken")
+    assert results(tmp_path / "broken") == results(tmp_path / "straight")
+
+
+def test_a_later_class_leaves_no_trace_in_an_earlier_step(methods, tmp_path, monkeypatch):
+    order = next(seed for seed in range(50) if set(class_order(4, seed)[:2]) == {1, 3})
+    sets = []
+    for cls in (FourKinds, Poisoned):
+        monkeypatch.setitem(DATA_SETS, "FourKinds", cls)
+        own = plan(data_args={"preprocessing": "zca"})
+        course = Course(own, order, 4, tmp_path / cls.__name__)
+        run._memory(parse_methods(methods)[0], own, course, 0)
+        sets.append(DistilledSet.load(tmp_path / cls.__name__ / "frepo/step1/last.safetensors"))
+    assert torch.equal(sets[0].images, sets[1].images)
+    assert torch.equal(sets[0].labels, sets[1].labels)
+    assert torch.equal(sets[0].preprocessing.zca_whiten, sets[1].preprocessing.zca_whiten)
+
+
+def test_all_steps_of_a_course_share_the_first_ones_whitening(methods, tmp_path):
+    own = plan(data_args={"preprocessing": "zca"})
+    course = Course(own, 0, 4, tmp_path / "order0")
+    memory = run._memory(parse_methods(methods)[1], own, course, 1)
+    first = ClassSubset("FourKinds", class_order(4, 0)[:2], {"preprocessing": "zca"})
+    first.setup("fit")
+    assert torch.equal(memory.preprocessing.zca_whiten, first.preprocessing.zca_whiten)
+    assert torch.equal(course.joint_set(1).preprocessing.zca_whiten, first.preprocessing.zca_whiten)
+
+
+def test_other_students_are_trained_on_the_same_distilled_sets_and_another_budget_is_refused(methods, tmp_path):
+    folder = tmp_path / "run"
+    run_continual(parse_methods(methods), plan(joint=None), folder)
+    stages = {path: path.stat().st_mtime_ns for path in folder.rglob("last.safetensors")}
+    rows = run_continual(parse_methods(methods), plan(joint=None, students=2), folder)
+    assert all(len(row.students) == 2 for row in rows)
+    assert stages == {path: path.stat().st_mtime_ns for path in folder.rglob("last.safetensors")}
+    with pytest.raises(UserError, match="other settings"):
+        run_continual(parse_methods(methods), plan(ipc=2), folder)
+
+
+def test_a_damaged_score_is_trained_again(methods, tmp_path):
+    only = parse_methods({"random": methods["random"]})
+    run_continual(only, plan(), tmp_path / "run")
+    before = results(tmp_path / "run")
+    for path in (tmp_path / "run").rglob("scores/*.json"):
+        path.write_text(path.read_text()[:20])
+    shutil.rmtree(tmp_path / "run" / "tensorboard")
+    run_continual(only, plan(), tmp_path / "run")
+    assert results(tmp_path / "run") == before
+
+
+def test_the_upper_line_beats_a_memory_of_noise(methods, tmp_path):
+    noise = {"noise": [methods["frepo"][0], "--trainer.max_steps=1", "--model.init_args.init=noise"]}
+    recipe = Recipe(steps=40, lr=1e-2, batch_size=32, augment="none")
+    rows = run_continual(parse_methods(noise), plan(recipe=recipe, joint=recipe), tmp_path / "run")
+    last = {row.method: row.accuracy for row in rows if row.classes == 4}
+    assert last["joint"] > 0.8
+    assert last["noise"] < last["joint"] - 0.2
+
+
+# ---- the command line --------------------------------------------------------------------------------------------
+
+
+def arguments(methods, *more):
+    return [
+        "continual",
+        f"--methods={json.dumps(methods)}",
+        f"--architectures={STUDENT}",
+        "--output=out",
+        "--data=FourKinds",
+        "--steps=2",
+        "--orders=1",
+        "--ipc=1",
+        "--student_steps=1",
+        "--joint_steps=1",
+        "--accelerator=cpu",
+        *more,
+    ]
+
+
+def status(words):
+    try:
+        return main(words)
+    except SystemExit as stop:
+        return stop.code
+
+
+def test_the_verb_runs_from_end_to_end(methods, capsys):
+    assert main(arguments({"random": methods["random"]})) == 0
+    out = capsys.readouterr().out
+    assert (Path("out") / "results.md").read_text() in out
+    assert "| joint |" in out
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--steps=3"], "steps must divide the 4 classes into parts of at least 2 classes: 1, 2; got 3"),
+        (["--steps=4"], "parts of at least 2 classes: 1, 2; got 4"),
+        (["--ipc=99"], "ipc=99 is more than the 10 training images of class"),
+        (["--data=FiveKinds"], "did you mean 'FourKinds'"),
+        (["--data_args.sides=3"], "arguments do not fit data set 'FourKinds'"),
+        (["--architectures=conv:depth=9"], "too small for depth 9"),
+        (["--orders=0"], "orders must be at least 1, got 0"),
+        (["--protocol=frepoo"], "unknown protocol 'frepoo'"),
+        (['--methods={"a": ["none.yaml"]}'], "methods.a: configuration 'none.yaml': no such file"),
+        (["--joint_steps=0"], "steps must be at least 1"),
+    ],
+)
+def test_a_mistake_gives_one_line_and_nothing_is_distilled(more, message, methods, capsys):
+    assert status(arguments(methods, *more)) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert len(lines) == 1
+    assert message in lines[0]
+    assert not list(Path().rglob("last.safetensors"))
+
+
+def test_a_mistake_in_a_methods_options_gives_one_line(methods, capsys):
+    wrong = {"random": [*methods["random"], "--model.init_args.pool_sise=3"]}
+    assert status(arguments(wrong)) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert len(lines) == 1
+    assert "pool_sise" in lines[0]
