@@ -96,9 +96,7 @@ def score(distiller: Distiller, name: str, students: dict[str, Any], seed: int, 
         student_seed = derive_seed(seed, "student", repeat)
         device = data.test.images.device
         network = build_network(name, distilled.num_classes, distilled.image_shape, student_seed).to(device)
-        images, labels = distilled.images.to(device), distilled.labels.to(device)
-        strategy = default_strategy(data.name)
-        train_student(network, images, labels, distilled.label_kind, recipe, strategy, student_seed)
+        train_student(network, distilled, recipe, default_strategy(data.name), student_seed)
         with torch.no_grad():
             batches = zip(torch.split(data.test.images, 500), torch.split(data.test.labels, 500), strict=True)
             hits = sum(float((network(x).argmax(1) == y).sum()) for x, y in batches)

@@ -1,8 +1,9 @@
-"""Write the recorded results into the README's tables.
+"""Write the recorded results into the README's and docs/results.md's tables.
 
     python benchmarks/tables.py            # rewrite the tables
     python benchmarks/tables.py --check    # exit 1 if one is stale
 
+A table stands between ``<!-- table: NAME -->`` and ``<!-- end of table -->``; NAME is a file of benchmarks/results.
 The demo's rows are those `make demo` leaves in runs/demo/report/results.json.
 """
 
@@ -12,30 +13,47 @@ import re
 import sys
 from pathlib import Path
 
+import yaml
+from metadd_ablations import table as ablation_table
+
 from lightning_dd.evaluators.matrix import Row
 from lightning_dd.evaluators.report import markdown
 from lightning_dd.files import write_text
 
 ROOT = Path(__file__).resolve().parent.parent
-README = ROOT / "README.md"
+RESULTS = ROOT / "benchmarks" / "results"
+PAGES = [ROOT / "README.md", ROOT / "docs" / "results.md"]
+_PATTERN = re.compile(r"(<!-- table: (?P<name>[\w.-]+) -->\n).*?(<!-- end of table -->)", flags=re.DOTALL)
+
+
+def rendered(name: str) -> str:
+    """Return the table of a file of recorded rows: an evaluation's, or those of MetaDD's ablations."""
+    text = (RESULTS / name).read_text(encoding="utf-8")
+    if name.endswith(".jsonl"):
+        experiment = ROOT / "benchmarks" / "ablations" / f"{Path(name).stem.removeprefix('metadd_')}.yaml"
+        rows = [json.loads(line) for line in text.splitlines()]
+        return ablation_table(yaml.safe_load(experiment.read_text(encoding="utf-8")), rows) + "\n"
+    return markdown([Row(**record) for record in json.loads(text)])
 
 
 def filled(text: str) -> str:
-    """Return the README with its demo table made from the recorded rows."""
-    rows = [Row(**record) for record in json.loads((ROOT / "benchmarks" / "results" / "demo.json").read_text())]
-    pattern = r"(<!-- demo table: [^>]*-->\n).*?(<!-- end of demo table -->)"
-    return re.sub(pattern, lambda found: found[1] + markdown(rows) + found[2], text, flags=re.DOTALL)
+    """Return a page with its tables made from the recorded rows."""
+    return _PATTERN.sub(lambda found: found[1] + rendered(found["name"]) + found[3], text)
 
 
 def main() -> int:
     """Rewrite or check."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--check", action="store_true")
-    text = README.read_text(encoding="utf-8")
-    if parser.parse_args().check:
-        return int(filled(text) != text)
-    write_text(README, filled(text))
-    return 0
+    check = parser.parse_args().check
+    stale = 0
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        if check:
+            stale += filled(text) != text
+        else:
+            write_text(page, filled(text))
+    return int(stale > 0)
 
 
 if __name__ == "__main__":
