@@ -26,7 +26,8 @@ QUICK = [
 
 @pytest.fixture
 def stand_ins(monkeypatch):
-    """Random pixels in place of what would have to be downloaded."""
+    """Random pixels in place of what would have to be downloaded; the larger ones are whitened in blocks."""
+    monkeypatch.setattr("lightning_dd.data.preprocess.LARGEST_BLOCK", 16)
     for name, cls in DATA_SETS.items():
         if name == "MNIST5k":
             continue

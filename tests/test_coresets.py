@@ -10,6 +10,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 
 import lightning_dd.pretrained.architectures as architectures
 from lightning_dd.callbacks import MetaDD
+from lightning_dd.data import ImageTensors
 from lightning_dd.data.distilled import DistilledSet
 from lightning_dd.distillers import RDED, Herding, KCenter, Random
 from lightning_dd.distillers.load import distilled_from_checkpoint
@@ -21,13 +22,13 @@ SOFT = {"labels": "soft", "soft_epochs": 3, "temperature": 5.0}
 METHODS = [Random, Herding, KCenter, RDED]
 
 
-def data():
-    return TinyData(val_fraction=0.25)
+def data(**kwargs):
+    return TinyData(val_fraction=0.25, **kwargs)
 
 
-def selected(cls, folder, steps=1, **changes):
+def selected(cls, folder, steps=1, source=None, **changes):
     model = cls(**(TINY | {"labels": "hard"} | changes))
-    tiny_trainer(folder, steps, callbacks=[]).fit(model, data())
+    tiny_trainer(folder, steps, callbacks=[]).fit(model, source or data())
     return model
 
 
@@ -82,14 +83,18 @@ def test_k_center_is_farthest_first_from_the_row_nearest_the_mean():
 
 @pytest.mark.parametrize(("cls", "choose"), [(Herding, herding), (KCenter, k_center)])
 def test_coresets_choose_by_the_teachers_unit_features_class_by_class(cls, choose, tmp_path):
-    model = selected(cls, tmp_path)
-    train = model.trainer.datamodule.train
-    expected = []
+    model = selected(cls, tmp_path, ipc=6, architecture="convnet:width=4,depth=2,norm=none", teacher_lr=0.01)
+    images, labels = model.trainer.datamodule.train
+    scales = torch.linspace(0.2, 5, len(images)).view(-1, 1, 1, 1)  # so that features are long and short
+    train = ImageTensors(images * scales, labels)
+    expected, raw = [], []
     for label in range(3):
         own = (train.labels == label).nonzero().flatten()
         features = model.network.features(train.images[own]).flatten(1)
-        expected += own[choose(features / features.norm(dim=1, keepdim=True), 2)].tolist()
-    assert rows_of(model.synthetic.images, train) == expected
+        expected += own[choose(features / features.norm(dim=1, keepdim=True), 6)].tolist()
+        raw += own[choose(features, 6)].tolist()
+    assert rows_of(model.select(train), train) == expected
+    assert expected != raw
 
 
 def test_random_is_uniform_per_class_without_replacement_and_follows_the_seed(tmp_path):
@@ -126,6 +131,12 @@ def test_every_selection_runs_with_every_label_and_moves_nothing(cls, labels, tm
     assert loaded.label_kind == labels
     assert (loaded.views is not None) == (labels == "soft")
     assert loaded.labels.argmax(1).tolist() == [0, 0, 1, 1, 2, 2] or labels == "soft"
+
+
+@pytest.mark.parametrize("cls", METHODS, ids=lambda cls: cls.__name__)
+def test_streamed_images_are_selected_alike(cls, tmp_path):
+    kept, streamed = (selected(cls, tmp_path, source=data(keep_on_device=keep)) for keep in (True, False))
+    assert torch.equal(kept.synthetic.images, streamed.synthetic.images)
 
 
 def test_soft_labels_are_the_teachers_logits_of_images_and_views(tmp_path):

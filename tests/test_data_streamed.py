@@ -87,7 +87,7 @@ def test_what_needs_all_images_is_refused_in_one_line(operation):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, 1, 2])
 def test_reading_ahead_changes_nothing(workers):
     images, plain = streamed(workers=workers)
     expected, other = torch.tensor([3, 1, 7]), torch.tensor([2, 2])

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 from helpers import TinyData, tiny_settings, tiny_trainer
+from pytorch_lightning import Callback
 from pytorch_lightning.callbacks import ModelCheckpoint
 
 import lightning_dd.distillers
@@ -74,7 +75,7 @@ def test_every_combination_runs_or_is_refused_in_one_line(cls, parameterisation,
 
 @pytest.mark.parametrize("cls", METHODS, ids=lambda cls: cls.__name__)
 def test_two_processes_hold_one_synthetic_set(cls, tmp_path):
-    class KeepRank(ModelCheckpoint):
+    class KeepRank(Callback):
         def on_train_end(self, trainer, pl_module):
             state = {name: value.clone() for name, value in pl_module.synthetic.state_dict().items()}
             torch.save(state, tmp_path / f"rank{trainer.global_rank}.pt")

@@ -46,11 +46,15 @@ class PixelRows:
 
 
 class _Reading(NamedTuple):
+    """Rows that threads are gathering."""
+
     rows: Tensor
     pixels: Tensor
     parts: Sequence["Future[Tensor]"]
+    images: "Future[Tensor] | None" = None
+    """The pixels normalised, where that is done ahead as well."""
 
-    def result(self) -> Tensor:
+    def gathered(self) -> Tensor:
         for part in self.parts:
             part.result()
         return self.pixels
@@ -111,12 +115,17 @@ class StreamedImages(Tensor):
         ahead, self._ahead = self._ahead, None
         if ahead is None or not torch.equal(ahead.rows, chosen):
             ahead = self._read(chosen)
-        return self._normalise(to_unit(ahead.result().to(self.device, non_blocking=True)))
+        return self._finish(ahead) if ahead.images is None else ahead.images.result()
 
     def read_ahead(self, rows: Rows) -> None:
         """Begin to read rows that will be indexed next; nothing but time depends on it."""
-        if self._workers > 0:
-            self._ahead = self._read(self._source.rows[rows if isinstance(rows, slice) else rows.cpu()])
+        if self._workers == 0:
+            return
+        reading = self._read(self._source.rows[rows if isinstance(rows, slice) else rows.cpu()])
+        if self.device.type == "cpu":  # a GPU normalises in no time, and in the order of its own stream
+            assert self._threads is not None
+            reading = reading._replace(images=self._threads.submit(self._finish, reading))
+        self._ahead = reading
 
     def mapped(self, function: Callable[[Tensor], Tensor]) -> "StreamedImages":
         """Return the same images with ``function`` applied after normalising."""
@@ -124,6 +133,10 @@ class StreamedImages(Tensor):
         return StreamedImages(
             self._source, lambda pixels: function(normalise(pixels)), self.device, workers=self._workers
         )
+
+    def _finish(self, reading: _Reading) -> Tensor:
+        """Copy gathered pixels to the device and normalise them, all rows at once."""
+        return self._normalise(to_unit(reading.gathered().to(self.device, non_blocking=True)))
 
     def _read(self, chosen: Tensor) -> _Reading:
         """Start gathering rows of the pixel tensor into a buffer of their own."""

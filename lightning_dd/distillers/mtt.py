@@ -45,7 +45,8 @@ class MTT(Distiller):
         syn_steps: inner steps N on synthetic batches.
         expert_epochs: epochs M of the expert that they are to reproduce.
         max_start_epoch: start epochs are drawn from 0 to ``max_start_epoch - 1``.
-        step_size: first value of the inner steps' learned learning rate alpha.
+        step_size: first value of the inner steps' learned learning rate alpha; regression labels want a smaller one
+            than cross-entropy (0.005 where that has 0.02).
         step_size_lr: learning rate of alpha itself, which is kept above 1 % of its first value.
         batch_syn: synthetic images per inner step; ``None`` takes all.
         experts: number of experts.

@@ -129,7 +129,7 @@ def privacy_figure(rows: Sequence[Row]) -> Figure:
     for panel in panels[len(attacks) :]:
         panel.set_visible(False)
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False, fontsize=9)
+    figure.legend(handles, labels, loc="outside upper center", ncols=min(4, len(labels)), frameon=False, fontsize=9)
     figure.supxlabel("accuracy on held-out images [%]", fontsize=10)
     figure.supylabel("attack's area under the ROC curve", fontsize=10)
     return figure
@@ -160,16 +160,27 @@ def _draw(panel: Axes, rows: Sequence[Row]) -> None:
             color=f"C{index}",
             label=source,
         )
-        for steps, accuracy, area in (points[0], points[-1]) if len(points) > 1 else points:
+        for steps, accuracy, area in _apart(points):
             panel.annotate(
                 f"{steps}",
                 (100 * accuracy.mean, area.mean),
                 textcoords="offset points",
-                xytext=(4, 4),
+                xytext=(-4, 4),
+                ha="right",
                 fontsize=7,
                 color=f"C{index}",
             )
     panel.grid(alpha=0.3)
+
+
+def _apart(points: Sequence[tuple[int, Spread, Spread]]) -> list[tuple[int, Spread, Spread]]:
+    """Return the points of a curve that have room for a label: the last, and those away from the one labelled after."""
+    labelled = [points[-1]]
+    for point in reversed(points[:-1]):
+        _, accuracy, area = labelled[-1]
+        if abs(point[1].mean - accuracy.mean) > 0.02 or abs(point[2].mean - area.mean) > 0.05:
+            labelled.append(point)
+    return labelled
 
 
 def _explanation(rows: Sequence[Row], notes: Sequence[str]) -> str:
