@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs" / "mnist5k"
 DATA = {"class_path": "MNIST5k", "init_args": {}}
-ARCHITECTURES = ["convnet:width=32,norm=instance", "conv:width=32,norm=none", "vgg11:width=16"]
+ARCHITECTURES = ["convnet:width=32,norm=instance", "conv:width=32,norm=none"]
 STEPS, LR = 500, 1e-3
 
 

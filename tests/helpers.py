@@ -91,6 +91,7 @@ TINY_SETTINGS = {
     "inner_batch_size": 4,
     "probe_steps": 1,
     "teacher_steps": 2,
+    "soft_epochs": 1,
     "experts": 1,
     "trajectory_epochs": 2,
     "expert_epochs": 1,

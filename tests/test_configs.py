@@ -86,6 +86,7 @@ def untrained(architecture, network, *args):
 def test_config_runs(path, stand_ins, tmp_path, monkeypatch):
     content = yaml.safe_load(path.read_text())
     monkeypatch.setattr("lightning_dd.pretrained.architectures._train", untrained)
+    monkeypatch.setattr("lightning_dd.pretrained.generator._train", lambda task, accelerator: None)
     config = ["--config", str(path)]
     if "orders" in content:
         arguments = ["continual", *config, *quick_continual(content)]
@@ -101,7 +102,7 @@ def test_config_runs(path, stand_ins, tmp_path, monkeypatch):
         arguments = ["fit", *config, *QUICK, f"--data.init_args.file={file}"]
     elif "members" in content:
         arguments = ["membership", *config, *quick_membership(content)]
-    elif "model" in content:
+    elif "class_path" in content.get("model", {}):
         arguments = ["fit", *config, *QUICK, *quick_distiller(content)]
     else:  # a layer: its first line says which configuration it goes over
         below = path.read_text().splitlines()[0].rpartition("layered over ")[2]

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -475,6 +476,11 @@ def test_tasks_run_in_several_processes(tmp_path):
     run_tasks(Path.touch, files, 2, lambda: done.append(1))
     assert all(file.exists() for file in files)
     assert len(done) == 3
+
+
+def test_a_killed_worker_is_one_line():
+    with pytest.raises(UserError, match=r"was killed, perhaps for want of memory.*fewer workers than 2"):
+        run_tasks(os._exit, [1, 1], 2)
 
 
 # ---- report ------------------------------------------------------------------------------------------------------

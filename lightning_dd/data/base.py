@@ -100,6 +100,7 @@ class RealData(LightningDataModule, ABC):
         self.train: ImageTensors | None = None
         self.val: ImageTensors | None = None
         self.test: ImageTensors | None = None
+        self._moved: Preprocessing | None = None
         self._facts: DataFacts | None = None
 
     @abstractmethod
@@ -132,7 +133,7 @@ class RealData(LightningDataModule, ABC):
 
     def use_preprocessing(self, preprocessing: Preprocessing) -> None:
         """Apply this map instead of fitting one: how a distilled set brings its own. Call before ``setup``."""
-        self.preprocessing = preprocessing
+        self.preprocessing, self._moved = preprocessing, None
         self.preprocessing_kind = preprocessing.kind
 
     def setup(self, stage: str | None = None) -> None:
@@ -212,9 +213,11 @@ class RealData(LightningDataModule, ABC):
     def _normalised(self, pixels: PixelRows, labels: Tensor) -> ImageTensors:
         assert self.preprocessing is not None
         device = self._device()
-        preprocessing = self.preprocessing.to(device)
         if self.on_disk or not self.keep_on_device:
-            return ImageTensors(StreamedImages(pixels, preprocessing, device, self.workers), labels)
+            if self._moved is None:
+                self._moved = self.preprocessing.to(device)  # one copy for all splits: matrices may take a gigabyte
+            return ImageTensors(StreamedImages(pixels, self._moved, device, self.workers), labels)
+        preprocessing = self.preprocessing.to(device)
         images = torch.empty(pixels.shape, device=device)
         step = max(1, min(_BLOCK, _BLOCK * 3072 // pixels.shape[1:].numel()))
         for start in range(0, len(pixels), step):

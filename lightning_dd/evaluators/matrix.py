@@ -138,27 +138,8 @@ def run_cell(
     student = Student.with_recipe(cell.architecture, recipe, cell.seed)
     steps = recipe.steps_for(len(distilled))
     best = BestWeights()
-    version = re.sub(r"[^\w.=-]+", "-", f"{cell.architecture}-{cell.source}-{cell.seed}")
-    logger = TensorBoardLogger(log_dir, name=cell.set_name, version=version, default_hp_metric=False)
-    trainer = Trainer(
-        accelerator=hardware.accelerator,
-        devices=hardware.devices,
-        strategy=hardware.strategy,
-        max_steps=steps,
-        check_val_every_n_epoch=None,
-        val_check_interval=max(1, steps // 5),
-        log_every_n_steps=max(1, steps // 50),
-        num_sanity_val_steps=0,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        logger=logger,
-        callbacks=[
-            StepReport(on_step),
-            best,
-            *([EMAWeightAveraging(decay=recipe.ema)] if recipe.ema else []),
-        ],
-    )
+    trainer = _trainer(cell, steps, recipe, hardware, log_dir, [StepReport(on_step), best])
+    logger = trainer.loggers[0]
     trainer.fit(student, datamodule=data)
     trainer.logger = None  # tests would each open another event file
     last = _test(trainer, student, data)
@@ -183,6 +164,29 @@ def run_cell(
         ipc=distilled.ipc,
         method=source.method,
         protocol=cell.protocol,
+    )
+
+
+def _trainer(
+    cell: Cell, steps: int, recipe: Recipe, hardware: Hardware, log_dir: Path, callbacks: list[Callback]
+) -> Trainer:
+    """Return a quiet Trainer that validates five times, with the moving average the recipe asks for."""
+    parts = [cell.architecture, cell.source, str(cell.seed), *([cell.protocol] if cell.protocol else [])]
+    version = re.sub(r"[^\w.=-]+", "-", "-".join(parts))
+    return Trainer(
+        accelerator=hardware.accelerator,
+        devices=hardware.devices,
+        strategy=hardware.strategy,
+        max_steps=steps,
+        check_val_every_n_epoch=None,
+        val_check_interval=max(1, steps // 5),
+        log_every_n_steps=max(1, steps // 50),
+        num_sanity_val_steps=0,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        logger=TensorBoardLogger(log_dir, name=cell.set_name, version=version, default_hp_metric=False),
+        callbacks=[*callbacks, *([EMAWeightAveraging(decay=recipe.ema)] if recipe.ema else [])],
     )
 
 

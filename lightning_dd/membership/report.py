@@ -130,7 +130,7 @@ def privacy_figure(rows: Sequence[Row]) -> Figure:
         panel.set_visible(False)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=min(4, len(labels)), frameon=False, fontsize=9)
-    figure.supxlabel("accuracy on held-out images [%]", fontsize=10)
+    figure.supxlabel("accuracy on held-out images [%]; numbers are training steps", fontsize=10)
     figure.supylabel("attack's area under the ROC curve", fontsize=10)
     return figure
 

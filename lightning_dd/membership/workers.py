@@ -3,11 +3,14 @@
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing import get_context
 from typing import TypeVar
 
 import torch
+
+from lightning_dd.errors import UserError
 
 Task = TypeVar("Task")
 
@@ -26,6 +29,9 @@ def run_tasks(
         tasks: plain values.
         workers: processes; 1 is this one.
         on_done: called after each task.
+
+    Raises:
+        UserError: a process was killed.
     """
     if workers == 1 or len(tasks) < 2:
         for task in tasks:
@@ -46,6 +52,11 @@ def run_tasks(
             for future in as_completed(futures):
                 future.result()
                 on_done()
+        except BrokenProcessPool:
+            raise UserError(
+                "a worker process was killed, perhaps for want of memory: run the same command again to go on, "
+                f"with fewer workers than {workers}"
+            ) from None
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise

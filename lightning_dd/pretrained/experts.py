@@ -216,7 +216,7 @@ class _Expert(LightningModule):
         self.snapshots: list[Tensor] = []
         self._train = train  # a tuple: not a buffer, and not in the checkpoint
         self._augment = siamese(recipe.augment, shared=False)
-        order = make_generator(seed, "order", device=train.images.device)
+        order = make_generator(seed, "order", device=train.labels.device)
         self._stream = ShuffledStream(len(train.labels), recipe.batch_size, order)
         self.steps_per_epoch = self._stream.size // self._stream.batch_size
 

@@ -123,7 +123,7 @@ class GeneratorTask(LightningModule):
             self.encoder = ImageEncoder(facts.num_classes, facts.image_shape, width, generator.latent_size)
         self._train = train  # a tuple: not a buffer, and not in the checkpoint
         self._preprocessing = preprocessing.to(train.images.device)
-        order = make_generator(seed, "order", device=train.images.device)
+        order = make_generator(seed, "order", device=train.labels.device)
         self._stream = ShuffledStream(len(train.labels), recipe.batch_size, order)
 
     def training_step(self, batch: int, batch_idx: int) -> Tensor:

@@ -21,7 +21,9 @@ class LatentOptions:
             0 learns all styles and no map (of a generator of the user's own: its z), and the highest level is the
             generator's last block. ``None`` is block 2, or what there is.
         lr_features: learning rate of maps relative to the distiller's.
-        lr_styles: learning rate of styles, or z, relative to the distiller's. GLaD's SGD takes 0.001.
+        lr_styles: learning rate of styles, or z, relative to the distiller's: a style acts on whole maps, so its
+            gradient is larger than that of a map's entries (GLaD takes 0.001). Where styles are all that is learned and
+            steps do not grow with the gradient (Adam, LAMB), 1 is right.
         slice: images per slice when the generator is run again for the gradient; memory grows with it, not with the
             size of the set.
         latent_size: entries of z.
@@ -37,7 +39,7 @@ class LatentOptions:
     generator: str | None = None
     level: int | None = None
     lr_features: float = 1.0
-    lr_styles: float = 1.0
+    lr_styles: float = 0.1
     slice: int = 50
     latent_size: int = 16
     width: int = 16
