@@ -80,7 +80,8 @@ class PoolDistiller(Distiller):
     def draw_synthetic(self) -> tuple[Tensor, Tensor]:
         """Draw ``inner_batch_size`` synthetic images and their labels, without graph."""
         synthetic = self.require_synthetic()
-        images, labels = (part.detach() for part in synthetic())
+        with torch.no_grad():  # a generator's graph would be for nothing
+            images, labels = (part.detach() for part in synthetic())
         if self.inner_batch_size >= len(synthetic):
             return images, labels
         rows = torch.randperm(len(synthetic), generator=self._inner_generator, device=images.device)

@@ -36,7 +36,7 @@ class Generator(nn.Module):
     Example:
         >>> generator = Generator(10, (1, 28, 28), width=4)
         >>> generator.depth, generator.feature_shape(1), generator.feature_shape(3)
-        (3, (16, 4, 4), (16, 14, 14))
+        (3, (16, 4, 4), (8, 14, 14))
         >>> generator(torch.zeros(2, 32), torch.tensor([0, 9])).shape
         torch.Size([2, 1, 28, 28])
     """
