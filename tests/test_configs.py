@@ -47,7 +47,10 @@ def stand_ins(monkeypatch):
 def quick_distiller(content):
     """The tiny settings of the configuration's method as options."""
     cls = getattr(lightning_dd.distillers, content["model"]["class_path"])
-    return [f"--model.init_args.{name}={value}" for name, value in tiny_settings(cls).items()]
+    quick = tiny_settings(cls)
+    if "teacher" in quick:  # these name full-size networks, whose every step would take seconds
+        quick["architecture"] = "convnet:width=4,depth=2"
+    return [f"--model.init_args.{name}={value}" for name, value in quick.items()]
 
 
 def quick_methods(content, *more):

@@ -186,7 +186,7 @@ def learned_attack(
     scores = np.empty(2 * size)
     for train, test in StratifiedKFold(folds, shuffle=True, random_state=seed).split(features, truth):
         search = GridSearchCV(
-            make_pipeline(StandardScaler(), _estimator(kind, seed)),
+            make_pipeline(StandardScaler(), _estimator(kind, seed, len(train))),
             {f"{_STEP[kind]}__{name}": values for name, values in _grid(kind, len(train)).items()},
             scoring="roc_auc",
             cv=StratifiedShuffleSplit(1, test_size=0.25, random_state=seed),
@@ -204,11 +204,12 @@ _STEP = {
 }
 
 
-def _estimator(kind: str, seed: int) -> Any:
+def _estimator(kind: str, seed: int, rows: int) -> Any:
     if kind == "logistic":
         return LogisticRegression(max_iter=1000)
     if kind == "mlp":
-        return MLPClassifier(learning_rate_init=3e-3, max_iter=200, early_stopping=True, random_state=seed)
+        stops = rows >= 40  # else the tenth it is stopped by would not hold both sides
+        return MLPClassifier(learning_rate_init=3e-3, max_iter=200, early_stopping=stops, random_state=seed)
     if kind == "forest":
         return RandomForestClassifier(50, max_features="sqrt", random_state=seed)
     return KNeighborsClassifier()
