@@ -12,6 +12,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import yaml
 from metadd_ablations import table as ablation_table
@@ -33,7 +34,26 @@ def rendered(name: str) -> str:
         experiment = ROOT / "benchmarks" / "ablations" / f"{Path(name).stem.removeprefix('metadd_')}.yaml"
         rows = [json.loads(line) for line in text.splitlines()]
         return ablation_table(yaml.safe_load(experiment.read_text(encoding="utf-8")), rows) + "\n"
-    return markdown([Row(**record) for record in json.loads(text)])
+    record = json.loads(text)
+    if isinstance(record, list):
+        return markdown([Row(**row) for row in record])
+    return markdown([Row(**row) for row in record["rows"]]) + costs(record["runs"]) + made_with(record["made_with"])
+
+
+def costs(runs: list[dict[str, Any]]) -> str:
+    """Return the table of what distilling took; a method's first run trains the networks that the later ones reuse."""
+    lines = ["", "| method | minutes per set | peak memory [MB] |", "|---|---|---|"]
+    for method in dict.fromkeys(run["method"] for run in runs):
+        own = [run for run in runs if run["method"] == method]
+        minutes = sorted({f"{run['seconds'] / 60:.1f}" for run in own}, key=float)
+        time = minutes[0] if len(minutes) == 1 else f"{minutes[0]} to {minutes[-1]}"
+        lines.append(f"| {method} | {time} | {max(run['peak_mb'] for run in own)} |")
+    return "\n".join(lines) + "\n"
+
+
+def made_with(record: dict[str, str]) -> str:
+    """Return the line that says what a result was made with."""
+    return "\nMade with `{command}` at commit {commit}, on {hardware}; {versions}.\n".format(**record)
 
 
 def filled(text: str) -> str:

@@ -12,6 +12,7 @@ VERBS = {
     "test": "score a checkpoint on the test split",
     "predict": "predict the test split with a checkpoint",
     "evaluate": "train architectures x seeds on distilled sets and print one table",
+    "scores": "score a set's images with the help of labels and augmentation taken out",
     "membership": "attack networks trained on distilled sets: who was in the data?",
     "continual": "let classes come in steps and learn from distilled sets of the old ones",
     "export": "turn a distiller's checkpoint into a distilled-set file and a picture",

@@ -19,7 +19,7 @@ from lightning_dd.data.stream import EvalBatches, ShuffledStream, next_batch
 from lightning_dd.data.streamed import PixelRows, StreamedImages
 from lightning_dd.distillers import FRePo, Herding
 from lightning_dd.errors import UserError
-from lightning_dd.evaluators.matrix import random_real
+from lightning_dd.evaluators.sources import random_real
 
 REAL_DATA = os.environ.get("LIGHTNING_DD_DATA")  # read before the fixture below hides it
 

@@ -14,8 +14,9 @@ from lightning_dd.errors import UserError
 from lightning_dd.evaluators import DistilledData, Student
 from lightning_dd.evaluators.data import SyntheticBatches, real_data_of
 from lightning_dd.evaluators.evaluate import evaluate_files
-from lightning_dd.evaluators.matrix import DISTILLED, RANDOM_REAL, Row, random_real
+from lightning_dd.evaluators.matrix import Row
 from lightning_dd.evaluators.report import markdown, summarise
+from lightning_dd.evaluators.sources import DISTILLED, RANDOM_REAL, random_real
 from lightning_dd.recipe import Recipe
 
 SMALL = "conv:width=4,depth=2,norm=none"
@@ -281,7 +282,7 @@ def test_processes_of_a_launcher_share_the_students_and_one_writes_the_report(tm
     def wait(cells, bench):  # in place of waiting, the other process does its work
         assert not (tmp_path / "a" / "results.json").exists()
         shares["first"] = len(trained)
-        monkeypatch.setattr("lightning_dd.evaluators.evaluate.launcher", lambda: Launched(1))
+        monkeypatch.setattr("lightning_dd.evaluators.schedule.launcher", lambda: Launched(1))
         assert evaluate_files(*arguments) == []
         shares["both"] = len(trained)
 
@@ -295,8 +296,8 @@ def test_processes_of_a_launcher_share_the_students_and_one_writes_the_report(tm
         def world_size(self):
             return 2
 
-    monkeypatch.setattr("lightning_dd.evaluators.evaluate.launcher", lambda: Launched(0))
-    monkeypatch.setattr("lightning_dd.evaluators.evaluate.wait_for", wait)
+    monkeypatch.setattr("lightning_dd.evaluators.schedule.launcher", lambda: Launched(0))
+    monkeypatch.setattr("lightning_dd.evaluators.schedule.wait_for", wait)
     rows = evaluate_files(*arguments)
     assert len(rows) == 4
     assert shares == {"first": 2, "both": 4}

@@ -17,7 +17,7 @@ from lightning_dd.distillers.relabel import SoftLabels, labelled_views, teacher_
 from lightning_dd.errors import UserError
 from lightning_dd.evaluators import DistilledData, Student
 from lightning_dd.evaluators.data import SyntheticBatches
-from lightning_dd.evaluators.matrix import random_real
+from lightning_dd.evaluators.sources import random_real
 from lightning_dd.models import build_network
 from lightning_dd.models.pool import rest
 from lightning_dd.recipe import Recipe, student_loss, train_student

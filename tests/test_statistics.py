@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from lightning_dd.evaluators.matrix import DISTILLED, Row
+from lightning_dd.evaluators.matrix import Row
 from lightning_dd.evaluators.report import compare
+from lightning_dd.evaluators.sources import DISTILLED
 from lightning_dd.evaluators.statistics import gain_interval, nested_score, paired_difference
 
 

@@ -5,15 +5,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from pytorch_lightning.utilities import rank_zero_only
-from tqdm import tqdm
-
 from lightning_dd.checkpoint import public_settings
 from lightning_dd.data.distilled import DistilledSet
 from lightning_dd.errors import UserError
-from lightning_dd.evaluators.matrix import Cell, Hardware, Row, cells_of
+from lightning_dd.evaluators.matrix import Hardware, Row, cells_of
 from lightning_dd.evaluators.report import markdown, write_report
-from lightning_dd.evaluators.schedule import Bench, Job, launcher, run_workers, share_of, wait_for
+from lightning_dd.evaluators.schedule import Bench, Job, train_students
 from lightning_dd.files import require_writable
 from lightning_dd.models.factory import build_network
 from lightning_dd.models.zoo import expand
@@ -62,7 +59,7 @@ def evaluate_files(
         raise UserError("evaluate needs at least one file and one architecture")
     folder = require_writable(output)
     recipes = {"": recipe} if isinstance(recipe, Recipe) else dict(recipe)
-    job = Job(_named(files), recipes, folder, root, hardware)
+    job = Job(named(files), recipes, folder, root, hardware)
     bench = Bench(job)
     architectures = expand(architectures, min(distilled.image_shape for distilled in bench.sets.values()))
     for distilled in bench.sets.values():
@@ -70,7 +67,7 @@ def evaluate_files(
             build_network(architecture, distilled.num_classes, distilled.image_shape, seed=0)
     quieten(bar_only=True)
     cells = cells_of(list(bench.sets), architectures, seeds, list(recipes))
-    if not _train(cells, job, bench, workers):
+    if not train_students(cells, job, bench, workers):
         return []
     rows = _in_groups([bench.work(cell) for cell in cells], bench.sets)
     paths = write_report(rows, folder)
@@ -79,25 +76,7 @@ def evaluate_files(
     return rows
 
 
-def _train(cells: Sequence[Cell], job: Job, bench: Bench, workers: int) -> bool:
-    """Train what is missing; return whether this process writes the report."""
-    spread = launcher() if job.hardware.strategy == "auto" else None
-    rank, world = (spread.global_rank(), spread.world_size()) if spread else (0, 1)
-    first = not getattr(rank_zero_only, "rank", 0)  # the processes of one student all come here
-    share = share_of(cells, bench, rank, world)
-    with tqdm(total=sum(map(bench.steps, share)), unit="step", smoothing=0.05, disable=not first or rank > 0) as bar:
-        if workers > 1:
-            run_workers(share, job, workers, lambda cell: bar.update(bench.steps(cell)) and None)
-        else:
-            for cell in share:
-                bar.set_description(f"{cell.architecture} {cell.source} {cell.seed}")
-                bench.work(cell, lambda: bar.update() and None)
-    if rank == 0:
-        wait_for(cells, bench)
-    return first and rank == 0
-
-
-def _named(files: Sequence[str]) -> dict[str, str]:
+def named(files: Sequence[str]) -> dict[str, str]:
     """Name each file by its stem, or by folder and stem where stems repeat."""
     named: dict[str, str] = {}
     for file in files:

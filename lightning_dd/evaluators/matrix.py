@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import EMAWeightAveraging
 from pytorch_lightning.loggers import TensorBoardLogger
@@ -14,13 +13,10 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from lightning_dd.data import RealData
 from lightning_dd.data.distilled import DistilledSet
 from lightning_dd.evaluators.data import DistilledData
+from lightning_dd.evaluators.sources import DISTILLED, RANDOM_REAL, SOURCES
 from lightning_dd.evaluators.student import Student
 from lightning_dd.models.factory import ArchitectureSpec
 from lightning_dd.recipe import Recipe
-from lightning_dd.seeding import make_generator
-from lightning_dd.synthetic.pixels import draw_per_class, initial_labels
-
-DISTILLED, RANDOM_REAL = "distilled", "random-real"
 
 
 @dataclass(frozen=True)
@@ -30,7 +26,7 @@ class Cell:
     set_name: str
     architecture: str
     source: str
-    """``distilled`` or ``random-real``."""
+    """What is trained on: a name of :data:`lightning_dd.evaluators.sources.SOURCES`."""
     seed: int
     protocol: str = ""
     """Name of the recipe."""
@@ -91,28 +87,6 @@ def is_seen(architecture: str, distilled: DistilledSet) -> bool:
     return own is not None and ArchitectureSpec.parse(own).name == ArchitectureSpec.parse(architecture).name
 
 
-def random_real(distilled: DistilledSet, real: RealData, seed: int) -> DistilledSet:
-    """Draw a set of random real training images with the size, label form and preprocessing of a distilled one.
-
-    Beside soft labels stand hard ones, for these images have no teacher: what the labels alone do is seen by evaluating
-    a set of the distiller ``Random`` with soft labels.
-    """
-    assert real.train is not None
-    label_kind = "hard" if distilled.label_kind == "soft" else distilled.label_kind
-    rows = draw_per_class(real.train.labels, distilled.ipc, distilled.num_classes, make_generator(seed, "random-real"))
-    classes = torch.arange(distilled.num_classes).repeat_interleave(distilled.ipc)
-    return DistilledSet(
-        images=real.train.images[rows.to(real.train.images.device)].cpu(),
-        labels=initial_labels(classes, distilled.num_classes, label_kind),
-        classes=classes,
-        label_kind=label_kind,
-        class_names=distilled.class_names,
-        preprocessing=distilled.preprocessing,
-        data=distilled.data,
-        method=RANDOM_REAL,
-    )
-
-
 def run_cell(
     cell: Cell,
     distilled: DistilledSet,
@@ -133,7 +107,7 @@ def run_cell(
         log_dir: folder of the TensorBoard logs.
         on_step: called after every training step.
     """
-    source = distilled if cell.source == DISTILLED else random_real(distilled, real, cell.seed)
+    source = SOURCES[cell.source](distilled, real, cell.seed)
     data = DistilledData.from_set(source, real, recipe.batch_size, seed=cell.seed)
     student = Student.with_recipe(cell.architecture, recipe, cell.seed)
     steps = recipe.steps_for(len(distilled))

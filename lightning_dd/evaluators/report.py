@@ -5,13 +5,14 @@ import io
 import json
 import re
 import statistics
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from lightning_dd.evaluators.matrix import DISTILLED, RANDOM_REAL, Row
+from lightning_dd.evaluators.matrix import Row
+from lightning_dd.evaluators.sources import DISTILLED, RANDOM_REAL
 from lightning_dd.evaluators.statistics import (
     Difference,
     Nested,
@@ -199,38 +200,56 @@ def write_report(rows: Sequence[Row], folder: Path) -> dict[str, Path]:
 
 
 def bar_figure(lines: Sequence[Line]) -> Figure:
-    """Draw one group of bars per architecture: every set, and random real images beside it."""
+    """Draw one group of bars per architecture: every set, and random real images once for all sets they suit."""
     sets = list(dict.fromkeys(line.set for line in lines))
     architectures = list(dict.fromkeys(line.architecture for line in lines))
-    figure = Figure(figsize=(2 + 1.3 * len(architectures), 4), layout="constrained")
-    axes = figure.subplots()
-    width = 0.8 / (2 * len(sets))
-    for index, name in enumerate(sets):
-        own = {line.architecture: line for line in lines if line.set == name}
-        places = [architectures.index(architecture) for architecture in own]
-        real = f"random real ({name})" if len(sets) > 1 else "random real"
-        bars = (
-            (2 * index, name if len(sets) > 1 else "distilled", [line.distilled for line in own.values()], f"C{index}"),
-            (2 * index + 1, real, [line.random_real for line in own.values()], "0.75"),
+    by_set = {name: {line.architecture: line for line in lines if line.set == name} for name in sets}
+    bars = [
+        (
+            name if len(sets) > 1 else "distilled",
+            {key: line.distilled for key, line in by_set[name].items()},
+            f"C{index}",
         )
-        for offset, label, scores, colour in bars:
-            axes.bar(
-                [place + (offset - len(sets) + 0.5) * width for place in places],
-                [100 * value.mean for value in scores],
-                width,
-                yerr=[100 * value.std for value in scores],
-                label=label,
-                color=colour,
-                capsize=2,
-            )
+        for index, name in enumerate(sets)
+    ]
+    greys = iter(("0.75", "0.6", "0.45"))
+    for names in _of_equal_baseline(by_set):
+        label = f"random real ({', '.join(names)})" if len(names) < len(sets) else "random real"
+        scores = {key: line.random_real for key, line in by_set[names[0]].items()}
+        bars.append((label, scores, next(greys, "0.3")))
+    figure = Figure(figsize=(2 + max(1.3, 0.2 * len(bars)) * len(architectures), 4), layout="constrained")
+    axes = figure.subplots()
+    width = 0.8 / len(bars)
+    for index, (label, scores, colour) in enumerate(bars):
+        axes.bar(
+            [architectures.index(architecture) + (index - (len(bars) - 1) / 2) * width for architecture in scores],
+            [100 * score.mean for score in scores.values()],
+            width,
+            yerr=[100 * score.std for score in scores.values()],
+            label=label,
+            color=colour,
+            capsize=2,
+        )
     seen = {line.architecture for line in lines if line.seen}
     ticks = [_wrapped(name) + ("\n(seen)" if name in seen else "") for name in architectures]
     axes.set_xticks(range(len(architectures)), ticks, fontsize=8)
     axes.set_ylabel("test accuracy [%]")
     axes.set_ylim(0, 100)
     axes.grid(axis="y", alpha=0.3)
-    axes.legend(frameon=False, loc="upper right", fontsize=8)
+    if len(bars) > 4:
+        figure.legend(loc="outside right upper", frameon=False, fontsize=8)
+    else:
+        axes.legend(frameon=False, loc="upper right", fontsize=8)
     return figure
+
+
+def _of_equal_baseline(by_set: Mapping[str, Mapping[str, Line]]) -> list[list[str]]:
+    """Group sets whose random-real scores are the same students': those of one size, label form and recipe."""
+    found: dict[tuple[tuple[str, float], ...], list[str]] = {}
+    for name, lines in by_set.items():
+        key = tuple((architecture, line.random_real.mean) for architecture, line in lines.items())
+        found.setdefault(key, []).append(name)
+    return list(found.values())
 
 
 def _wrapped(architecture: str) -> str:

@@ -16,12 +16,14 @@ from lightning_fabric.plugins.environments.cluster_environment import ClusterEnv
 from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from pytorch_lightning.utilities import rank_zero_only
+from tqdm import tqdm
 
 from lightning_dd.data.base import RealData
 from lightning_dd.data.distilled import DistilledSet, library_versions
 from lightning_dd.evaluators.data import check_match, real_data_of
 from lightning_dd.evaluators.ledger import Ledger, tensor_digest
-from lightning_dd.evaluators.matrix import DISTILLED, Cell, Hardware, Row, run_cell
+from lightning_dd.evaluators.matrix import Cell, Hardware, Row, run_cell
+from lightning_dd.evaluators.sources import ALL_REAL, DISTILLED, RANDOM_REAL
 from lightning_dd.quiet import quieten
 from lightning_dd.recipe import Recipe
 
@@ -71,10 +73,12 @@ class Bench:
         Random real images depend on the size and label form of a set alone, so sets of one size share them.
         """
         distilled, real = self.sets[cell.set_name], self.reals[cell.set_name]
-        own = {"set": self._digests[cell.set_name]} if cell.source == DISTILLED else {"ipc": distilled.ipc}
+        own = {"ipc": distilled.ipc} if cell.source == RANDOM_REAL else {"set": self._digests[cell.set_name]}
+        if cell.source == ALL_REAL:
+            own = {}
         return {
             **own,
-            "label_kind": distilled.label_kind,
+            "label_kind": "hard" if cell.source == ALL_REAL else distilled.label_kind,
             "preprocessing": self._preprocessing[cell.set_name],
             "data": real.facts.fingerprint,
             "source": cell.source,
@@ -121,6 +125,24 @@ class Bench:
         real.prepare_data()
         real.setup("test")
         return real
+
+
+def train_students(cells: Sequence[Cell], job: Job, bench: Bench, workers: int) -> bool:
+    """Train what is missing; return whether this process writes the report."""
+    spread = launcher() if job.hardware.strategy == "auto" else None
+    rank, world = (spread.global_rank(), spread.world_size()) if spread else (0, 1)
+    first = not getattr(rank_zero_only, "rank", 0)  # the processes of one student all come here
+    share = share_of(cells, bench, rank, world)
+    with tqdm(total=sum(map(bench.steps, share)), unit="step", smoothing=0.05, disable=not first or rank > 0) as bar:
+        if workers > 1:
+            run_workers(share, job, workers, lambda cell: bar.update(bench.steps(cell)) and None)
+        else:
+            for cell in share:
+                bar.set_description(f"{cell.architecture} {cell.source} {cell.seed}")
+                bench.work(cell, lambda: bar.update() and None)
+    if rank == 0:
+        wait_for(cells, bench)
+    return first and rank == 0
 
 
 def share_of(cells: Sequence[Cell], bench: Bench, rank: int, world_size: int) -> list[Cell]:

@@ -1,0 +1,246 @@
+"""Scores of a distilled set's images alone, with the help of labels and augmentation taken out (Li et al. 2025).
+
+DD-Ranking (arXiv 2505.13300) compares accuracies in [0, 1] of students that differ in what they are trained on:
+
+* label-robust score: ``alpha = w (own - random) - (1 - w) (all - hard)``, where ``own`` is the set with its labels,
+  ``random`` random real images with the same labels, ``hard`` its images with one-hot labels and ``all`` the whole real
+  training split;
+* augmentation-robust score: ``beta = w (own - random) + (1 - w) (own' - random')``, the primed without augmentation.
+
+Both are mapped to ``(e^x - e^-1) / (e - e^-1)``; ``w`` is a half. More is better; where nothing differs it is 0.27.
+"""
+
+import csv
+import io
+import json
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from lightning_dd.data.distilled import DistilledSet
+from lightning_dd.errors import UserError
+from lightning_dd.evaluators.evaluate import named
+from lightning_dd.evaluators.matrix import Cell, Hardware
+from lightning_dd.evaluators.schedule import Bench, Job, train_students
+from lightning_dd.evaluators.sources import ALL_REAL, DISTILLED, HARD_LABELS, RANDOM_REAL, SAME_LABELS, WITHOUT_VIEWS
+from lightning_dd.files import require_writable, write_atomically, write_text
+from lightning_dd.models.factory import build_network
+from lightning_dd.quiet import quieten
+from lightning_dd.recipe import Recipe
+
+_OWN, _PLAIN, _FULL, _CONTROL = "own", "plain", "full", "control"
+
+
+def robust_score(difference: float) -> float:
+    """Map a weighted difference of accuracies in [-1, 1] to [0, 1].
+
+    Example:
+        >>> robust_score(-1.0), robust_score(1.0), round(robust_score(0.0), 3)
+        (0.0, 1.0, 0.269)
+    """
+    return (math.exp(difference) - math.exp(-1)) / (math.e - math.exp(-1))
+
+
+@dataclass(frozen=True)
+class Robustness:
+    """Accuracies in [0, 1] of the students of one seed, and the scores made of them."""
+
+    set: str
+    architecture: str
+    seed: int
+    own: float
+    """The set as it is."""
+    hard: float
+    """Its images with one-hot labels."""
+    random: float
+    """Random real images with the same labels."""
+    plain: float
+    """The set as it is, without augmentation."""
+    random_plain: float
+    """Random real images with the same labels, without augmentation."""
+    all_real: float
+    """The whole real training split."""
+
+    def label_robust(self, weight: float = 0.5) -> float:
+        """Return the label-robust score."""
+        return robust_score(weight * (self.own - self.random) - (1 - weight) * (self.all_real - self.hard))
+
+    def augmentation_robust(self, weight: float = 0.5) -> float:
+        """Return the augmentation-robust score."""
+        return robust_score(weight * (self.own - self.random) + (1 - weight) * (self.plain - self.random_plain))
+
+
+_ACCURACIES = ("own", "hard", "random", "plain", "random_plain", "all_real")
+
+
+def score_files(
+    files: Sequence[str],
+    architectures: Sequence[str],
+    output: str,
+    seeds: int,
+    recipe: Recipe,
+    full: Recipe,
+    control: str | None = None,
+    root: str | None = None,
+    hardware: Hardware = Hardware(),  # noqa: B008  (frozen)
+    workers: int = 1,
+) -> list[Robustness]:
+    """Train the students that both scores need, and write the report; finished students are not trained again.
+
+    Args:
+        files: distilled-set files.
+        architectures: names of the factory.
+        output: folder of results.json, results.csv, results.md and results.png.
+        seeds: students per architecture and accuracy.
+        recipe: of students on a distilled set or on random real images.
+        full: of students on the whole real training split; has ``steps``.
+        control: file of random real images with soft labels of the same teacher; needed for sets with soft labels.
+        root: folder of the real data on this machine.
+        hardware: where students are trained.
+        workers: processes of this machine that train students side by side.
+
+    Returns:
+        One record per set, architecture and seed; nothing on processes that do not write the report.
+
+    Raises:
+        UserError: a file, an architecture, the data or the folder is unusable, or a control is missing.
+    """
+    if seeds < 1 or workers < 1:
+        raise UserError(f"seeds and workers must be at least 1, got {seeds} and {workers}")
+    if not files or not architectures:
+        raise UserError("scores needs at least one file and one architecture")
+    folder = require_writable(output)
+    names = named(files)
+    if _CONTROL in names:
+        raise UserError(f"a set must not be called '{_CONTROL}': rename {names[_CONTROL]}")
+    recipes = {_OWN: recipe, _PLAIN: replace(recipe, augment="none"), _FULL: full}
+    job = Job(names | ({_CONTROL: control} if control else {}), recipes, folder, root, hardware)
+    bench = Bench(job)
+    for name in names:
+        _check_control(name, bench.sets[name], bench.sets.get(_CONTROL))
+        for architecture in architectures:
+            build_network(architecture, bench.sets[name].num_classes, bench.sets[name].image_shape, seed=0)
+    quieten(bar_only=True)
+    asked = {
+        (name, architecture, seed): cells_of_scores(name, bench.sets[name], architecture, seed)
+        for name in names
+        for architecture in architectures
+        for seed in range(seeds)
+    }
+    if not train_students([cell for cells in asked.values() for cell in cells.values()], job, bench, workers):
+        return []
+    records = [
+        Robustness(*key, *(bench.work(cells[name]).accuracy for name in _ACCURACIES)) for key, cells in asked.items()
+    ]
+    _write(records, folder)
+    print(f"\n{markdown(records)}\nreport: {folder}/results.md, .json, .csv, .png")
+    return records
+
+
+def cells_of_scores(name: str, distilled: DistilledSet, architecture: str, seed: int) -> dict[str, Cell]:
+    """Return the students of one seed, by the accuracy they give."""
+
+    def cell(source: str, protocol: str, of: str = name) -> Cell:
+        return Cell(of, architecture, source, seed, protocol)
+
+    hard = cell(DISTILLED if distilled.label_kind == "hard" else HARD_LABELS, _OWN)
+    if distilled.label_kind == "soft":
+        random, random_plain = cell(DISTILLED, _OWN, _CONTROL), cell(WITHOUT_VIEWS, _PLAIN, _CONTROL)
+    else:
+        same = RANDOM_REAL if distilled.label_kind == "hard" else SAME_LABELS
+        random, random_plain = cell(same, _OWN), cell(same, _PLAIN)
+    return {
+        "own": cell(DISTILLED, _OWN),
+        "hard": hard,
+        "random": random,
+        "plain": cell(WITHOUT_VIEWS if distilled.views else DISTILLED, _PLAIN),
+        "random_plain": random_plain,
+        "all_real": cell(ALL_REAL, _FULL),
+    }
+
+
+def _check_control(name: str, distilled: DistilledSet, control: DistilledSet | None) -> None:
+    if distilled.label_kind != "soft":
+        return
+    if control is None:
+        raise UserError(
+            f"'{name}' has a teacher's soft labels: give --control, a file of the distiller Random with soft labels"
+        )
+    if control.label_kind != "soft" or control.ipc != distilled.ipc:
+        raise UserError(
+            f"control: {control.ipc} image(s) per class with {control.label_kind} labels, "
+            f"but '{name}' has {distilled.ipc} with soft ones"
+        )
+
+
+_COLUMNS: dict[str, Callable[[Robustness], float]] = {
+    "label-robust score": Robustness.label_robust,
+    "augmentation-robust score": Robustness.augmentation_robust,
+    "own labels": lambda record: record.own,
+    "hard labels": lambda record: record.hard,
+    "random real, same labels": lambda record: record.random,
+    "not augmented": lambda record: record.plain,
+    "random real, same labels, not augmented": lambda record: record.random_plain,
+    "all real": lambda record: record.all_real,
+}
+
+
+def markdown(records: Sequence[Robustness]) -> str:
+    """Render the table: scores and accuracies in %, mean ± sample standard deviation over seeds."""
+    lines = [["set", "architecture", *_COLUMNS], ["---"] * (len(_COLUMNS) + 2)]
+    for (name, architecture), own in _by_line(records).items():
+        lines.append(
+            [name, f"`{architecture}`", *("{:.1f} ± {:.1f}".format(*_spread(own, of)) for of in _COLUMNS.values())]
+        )
+    table = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+    return f"{table}\n\nIn %, mean ± sample standard deviation over {len({r.seed for r in records})} student seeds.\n"
+
+
+def _by_line(records: Sequence[Robustness]) -> dict[tuple[str, str], list[Robustness]]:
+    found: dict[tuple[str, str], list[Robustness]] = {}
+    for record in records:
+        found.setdefault((record.set, record.architecture), []).append(record)
+    return found
+
+
+def _spread(records: Sequence[Robustness], of: Callable[[Robustness], float]) -> tuple[float, float]:
+    values = [100 * of(record) for record in records]
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def _write(records: Sequence[Robustness], folder: Path) -> None:
+    rows = [
+        asdict(record) | {"label_robust": record.label_robust(), "augmentation_robust": record.augmentation_robust()}
+        for record in records
+    ]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    figure = _figure(records)
+    write_text(folder / "results.json", json.dumps(rows, indent=1) + "\n")
+    write_text(folder / "results.csv", text.getvalue())
+    write_text(folder / "results.md", markdown(records))
+    write_atomically(folder / "results.png", lambda path: figure.savefig(path, dpi=120))
+
+
+def _figure(records: Sequence[Robustness]) -> Figure:
+    """Draw both scores of every set, one panel per architecture."""
+    architectures = list(dict.fromkeys(record.architecture for record in records))
+    figure = Figure(figsize=(2 + 4 * len(architectures), 3.5), layout="constrained")
+    for axes, architecture in zip(figure.subplots(1, len(architectures), squeeze=False)[0], architectures, strict=True):
+        lines = {name: own for (name, other), own in _by_line(records).items() if other == architecture}
+        for index, (label, of) in enumerate(list(_COLUMNS.items())[:2]):
+            spreads = [_spread(own, of) for own in lines.values()]
+            places = [place + (index - 0.5) * 0.4 for place in range(len(lines))]
+            axes.bar(places, [s[0] for s in spreads], 0.4, yerr=[s[1] for s in spreads], capsize=2, label=label)
+        axes.axhline(100 * robust_score(0.0), color="0.5", linestyle=":", label="no difference")
+        axes.set_xticks(range(len(lines)), list(lines), fontsize=8, rotation=20)
+        axes.set_title(architecture, fontsize=8)
+        axes.set_ylabel("score [%]")
+        axes.legend(frameon=False, fontsize=7)
+    return figure
