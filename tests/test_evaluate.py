@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from helpers import TinyData, make_distilled, tiny_trainer
+from pytorch_lightning.utilities import rank_zero_only
 
 from lightning_dd.data import DATA_SETS, MNIST5k
 from lightning_dd.data.distilled import DistilledSet
@@ -283,6 +284,7 @@ def test_processes_of_a_launcher_share_the_students_and_one_writes_the_report(tm
         assert not (tmp_path / "a" / "results.json").exists()
         shares["first"] = len(trained)
         monkeypatch.setattr("lightning_dd.evaluators.schedule.launcher", lambda: Launched(1))
+        monkeypatch.setattr(rank_zero_only, "rank", 1)  # as RANK makes it in that process
         assert evaluate_files(*arguments) == []
         shares["both"] = len(trained)
 
@@ -298,6 +300,7 @@ def test_processes_of_a_launcher_share_the_students_and_one_writes_the_report(tm
 
     monkeypatch.setattr("lightning_dd.evaluators.schedule.launcher", lambda: Launched(0))
     monkeypatch.setattr("lightning_dd.evaluators.schedule.wait_for", wait)
+    monkeypatch.setattr(rank_zero_only, "rank", 0)
     rows = evaluate_files(*arguments)
     assert len(rows) == 4
     assert shares == {"first": 2, "both": 4}

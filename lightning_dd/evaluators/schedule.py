@@ -100,7 +100,8 @@ class Bench:
         distilled, real = self.sets[cell.set_name], self.reals[cell.set_name]
         row = run_cell(cell, distilled, real, job.recipes[cell.protocol], job.hardware, logs, on_step)
         row = replace(row, seconds=round(time.perf_counter() - start, 2))
-        if not getattr(rank_zero_only, "rank", 0):  # the processes of one student all come here
+        # A launcher's processes that share the students out keep their own; those of one student all come here.
+        if _sharing(job) or not getattr(rank_zero_only, "rank", 0):
             self.ledger.write(self.identity(cell), asdict(row))
         return row
 
@@ -129,7 +130,7 @@ class Bench:
 
 def train_students(cells: Sequence[Cell], job: Job, bench: Bench, workers: int) -> bool:
     """Train what is missing; return whether this process writes the report."""
-    spread = launcher() if job.hardware.strategy == "auto" else None
+    spread = _sharing(job)
     rank, world = (spread.global_rank(), spread.world_size()) if spread else (0, 1)
     first = not getattr(rank_zero_only, "rank", 0)  # the processes of one student all come here
     share = share_of(cells, bench, rank, world)
@@ -174,6 +175,11 @@ def run_workers(cells: Sequence[Cell], job: Job, workers: int, on_cell: Callable
     ):
         for future in as_completed({pool.submit(_work, cell): cell for cell in cells}):
             on_cell(future.result())
+
+
+def _sharing(job: Job) -> ClusterEnvironment | None:
+    """Return the launcher whose processes share the students out; with a strategy they train each of them together."""
+    return launcher() if job.hardware.strategy == "auto" else None
 
 
 def launcher() -> ClusterEnvironment | None:
