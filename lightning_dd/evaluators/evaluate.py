@@ -1,6 +1,8 @@
 """Run a whole evaluation with one progress bar."""
 
 import json
+import os.path
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -97,8 +99,14 @@ def _in_groups(rows: Sequence[Row], sets: dict[str, DistilledSet]) -> list[Row]:
         alike.setdefault(
             json.dumps([distilled.method, distilled.label_kind, config, distilled.data], sort_keys=True), []
         ).append(name)
-    group = {
-        name: names[0] if len(names) == 1 else f"{names[0]} x{len(names)}" for names in alike.values() for name in names
-    }
+    group = {name: _group_name(names) for names in alike.values() for name in names}
     seeds = {name: distilled.training.get("seed") for name, distilled in sets.items()}
     return [replace(row, group=group[row.set], distillation_seed=seeds[row.set]) for row in rows]
+
+
+def _group_name(names: Sequence[str]) -> str:
+    """Name a group by what its members' names begin with: ``dm-seed0`` and ``dm-seed1`` are ``dm x2``."""
+    if len(names) == 1:
+        return names[0]
+    common = re.sub(r"[-_.]?(seed)?[-_.]?\d*$", "", os.path.commonprefix(list(names)))  # noqa: RUF071
+    return f"{common or names[0]} x{len(names)}"

@@ -9,6 +9,8 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import matplotlib
+import matplotlib.colors
 from matplotlib.figure import Figure
 
 from lightning_dd.evaluators.matrix import Row
@@ -199,6 +201,12 @@ def write_report(rows: Sequence[Row], folder: Path) -> dict[str, Path]:
     }
 
 
+_COLOURS = [f"C{index}" for index in range(10) if index != 7] + [  # without the grey, which is random real
+    matplotlib.colors.to_hex(colour)
+    for colour in matplotlib.colormaps["Set2"].colors  # type: ignore[attr-defined]
+]
+
+
 def bar_figure(lines: Sequence[Line]) -> Figure:
     """Draw one group of bars per architecture: every set, and random real images once for all sets they suit."""
     sets = list(dict.fromkeys(line.set for line in lines))
@@ -208,13 +216,14 @@ def bar_figure(lines: Sequence[Line]) -> Figure:
         (
             name if len(sets) > 1 else "distilled",
             {key: line.distilled for key, line in by_set[name].items()},
-            f"C{index}",
+            _COLOURS[index % len(_COLOURS)],
         )
         for index, name in enumerate(sets)
     ]
     greys = iter(("0.75", "0.6", "0.45"))
     for names in _of_equal_baseline(by_set):
-        label = f"random real ({', '.join(names)})" if len(names) < len(sets) else "random real"
+        others = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        label = f"random real ({names[0]}{others})" if len(names) < len(sets) else "random real"
         scores = {key: line.random_real for key, line in by_set[names[0]].items()}
         bars.append((label, scores, next(greys, "0.3")))
     figure = Figure(figsize=(2 + max(1.3, 0.2 * len(bars)) * len(architectures), 4), layout="constrained")
@@ -230,7 +239,7 @@ def bar_figure(lines: Sequence[Line]) -> Figure:
             color=colour,
             capsize=2,
         )
-    seen = {line.architecture for line in lines if line.seen}
+    seen = {name for name in architectures if all(line.seen for line in lines if line.architecture == name)}
     ticks = [_wrapped(name) + ("\n(seen)" if name in seen else "") for name in architectures]
     axes.set_xticks(range(len(architectures)), ticks, fontsize=8)
     axes.set_ylabel("test accuracy [%]")
