@@ -4,17 +4,20 @@
     python benchmarks/tables.py --check    # exit 1 if one is stale
 
 A table stands between ``<!-- table: NAME -->`` and ``<!-- end of table -->``; NAME is a file of benchmarks/results.
-The demo's rows are those `make demo` leaves in runs/demo/report/results.json.
+Curves that a page shows from ``figures/NAME.png`` are drawn from NAME.json, unless checking. The demo's rows are those
+`make demo` leaves in runs/demo/report/results.json.
 """
 
 import argparse
 import json
 import re
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
 
 import yaml
+from matplotlib.figure import Figure
 from metadd_ablations import table as ablation_table
 
 from lightning_dd.evaluators.matrix import Row
@@ -25,6 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = [ROOT / "README.md", ROOT / "docs" / "results.md"]
 _PATTERN = re.compile(r"(<!-- table: (?P<name>[\w.-]+) -->\n).*?(<!-- end of table -->)", flags=re.DOTALL)
+_FIGURE = re.compile(r"\(figures/([\w.-]+)\.png\)")
 
 
 def rendered(name: str) -> str:
@@ -56,6 +60,25 @@ def made_with(record: dict[str, str]) -> str:
     return "\nMade with `{command}` at commit {commit}, on {hardware}; {versions}.\n".format(**record)
 
 
+def curve_figure(runs: list[dict[str, Any]]) -> Figure:
+    """Draw the validation accuracy of a freshly trained student by outer step, as a share of each method's run."""
+    figure = Figure(figsize=(6.5, 3.6), layout="constrained")
+    axes = figure.subplots()
+    methods = list(dict.fromkeys(run["method"] for run in runs))
+    learned = [method for method in methods if any(len(run["curve"]) > 1 for run in runs if run["method"] == method)]
+    for index, method in enumerate(learned):
+        curves = [run["curve"] for run in runs if run["method"] == method]
+        steps = [step + 1 for step, _ in curves[0]]
+        values = [100 * statistics.fmean(points) for points in zip(*([y for _, y in c] for c in curves), strict=True)]
+        axes.plot([step / steps[-1] for step in steps], values, marker=".", label=f"{method} ({steps[-1]} steps)")
+        axes.lines[-1].set_color(f"C{index}")
+    axes.set_xlabel("outer steps, as a share of the run")
+    axes.set_ylabel("validation accuracy [%]")
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
+    return figure
+
+
 def filled(text: str) -> str:
     """Return a page with its tables made from the recorded rows."""
     return _PATTERN.sub(lambda found: found[1] + rendered(found["name"]) + found[3], text)
@@ -73,6 +96,9 @@ def main() -> int:
             stale += filled(text) != text
         else:
             write_text(page, filled(text))
+            for name in _FIGURE.findall(text):
+                figure = curve_figure(json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))["runs"])
+                figure.savefig(page.parent / "figures" / f"{name}.png", dpi=110, metadata={"Software": None})
     return int(stale > 0)
 
 
