@@ -41,6 +41,8 @@ def rendered(name: str) -> str:
     record = json.loads(text)
     if isinstance(record, list):
         return markdown([Row(**row) for row in record])
+    if "overhead" in record:
+        return overhead(record["overhead"]) + made_with(record["made_with"])
     return markdown([Row(**row) for row in record["rows"]]) + costs(record["runs"]) + made_with(record["made_with"])
 
 
@@ -52,6 +54,18 @@ def costs(runs: list[dict[str, Any]]) -> str:
         minutes = sorted({f"{run['seconds'] / 60:.1f}" for run in own}, key=float)
         time = minutes[0] if len(minutes) == 1 else f"{minutes[0]} to {minutes[-1]}"
         lines.append(f"| {method} | {time} | {max(run['peak_mb'] for run in own)} |")
+    return "\n".join(lines) + "\n"
+
+
+def overhead(rows: list[dict[str, Any]]) -> str:
+    """Return the table of what MetaDD's default setting adds to its bases."""
+    lines = ["| base | step [ms] | with MetaDD | | peak memory [MB] | with MetaDD | |", "|---|---|---|---|---|---|---|"]
+    for row in rows:
+        cells = [row["base"]]
+        for name in ("step_ms", "peak_mb"):
+            base, meta = row[name], row[f"{name}_metadd"]
+            cells += [f"{base:g}", f"{meta:g}", f"{100 * (meta / base - 1):+.0f} %"]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 

@@ -140,8 +140,16 @@ class MetaDD(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Train or load the architectures before the fit."""
+        if stage != "fit":
+            return
+        if not isinstance(pl_module, Distiller):
+            raise UserError(f"metadd attaches to a distiller, got {type(pl_module).__name__}")
+        if not pl_module.learns:
+            raise UserError(
+                f"metadd has nothing to act on: {type(pl_module).__name__} selects real images and learns none"
+            )
         data = getattr(trainer, "datamodule", None)
-        if stage != "fit" or self.architectures or not isinstance(data, RealData):
+        if self.architectures or not isinstance(data, RealData):
             return
         if data.train is None or data.val is None or data.preprocessing is None:
             raise UserError("metadd needs a validation split to judge its architectures: set data.val_fraction above 0")
@@ -169,12 +177,7 @@ class MetaDD(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attach the term, and log how good the architectures are."""
-        if not isinstance(pl_module, Distiller):
-            raise UserError(f"metadd attaches to a distiller, got {type(pl_module).__name__}")
-        if not pl_module.learns:
-            raise UserError(
-                f"metadd has nothing to act on: {type(pl_module).__name__} selects real images and learns none"
-            )
+        assert isinstance(pl_module, Distiller)
         self._term = partial(self.terms, trainer, pl_module)
         pl_module.extra_losses.append(self._term)
         for logger in trainer.loggers:

@@ -1,0 +1,110 @@
+"""What MetaDD's default setting adds to a method: time per outer step and peak memory, with and without in turn.
+
+    python benchmarks/metadd_overhead.py                                   # every base of benchmarks/ablations
+    python benchmarks/metadd_overhead.py benchmarks/ablations/frepo_mnist5k_ipc1.yaml --steps 100 --threads 1
+
+A base and its setting are those of an ablation's YAML file. Every run is a process of its own, base and MetaDD in turn;
+time is the whole Trainer's per outer step after the first ten, memory the process's peak (the networks' training is in
+neither if they are cached: run it twice). The rows go to ``benchmarks/results/metadd_overhead.json``.
+"""
+
+import argparse
+import itertools
+import json
+import multiprocessing
+import resource
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+from environment import environment
+
+HERE = Path(__file__).resolve().parent
+WARM_UP = 10
+
+
+def measure(experiment: dict[str, Any], with_meta: bool, steps: int, threads: int) -> dict[str, float]:
+    """Distil ``steps`` outer steps after a warm-up; return the median over tenths of seconds per step, and memory."""
+    import torch
+    from metadd_ablations import QUIET, real_data
+    from pytorch_lightning import Callback, Trainer
+
+    import lightning_dd.distillers
+    from lightning_dd.callbacks import MetaDD, PoolAlternation
+    from lightning_dd.quiet import quieten
+
+    class Clock(Callback):
+        """Keep the time after every outer step."""
+
+        def on_train_start(self, *args: Any) -> None:
+            self.times: list[float] = []
+
+        def on_train_batch_end(self, *args: Any) -> None:
+            self.times.append(time.perf_counter())
+
+    torch.set_num_threads(threads)
+    quieten(bar_only=True)
+    data = real_data(experiment["data"])
+    arguments = dict(experiment["distiller"])
+    distiller = getattr(lightning_dd.distillers, arguments.pop("class"))(**arguments, seed=0)
+    meta = MetaDD(**experiment["metadd"]) if with_meta else None
+    clock = Clock()
+    callbacks = [PoolAlternation(**experiment.get("alternation", {})), clock, *([meta] if meta else [])]
+    trainer = Trainer(max_steps=WARM_UP + steps, callbacks=callbacks, **QUIET)
+    data.trainer = trainer
+    if meta is not None:
+        meta.setup(trainer, distiller, "fit")
+    trainer.fit(distiller, datamodule=data)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Tenths hold the same number of MetaDD's steps each.
+    marks = clock.times[WARM_UP - 1 :: steps // 10]
+    tenths = [(b - a) / (steps // 10) for a, b in itertools.pairwise(marks)]
+    return {"seconds": statistics.median(tenths), "peak_mb": peak / 1024}
+
+
+def run_apart(*args: Any) -> dict[str, float]:
+    """Run :func:`measure` in a fresh process."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(measure, args)
+
+
+def main() -> None:
+    """Measure what was asked for, print the table and record it."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("experiments", type=Path, nargs="*", default=sorted((HERE / "ablations").glob("*_ipc1.yaml")))
+    parser.add_argument("--steps", type=int, default=100, help="a multiple of ten times MetaDD's interval")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    rows = []
+    for path in options.experiments:
+        experiment = yaml.safe_load(path.read_text(encoding="utf-8"))
+        found: dict[bool, list[dict[str, float]]] = {False: [], True: []}
+        for _ in range(options.repeats):
+            for with_meta in (False, True):
+                found[with_meta].append(run_apart(experiment, with_meta, options.steps, options.threads))
+        seconds, peak = (
+            {kind: statistics.median(run[name] for run in runs) for kind, runs in found.items()}
+            for name in ("seconds", "peak_mb")
+        )
+        rows.append(
+            {
+                "base": path.stem,
+                "step_ms": round(1000 * seconds[False], 2),
+                "step_ms_metadd": round(1000 * seconds[True], 2),
+                "peak_mb": round(peak[False]),
+                "peak_mb_metadd": round(peak[True]),
+            }
+        )
+        print(json.dumps(rows[-1]), flush=True)
+
+    from lightning_dd.files import write_text
+
+    record = {"made_with": environment(), "threads": options.threads, "overhead": rows}
+    write_text(HERE / "results" / "metadd_overhead.json", json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
