@@ -24,7 +24,8 @@ class SixteenPixels(TinyData):
 
 
 def metadd(**changes):
-    return MetaDD(**({"architectures": ARCHITECTURES, "train_steps": 40, "train_lr": 1e-2, "every": 1} | changes))
+    plain = {"relative": False, "augment": "none", "every": 1}
+    return MetaDD(**({"architectures": ARCHITECTURES, "train_steps": 40, "train_lr": 1e-2} | plain | changes))
 
 
 def fit(folder, callback, steps=4, model=None, data=None, **kwargs):
