@@ -4,7 +4,7 @@
     python benchmarks/tables.py --check    # exit 1 if one is stale
 
 A table stands between ``<!-- table: NAME -->`` and ``<!-- end of table -->``; NAME is a file of benchmarks/results.
-Curves that a page shows from ``figures/NAME.png`` are drawn from NAME.json, unless checking. The demo's rows are those
+Figures that a page shows from ``figures/NAME.png`` are drawn from NAME.json, unless checking. The demo's rows are those
 `make demo` leaves in runs/demo/report/results.json.
 """
 
@@ -20,9 +20,11 @@ import yaml
 from matplotlib.figure import Figure
 from metadd_ablations import table as ablation_table
 
+from lightning_dd.continual import report as continual
 from lightning_dd.evaluators.matrix import Row
 from lightning_dd.evaluators.report import markdown
 from lightning_dd.files import write_text
+from lightning_dd.membership import report as membership
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -41,6 +43,10 @@ def rendered(name: str) -> str:
     record = json.loads(text)
     if isinstance(record, list):
         return markdown([Row(**row) for row in record])
+    if "continual" in record:
+        return continual.markdown(continual_rows(record)) + made_with(record["made_with"])
+    if "membership" in record:
+        return membership.markdown(membership_rows(record)) + made_with(record["made_with"])
     if "overhead" in record:
         return overhead(record["overhead"]) + made_with(record["made_with"])
     return markdown([Row(**row) for row in record["rows"]]) + costs(record["runs"]) + made_with(record["made_with"])
@@ -72,6 +78,25 @@ def overhead(rows: list[dict[str, Any]]) -> str:
 def made_with(record: dict[str, str]) -> str:
     """Return the line that says what a result was made with."""
     return "\nMade with `{command}` at commit {commit}, on {hardware}; {versions}.\n".format(**record)
+
+
+def continual_rows(record: dict[str, Any]) -> list[continual.Row]:
+    """Return the rows of a continual experiment."""
+    return [continual.Row(**{**row, "students": tuple(row["students"])}) for row in record["continual"]]
+
+
+def membership_rows(record: dict[str, Any]) -> list[membership.Row]:
+    """Return the rows of a membership experiment."""
+    return [membership.Row(**row) for row in record["membership"]]
+
+
+def figure_of(record: dict[str, Any]) -> Figure:
+    """Draw what is recorded."""
+    if "continual" in record:
+        return continual.curve_figure(continual.curves(continual_rows(record)))
+    if "membership" in record:
+        return membership.privacy_figure(membership_rows(record))
+    return curve_figure(record["runs"])
 
 
 def curve_figure(runs: list[dict[str, Any]]) -> Figure:
@@ -111,7 +136,7 @@ def main() -> int:
         else:
             write_text(page, filled(text))
             for name in _FIGURE.findall(text):
-                figure = curve_figure(json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))["runs"])
+                figure = figure_of(json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8")))
                 figure.savefig(page.parent / "figures" / f"{name}.png", dpi=110, metadata={"Software": None})
     return int(stale > 0)
 

@@ -9,6 +9,7 @@ _NOISE = (
     ".*LightningCLI's args parameter is intended.*",
     ".*`IterableDataset` has `__len__` defined.*",
     ".*but have no `val_dataloader`.*",
+    ".*Total length of `list` across ranks is zero.*",  # data without a validation split
     ".*your dataloader is not resumable.*",  # it need not be: modules draw their own batches
 )
 
