@@ -90,11 +90,11 @@ class TeacherDistiller(Distiller):
                 self._teacher = (self._find_teacher(nothing, nothing, "cpu", train_missing=False),)
             else:
                 data = self.real_data()
-                if data.train is None or data.val is None:
-                    raise UserError("a teacher is judged on a validation split: set data.val_fraction above 0")
+                assert data.train is not None
+                judges = data.train if data.val is None else data.val  # only one at chance is refused
                 with first_process_first(self.trainer, "teacher"):
                     accelerator = accelerator_of(self.trainer)
-                    teacher = self._find_teacher(data.train, data.val, accelerator, self.train_missing)
+                    teacher = self._find_teacher(data.train, judges, accelerator, self.train_missing)
                 self._teacher = (teacher.to(self.trainer.strategy.root_device),)
         return self._teacher[0]
 
