@@ -245,9 +245,17 @@ def test_a_missing_teacher_is_refused_where_none_may_be_trained(trainings, tmp_p
     selected(KCenter, tmp_path, train_missing=False)
 
 
-def test_a_teacher_needs_a_validation_split(tmp_path):
-    with pytest.raises(UserError, match=r"set data.val_fraction above 0"):
-        tiny_trainer(tmp_path, 1, callbacks=[]).fit(Herding(**TINY), TinyData(val_fraction=0))
+def test_without_a_validation_split_a_teacher_is_judged_on_what_it_was_trained_on(tmp_path, monkeypatch):
+    judged = []
+
+    def train(architecture, network, train, val, *args):
+        judged.append(val is train)
+        return 1.0
+
+    monkeypatch.setattr(architectures, "_train", train)
+    for val_fraction in (0, 0.25):
+        tiny_trainer(tmp_path, 1, callbacks=[]).fit(Herding(**TINY), TinyData(val_fraction=val_fraction))
+    assert judged == [True, False]
 
 
 def test_metadd_on_a_selection_is_refused_in_one_line(tmp_path, monkeypatch):
