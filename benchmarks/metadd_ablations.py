@@ -135,7 +135,7 @@ def table(experiment: dict[str, Any], rows: list[dict[str, Any]]) -> str:
         cells = []
         for group in groups.values():
             mean, half = interval([mean_of(row, group) - mean_of(base[row["seed"]], group) for row in own])
-            cells.append(f"{mean:+.2f} ± {half:.2f}")
+            cells.append(f"{mean:+.2f} ± {half:.2f}" if len(own) > 1 else f"{mean:+.2f}")
         ratio = statistics.fmean(row["last_terms"]["meta_ratio"] for row in own)
         slower = statistics.median(row["fit_s"] / base[row["seed"]]["fit_s"] - 1 for row in own)
         lines.append(f"| {setting} | {len(own)} | {' | '.join(cells)} | {ratio:.3f} | {100 * slower:+.0f} % |")
