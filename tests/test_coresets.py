@@ -247,6 +247,7 @@ def test_a_missing_teacher_is_refused_where_none_may_be_trained(trainings, tmp_p
 
 def test_without_a_validation_split_a_teacher_is_judged_on_what_it_was_trained_on(tmp_path, monkeypatch):
     judged = []
+    monkeypatch.setenv("LIGHTNING_DD_CACHE", str(tmp_path / "cache"))  # no teacher of another test is found
 
     def train(architecture, network, train, val, *args):
         judged.append(val is train)
