@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_dd.checkpoint import check_settings, public_settings
@@ -132,7 +133,8 @@ class Student(ScoredModule):
         if hasattr(self, "network"):
             return
         self.num_classes, self.image_shape = num_classes, image_shape
-        self.network = build_network(self.architecture, num_classes, image_shape, self.seed)
+        network = build_network(self.architecture, num_classes, image_shape, self.seed)
+        self.network = network.to(memory_format=torch.channels_last)  # pooling is several times faster so on a CPU
         self.make_accuracy(num_classes)
 
     def configure_optimizers(self) -> Any:
