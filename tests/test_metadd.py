@@ -99,10 +99,26 @@ def test_a_relative_weight_is_a_share_of_the_methods_own_gradient(tmp_path):
     callback.setup(trainer, model, "fit")
     for scale in (1.0, 1000.0):
         images, labels = (part.detach().requires_grad_() for part in model.synthetic())
-        own = scale * (images * torch.linspace(0, 1, images.numel()).view_as(images)).sum()
-        term = callback.terms(trainer, model, images, labels, own)["metadd"]
-        norms = [float(torch.autograd.grad(loss, images, retain_graph=True)[0].norm()) for loss in (own, term)]
-        assert norms[1] == pytest.approx(0.3 * norms[0], rel=1e-4)
+        slope = scale * torch.linspace(0, 1, images.numel()).view_as(images)
+        term = callback.terms(trainer, model, images, labels, (images * slope).sum())[1]["metadd"]
+        assert float(torch.autograd.grad(term, images)[0].norm()) == pytest.approx(0.3 * float(slope.norm()), rel=1e-4)
+
+
+def test_a_relative_weight_leaves_the_methods_own_gradient_as_it_is(tmp_path):
+    callback = metadd(weight=0.3, relative=True)
+    model, trainer = fit(tmp_path, callback, 0)
+    callback.setup(trainer, model, "fit")
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    def own_loss():
+        images, labels = model.synthetic()
+        return images, labels, (images.square().sum() + 3 * labels.exp().sum()) * images.mean()
+
+    wanted = torch.autograd.grad(own_loss()[2], parameters)
+    own, _ = callback.terms(trainer, model, *own_loss())
+    assert len(parameters) == 2
+    for found, expected in zip(torch.autograd.grad(own, parameters), wanted, strict=True):
+        torch.testing.assert_close(found, expected)
 
 
 def test_what_the_architectures_see_may_be_augmented_and_is_the_same_after_a_restart(tmp_path):

@@ -13,6 +13,7 @@ from lightning_dd.data.base import ImageTensors, RealData
 from lightning_dd.data.preprocess import Preprocessing
 from lightning_dd.distillers.base import Distiller, ExtraLoss
 from lightning_dd.errors import UserError
+from lightning_dd.losses.attach import attach_gradients
 from lightning_dd.losses.gathered import MetaLoss, gathered_loss
 from lightning_dd.losses.meta_options import Architecture, MetaOptions
 from lightning_dd.pretrained import (
@@ -200,21 +201,24 @@ class MetaDD(Callback):
 
     def terms(
         self, trainer: Trainer, distiller: Distiller, images: Tensor, labels: Tensor, own_loss: Tensor
-    ) -> dict[str, Tensor]:
-        """Return ``{"metadd": weighted loss}`` if the term is due at this outer step, else nothing."""
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the method's own loss, and ``{"metadd": weighted loss}`` if the term is due at this outer step."""
         weight = self.weight_at(trainer.global_step)
         if weight == 0:
-            return {}
-        everything = images
+            return own_loss, {}
         rows = self._draw(trainer, len(images))
-        if rows is not None:
-            images, labels = images[rows], labels[rows]
-        consensus = distiller.network(images.detach()) if self.options.consensus == "distiller" else None
-        seen = self.augmentation(images, make_generator(self.seed, "augment", trainer.global_step))
-        result = self.measure(seen, labels, distiller.label_kind, consensus)
+        few, few_labels = (images, labels) if rows is None else (images[rows], labels[rows])
+        consensus = distiller.network(few.detach()) if self.options.consensus == "distiller" else None
+        seen = self.augmentation(few, make_generator(self.seed, "augment", trainer.global_step))
+        result = self.measure(seen, few_labels, distiller.label_kind, consensus)
         distiller.watch(**{f"metadd/{name}": value for name, value in result.terms.items()})
-        scale = weight * _balance(own_loss, result.loss, everything) if self.relative else weight
-        return {"metadd": scale * result.loss}
+        if not self.relative:
+            return own_loss, {"metadd": weight * result.loss}
+        learned = [parameter for parameter in distiller.parameters() if parameter.requires_grad]
+        scaled = getattr(trainer.precision_plugin, "scaler", None) is not None  # float16 must go back with its scale
+        own_loss, norm = (own_loss, _norm(own_loss, images)) if scaled else _taken(own_loss, images, learned)
+        factor = weight * norm / _norm(result.loss, images).clamp(min=1e-12)
+        return own_loss, {"metadd": factor * result.loss}
 
     def measure(self, images: Tensor, labels: Tensor, label_kind: str, consensus: Tensor | None = None) -> MetaLoss:
         """Return loss, terms and maps of images ``(N, C, H, W)`` in the data's normalised space."""
@@ -244,11 +248,18 @@ class MetaDD(Callback):
             raise UserError(f"the checkpoint is of another metadd setting: {state_dict['settings']} there, {here} here")
 
 
-def _balance(own: Tensor, term: Tensor, images: Tensor) -> Tensor:
-    """Return the factor that brings a term's gradient by the images to the norm of another loss's."""
-    norms = [torch.autograd.grad(loss, images, retain_graph=True)[0].float().norm() for loss in (own, term)]
-    factor: Tensor = norms[0] / norms[1].clamp(min=1e-12)
-    return factor
+def _norm(loss: Tensor, images: Tensor) -> Tensor:
+    norm: Tensor = torch.autograd.grad(loss, images, retain_graph=True)[0].float().norm()
+    return norm
+
+
+def _taken(loss: Tensor, images: Tensor, learned: list[torch.nn.Parameter]) -> tuple[Tensor, Tensor]:
+    """Differentiate a loss now; return it with its gradients attached, and the norm of the one by the images.
+
+    The norm is known before the backward pass this way, and the loss's graph is gone through once, not twice.
+    """
+    by_images, *gradients = torch.autograd.grad(loss, [images, *learned], allow_unused=True)
+    return attach_gradients(loss.detach(), learned, gradients), by_images.float().norm()
 
 
 class _Adapt:

@@ -24,8 +24,8 @@ from lightning_dd.synthetic.latents import build_synthetic
 from lightning_dd.synthetic.parameterisation import parse_parameterisation
 from lightning_dd.synthetic.pixels import LABEL_KINDS, SyntheticSet, check_synthetic
 
-ExtraLoss = Callable[[Tensor, Tensor, Tensor], dict[str, Tensor]]
-"""From all synthetic images and labels and the method's own loss, with graph, to terms added to the outer loss."""
+ExtraLoss = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]]
+"""From all synthetic images and labels and the loss so far, with graph, to that loss and terms added to it."""
 
 STATE_KEY = "lightning_dd"
 """Where a checkpoint keeps what lies outside the module tree."""
@@ -232,7 +232,7 @@ class Distiller(ScoredModule):
         terms = self.outer_terms(images, labels)
         loss = torch.stack(list(terms.values())).sum()
         for extra in self.extra_losses:
-            more = extra(images, labels, loss)
+            loss, more = extra(images, labels, loss)
             terms, loss = terms | more, torch.stack([loss, *more.values()]).sum()
         if self._logs_this_step():
             terms = {f"outer/{name}": value.detach() for name, value in terms.items()}
