@@ -6,6 +6,9 @@ those of DC, DSA, DM and MTT instance normalisation) is said by the architecture
 form, a teacher's temperature, replayed views) travels with the set.
 """
 
+from dataclasses import replace
+from typing import Any
+
 from lightning_dd.errors import unknown_name
 from lightning_dd.recipe import Recipe
 
@@ -99,16 +102,22 @@ PROTOCOLS: dict[str, Recipe] = {
 }
 
 
-def protocol(name: str) -> Recipe:
-    """Return a published recipe by name.
+def protocol(name: str, **changes: Any) -> Recipe:
+    """Return a published recipe by name, with some of its settings replaced.
+
+    Args:
+        name: of the recipe.
+        **changes: settings of :class:`~lightning_dd.recipe.Recipe`; ``None`` keeps the published value.
 
     Raises:
-        UserError: the name is unknown.
+        UserError: the name is unknown, or a setting is out of range.
 
     Example:
         >>> protocol("dsa").steps_for(10), protocol("frepo").steps_for(10)
         (1000, 1000)
+        >>> protocol("dsa", lr=0.1, warmup=None) == replace(protocol("dsa"), lr=0.1)
+        True
     """
     if name not in PROTOCOLS:
         raise unknown_name("protocol", name, PROTOCOLS)
-    return PROTOCOLS[name]
+    return replace(PROTOCOLS[name], **{key: value for key, value in changes.items() if value is not None})

@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parent.parent / "lightning_dd"
 # From the bottom to the top; a module may import from its own layer and from lower ones.
 LAYERS = [
-    {"errors", "seeding", "files", "quiet", "__init__", "parsing"},
+    {"errors", "seeding", "files", "results", "quiet", "__init__", "parsing"},
     {"data"},
     {"checkpoint"},
     {"models"},

@@ -1,8 +1,5 @@
 """The report of a continual experiment: forgetting, one table in four forms, and curves."""
 
-import csv
-import io
-import json
 import statistics
 from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass
@@ -14,7 +11,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from lightning_dd.continual.plan import JOINT
 from lightning_dd.evaluators.statistics import Score, nested_score
-from lightning_dd.files import write_atomically, write_text
+from lightning_dd.results import markdown_table, write_results
 
 
 @dataclass(frozen=True)
@@ -113,7 +110,7 @@ def markdown(rows: Sequence[Row]) -> str:
     """Render the table: accuracies in %, mean ± sample standard deviation over class orders."""
     lines = curves(rows)
     header = ["memory", *(f"{count} classes" for count in lines[0].classes), "mean of steps", "forgetting"]
-    table = [header, ["---"] * len(header)]
+    table = [header]
     table += [
         [line.label, *(_text(score) for score in (*line.accuracy, line.average, line.forgetting[-1]))] for line in lines
     ]
@@ -129,7 +126,7 @@ def markdown(rows: Sequence[Row]) -> str:
     )
     if any(row.method == JOINT for row in rows):
         note += f" `{JOINT}`: all real training images of the classes seen, the upper line."
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in table) + f"\n\n{note}\n"
+    return f"{markdown_table(table)}\n\n{note}\n"
 
 
 def write_report(rows: Sequence[Row], folder: Path) -> dict[str, Path]:
@@ -142,19 +139,9 @@ def write_report(rows: Sequence[Row], folder: Path) -> dict[str, Path]:
     flat = [{name: value for name, value in record.items() if name != "class_accuracy"} for record in records]
     for record in flat:
         record["students"] = " ".join(map(str, record["students"]))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(flat[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(flat)
     lines = curves(rows)
-    figure = curve_figure(lines)
     write_tensorboard(lines, folder / "tensorboard")
-    return {
-        "json": write_text(folder / "results.json", json.dumps(records, indent=1) + "\n"),
-        "csv": write_text(folder / "results.csv", text.getvalue()),
-        "md": write_text(folder / "results.md", markdown(rows)),
-        "png": write_atomically(folder / "results.png", lambda path: figure.savefig(path, dpi=120)),
-    }
+    return write_results(folder, records, markdown(rows), curve_figure(lines), flat)
 
 
 def write_tensorboard(lines: Sequence[Curve], folder: Path) -> None:

@@ -14,8 +14,6 @@ from lightning_dd.evaluators.matrix import Hardware, Row, cells_of
 from lightning_dd.evaluators.report import markdown, write_report
 from lightning_dd.evaluators.schedule import Bench, Job, train_students
 from lightning_dd.files import require_writable
-from lightning_dd.models.factory import build_network
-from lightning_dd.models.zoo import expand
 from lightning_dd.quiet import quieten
 from lightning_dd.recipe import Recipe
 
@@ -63,10 +61,7 @@ def evaluate_files(
     recipes = {"": recipe} if isinstance(recipe, Recipe) else dict(recipe)
     job = Job(named(files), recipes, folder, root, hardware)
     bench = Bench(job)
-    architectures = expand(architectures, min(distilled.image_shape for distilled in bench.sets.values()))
-    for distilled in bench.sets.values():
-        for architecture in architectures:
-            build_network(architecture, distilled.num_classes, distilled.image_shape, seed=0)
+    architectures = bench.architectures(architectures)
     quieten(bar_only=True)
     cells = cells_of(list(bench.sets), architectures, seeds, list(recipes))
     if not train_students(cells, job, bench, workers):
@@ -80,15 +75,15 @@ def evaluate_files(
 
 def named(files: Sequence[str]) -> dict[str, str]:
     """Name each file by its stem, or by folder and stem where stems repeat."""
-    named: dict[str, str] = {}
+    found: dict[str, str] = {}
     for file in files:
         name = Path(file).stem
-        if name in named:
+        if name in found:
             name = f"{Path(file).parent.name}-{name}"
-        if name in named:
+        if name in found:
             raise UserError(f"two files give the same set name '{name}': rename one")
-        named[name] = file
-    return named
+        found[name] = file
+    return found
 
 
 def _in_groups(rows: Sequence[Row], sets: dict[str, DistilledSet]) -> list[Row]:

@@ -1,8 +1,5 @@
 """The report of an evaluation: one table as JSON, CSV and Markdown, and one figure."""
 
-import csv
-import io
-import json
 import re
 import statistics
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
@@ -23,7 +20,7 @@ from lightning_dd.evaluators.statistics import (
     nested_score,
     paired_difference,
 )
-from lightning_dd.files import write_atomically, write_text
+from lightning_dd.results import markdown_table, write_results
 
 
 @dataclass(frozen=True)
@@ -110,7 +107,7 @@ def markdown(rows: Sequence[Row]) -> str:
     with_set = len({line.set for line in lines}) > 1
     header = ["set"] if with_set else []
     header += ["architecture", "seen", "distilled (last)", "distilled (best)", "random real", "gain", "gap to seen"]
-    table = [header, ["---"] * len(header)]
+    table = [header]
     for line in lines:
         gain = 100 * (line.distilled.mean - line.random_real.mean)
         low, high = (100 * end for end in line.gain)
@@ -125,7 +122,7 @@ def markdown(rows: Sequence[Row]) -> str:
             "-" if line.gap is None or line.seen else f"{100 * line.gap:+.1f}",
         ]
         table.append(cells)
-    text = "\n".join("| " + " | ".join(cells) + " |" for cells in table) + f"\n\n{_note(rows, lines)}\n"
+    text = f"{markdown_table(table)}\n\n{_note(rows, lines)}\n"
     label = _labels(rows)
     for protocol in dict.fromkeys(row.protocol for row in rows):
         own = [row for row in rows if row.protocol == protocol]
@@ -150,16 +147,13 @@ def _note(rows: Sequence[Row], lines: Sequence[Line]) -> str:
 
 
 def _paired_table(reference: str, differences: dict[str, dict[str, Difference]]) -> str:
-    table = [["set", "seen", "mean of unseen", "p (unseen)"], ["---"] * 4]
+    table = [["set", "seen", "mean of unseen", "p (unseen)"]]
     for name, kinds in differences.items():
         cells = [str(kinds[kind]) if kind in kinds else "-" for kind in ("seen", "unseen")]
         p = f"{kinds['unseen'].p:.3f}" if "unseen" in kinds and kinds["unseen"].pairs > 1 else "-"
         table.append([name, *cells, p])
-    rendered = "\n".join("| " + " | ".join(cells) + " |" for cells in table)
-    return (
-        f"{rendered}\n\nPaired difference to `{reference}` in points with its 95 % interval (Student's t), paired by "
-        "seed.\n"
-    )
+    note = f"Paired difference to `{reference}` in points with its 95 % interval (Student's t), paired by seed."
+    return f"{markdown_table(table)}\n\n{note}\n"
 
 
 def _group(row: Row) -> str:
@@ -187,18 +181,7 @@ def write_report(rows: Sequence[Row], folder: Path) -> dict[str, Path]:
     Returns:
         The paths by suffix.
     """
-    records = [asdict(row) for row in rows]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(records[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(records)
-    figure = bar_figure(summarise(rows))
-    return {
-        "json": write_text(folder / "results.json", json.dumps(records, indent=1) + "\n"),
-        "csv": write_text(folder / "results.csv", text.getvalue()),
-        "md": write_text(folder / "results.md", markdown(rows)),
-        "png": write_atomically(folder / "results.png", lambda path: figure.savefig(path, dpi=120)),
-    }
+    return write_results(folder, [asdict(row) for row in rows], markdown(rows), bar_figure(summarise(rows)))
 
 
 _COLOURS = [f"C{index}" for index in range(10) if index != 7] + [  # without the grey, which is random real

@@ -10,9 +10,6 @@ DD-Ranking (arXiv 2505.13300) compares accuracies in [0, 1] of students that dif
 Both are mapped to ``(e^x - e^-1) / (e - e^-1)``; ``w`` is a half. More is better; where nothing differs it is 0.27.
 """
 
-import csv
-import io
-import json
 import math
 import statistics
 from collections.abc import Callable, Sequence
@@ -27,10 +24,10 @@ from lightning_dd.evaluators.evaluate import named
 from lightning_dd.evaluators.matrix import Cell, Hardware
 from lightning_dd.evaluators.schedule import Bench, Job, train_students
 from lightning_dd.evaluators.sources import ALL_REAL, DISTILLED, HARD_LABELS, RANDOM_REAL, SAME_LABELS, WITHOUT_VIEWS
-from lightning_dd.files import require_writable, write_atomically, write_text
-from lightning_dd.models.factory import build_network
+from lightning_dd.files import require_writable
 from lightning_dd.quiet import quieten
 from lightning_dd.recipe import Recipe
+from lightning_dd.results import markdown_table, write_results
 
 _OWN, _PLAIN, _FULL, _CONTROL = "own", "plain", "full", "control"
 
@@ -93,7 +90,7 @@ def score_files(
 
     Args:
         files: distilled-set files.
-        architectures: names of the factory.
+        architectures: names of the factory, or of groups (:mod:`lightning_dd.models.zoo`).
         output: folder of results.json, results.csv, results.md and results.png.
         seeds: students per architecture and accuracy.
         recipe: of students on a distilled set or on random real images.
@@ -122,8 +119,7 @@ def score_files(
     bench = Bench(job)
     for name in names:
         _check_control(name, bench.sets[name], bench.sets.get(_CONTROL))
-        for architecture in architectures:
-            build_network(architecture, bench.sets[name].num_classes, bench.sets[name].image_shape, seed=0)
+    architectures = bench.architectures(architectures)
     quieten(bar_only=True)
     asked = {
         (name, architecture, seed): cells_of_scores(name, bench.sets[name], architecture, seed)
@@ -191,13 +187,13 @@ _COLUMNS: dict[str, Callable[[Robustness], float]] = {
 
 def markdown(records: Sequence[Robustness]) -> str:
     """Render the table: scores and accuracies in %, mean ± sample standard deviation over seeds."""
-    lines = [["set", "architecture", *_COLUMNS], ["---"] * (len(_COLUMNS) + 2)]
+    lines = [["set", "architecture", *_COLUMNS]]
     for (name, architecture), own in _by_line(records).items():
         lines.append(
             [name, f"`{architecture}`", *("{:.1f} ± {:.1f}".format(*_spread(own, of)) for of in _COLUMNS.values())]
         )
-    table = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-    return f"{table}\n\nIn %, mean ± sample standard deviation over {len({r.seed for r in records})} student seeds.\n"
+    seeds = len({record.seed for record in records})
+    return f"{markdown_table(lines)}\n\nIn %, mean ± sample standard deviation over {seeds} student seeds.\n"
 
 
 def _by_line(records: Sequence[Robustness]) -> dict[tuple[str, str], list[Robustness]]:
@@ -217,15 +213,7 @@ def _write(records: Sequence[Robustness], folder: Path) -> None:
         asdict(record) | {"label_robust": record.label_robust(), "augmentation_robust": record.augmentation_robust()}
         for record in records
     ]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    figure = _figure(records)
-    write_text(folder / "results.json", json.dumps(rows, indent=1) + "\n")
-    write_text(folder / "results.csv", text.getvalue())
-    write_text(folder / "results.md", markdown(records))
-    write_atomically(folder / "results.png", lambda path: figure.savefig(path, dpi=120))
+    write_results(folder, rows, markdown(records), _figure(records))
 
 
 def _figure(records: Sequence[Robustness]) -> Figure:

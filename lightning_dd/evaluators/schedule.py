@@ -24,6 +24,8 @@ from lightning_dd.evaluators.data import check_match, real_data_of
 from lightning_dd.evaluators.ledger import Ledger, tensor_digest
 from lightning_dd.evaluators.matrix import Cell, Hardware, Row, run_cell
 from lightning_dd.evaluators.sources import ALL_REAL, DISTILLED, RANDOM_REAL
+from lightning_dd.models.factory import build_network
+from lightning_dd.models.zoo import expand
 from lightning_dd.quiet import quieten
 from lightning_dd.recipe import Recipe
 
@@ -63,6 +65,21 @@ class Bench:
             self.reals[name] = self._real(name, distilled)
             check_match(distilled, self.reals[name])
 
+    def architectures(self, asked: Sequence[str]) -> list[str]:
+        """Replace groups by their members, and build every network once for every set.
+
+        Args:
+            asked: names of the factory, or of groups (:mod:`lightning_dd.models.zoo`).
+
+        Raises:
+            UserError: a name is unknown, or a network cannot take a set's images.
+        """
+        found = expand(asked, min(distilled.image_shape for distilled in self.sets.values()))
+        for distilled in self.sets.values():
+            for architecture in found:
+                build_network(architecture, distilled.num_classes, distilled.image_shape, seed=0)
+        return found
+
     def steps(self, cell: Cell) -> int:
         """Training steps of a cell's student."""
         return self.job.recipes[cell.protocol].steps_for(len(self.sets[cell.set_name]))
@@ -70,15 +87,18 @@ class Bench:
     def identity(self, cell: Cell) -> dict[str, Any]:
         """Return everything the outcome of a cell depends on; cells with equal identities are one student.
 
-        Random real images depend on the size and label form of a set alone, so sets of one size share them.
+        Random real images depend on the size and label form of a set alone, so sets of one size share them; the whole
+        real data depends on no set.
         """
         distilled, real = self.sets[cell.set_name], self.reals[cell.set_name]
-        own = {"ipc": distilled.ipc} if cell.source == RANDOM_REAL else {"set": self._digests[cell.set_name]}
         if cell.source == ALL_REAL:
-            own = {}
+            own: dict[str, Any] = {"label_kind": "hard"}
+        elif cell.source == RANDOM_REAL:
+            own = {"ipc": distilled.ipc, "label_kind": distilled.label_kind}
+        else:
+            own = {"set": self._digests[cell.set_name], "label_kind": distilled.label_kind}
         return {
             **own,
-            "label_kind": "hard" if cell.source == ALL_REAL else distilled.label_kind,
             "preprocessing": self._preprocessing[cell.set_name],
             "data": real.facts.fingerprint,
             "source": cell.source,

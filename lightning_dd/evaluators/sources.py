@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from lightning_dd.data import RealData
 from lightning_dd.data.distilled import DistilledSet
@@ -27,16 +26,8 @@ def random_real(distilled: DistilledSet, real: RealData, seed: int) -> Distilled
     label_kind = "hard" if distilled.label_kind == "soft" else distilled.label_kind
     rows = draw_per_class(real.train.labels, distilled.ipc, distilled.num_classes, make_generator(seed, "random-real"))
     classes = torch.arange(distilled.num_classes).repeat_interleave(distilled.ipc)
-    return DistilledSet(
-        images=real.train.images[rows.to(real.train.images.device)].cpu(),
-        labels=initial_labels(classes, distilled.num_classes, label_kind),
-        classes=classes,
-        label_kind=label_kind,
-        class_names=distilled.class_names,
-        preprocessing=distilled.preprocessing,
-        data=distilled.data,
-        method=RANDOM_REAL,
-    )
+    images = real.train.images[rows.to(real.train.images.device)]
+    return _real_set(distilled, images, classes, label_kind, RANDOM_REAL)
 
 
 def random_same_labels(distilled: DistilledSet, real: RealData, seed: int) -> DistilledSet:
@@ -54,7 +45,7 @@ def random_same_labels(distilled: DistilledSet, real: RealData, seed: int) -> Di
 
 def with_hard_labels(distilled: DistilledSet, real: RealData, seed: int) -> DistilledSet:
     """Replace the labels by the classes, and forget a teacher's views."""
-    labels = F.one_hot(distilled.classes.cpu(), distilled.num_classes).float()
+    labels = initial_labels(distilled.classes.cpu(), distilled.num_classes, "hard")
     return replace(distilled, labels=labels, label_kind="hard", views=None, temperature=1.0)
 
 
@@ -67,22 +58,26 @@ def all_real(distilled: DistilledSet, real: RealData, seed: int) -> DistilledSet
     """Take every real training image with its class.
 
     Raises:
-        UserError: the data is streamed from disk, or a class has no image.
+        UserError: the data is streamed from disk.
     """
     train = real.train
     assert train is not None
     if not isinstance(train.images, Tensor):
         raise UserError(f"{real.name} is read from disk: training on all of it needs it in memory (data.on_disk false)")
-    classes = train.labels.cpu()
+    return _real_set(distilled, train.images, train.labels.cpu(), "hard", ALL_REAL)
+
+
+def _real_set(distilled: DistilledSet, images: Tensor, classes: Tensor, label_kind: str, method: str) -> DistilledSet:
+    """Make a set of real images ``(n, C, H, W)``, normalised as the distilled ones, of ``classes`` ``(n,)``."""
     return DistilledSet(
-        images=train.images.cpu(),
-        labels=F.one_hot(classes, distilled.num_classes).float(),
+        images=images.cpu(),
+        labels=initial_labels(classes, distilled.num_classes, label_kind),
         classes=classes,
-        label_kind="hard",
+        label_kind=label_kind,
         class_names=distilled.class_names,
         preprocessing=distilled.preprocessing,
         data=distilled.data,
-        method=ALL_REAL,
+        method=method,
     )
 
 

@@ -1,6 +1,5 @@
 """A student: any architecture trained on a distilled set."""
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -53,10 +52,7 @@ class Student(ScoredModule):
         super().__init__()
         self.save_hyperparameters()
         self.architecture = architecture
-        given: dict[str, Any] = {"lr": lr, "warmup": warmup, "final_lr": final_lr, "augment": augment}
-        self.recipe = replace(
-            published(protocol), **{name: value for name, value in given.items() if value is not None}
-        )
+        self.recipe = published(protocol, lr=lr, warmup=warmup, final_lr=final_lr, augment=augment)
         self.seed = seed
 
     @classmethod

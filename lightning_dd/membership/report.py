@@ -1,8 +1,5 @@
 """The report of a membership experiment: one table as JSON, CSV and Markdown, and the accuracy-privacy figure."""
 
-import csv
-import io
-import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -11,8 +8,8 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lightning_dd.files import write_atomically, write_text
 from lightning_dd.membership.attacks import GRIDS
+from lightning_dd.results import markdown_table, write_results
 
 TITLES = {
     "threshold": "loss threshold",
@@ -93,7 +90,7 @@ def markdown(rows: Sequence[Row], notes: Sequence[str] = ()) -> str:
         for label, name in (("0.1 %", "tpr_at_01_percent"), ("1 %", "tpr_at_1_percent")):
             cells = [_percent(spread([row for row in last if row.attack == attack], name)) for attack in attacks]
             rates.append([source, label, *cells])
-    return f"{_table(table)}\n\n{_explanation(rows, notes)}\n\n{_table(rates)}\n\n{_resolution(rows)}\n"
+    return f"{markdown_table(table)}\n\n{_explanation(rows, notes)}\n\n{markdown_table(rates)}\n\n{_resolution(rows)}\n"
 
 
 def write_report(rows: Sequence[Row], folder: Path, notes: Sequence[str] = ()) -> dict[str, Path]:
@@ -102,18 +99,7 @@ def write_report(rows: Sequence[Row], folder: Path, notes: Sequence[str] = ()) -
     Returns:
         The paths by suffix.
     """
-    records = [asdict(row) for row in rows]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(records[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(records)
-    figure = privacy_figure(rows)
-    return {
-        "json": write_text(folder / "results.json", json.dumps(records, indent=1) + "\n"),
-        "csv": write_text(folder / "results.csv", text.getvalue()),
-        "md": write_text(folder / "results.md", markdown(rows, notes)),
-        "png": write_atomically(folder / "results.png", lambda path: figure.savefig(path, dpi=120)),
-    }
+    return write_results(folder, [asdict(row) for row in rows], markdown(rows, notes), privacy_figure(rows))
 
 
 def privacy_figure(rows: Sequence[Row]) -> Figure:
@@ -213,8 +199,3 @@ def _percent(value: Spread | None) -> str:
 
 def _area(value: Spread | None) -> str:
     return "-" if value is None else f"{value.mean:.3f} ± {value.std:.3f}"
-
-
-def _table(cells: Sequence[Sequence[str]]) -> str:
-    rows = [cells[0], ["---"] * len(cells[0]), *cells[1:]]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)

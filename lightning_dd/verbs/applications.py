@@ -1,7 +1,6 @@
 """Verbs that put distilled sets to use."""
 
 import inspect
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -126,10 +125,8 @@ def continual(
     from lightning_dd.continual import Plan, parse_methods, run_continual
     from lightning_dd.protocols import protocol as published
 
-    given: dict[str, Any] = {"steps": student_steps, "lr": lr, "batch_size": batch_size, "augment": augment}
-    given = {name: value for name, value in given.items() if value is not None}
-    recipe = replace(published(protocol), **given)
-    upper = replace(published("frepo"), steps=joint_steps, lr=joint_lr, batch_size=joint_batch_size)
+    recipe = published(protocol, steps=student_steps, lr=lr, batch_size=batch_size, augment=augment)
+    upper = published("frepo", steps=joint_steps, lr=joint_lr, batch_size=joint_batch_size, augment=augment)
     plan = Plan(
         data=data,
         data_args=data_args or {},
@@ -140,7 +137,7 @@ def continual(
         architectures=tuple(architectures),
         students=students,
         recipe=recipe,
-        joint=(upper if augment is None else replace(upper, augment=augment)) if joint else None,
+        joint=upper if joint else None,
         accelerator=accelerator,
     )
     run_continual(parse_methods(methods), plan, output)

@@ -1,8 +1,5 @@
 """Verbs that say what a distilled set is worth."""
 
-from dataclasses import replace
-from typing import Any
-
 
 def evaluate(
     files: list[str],
@@ -46,10 +43,9 @@ def evaluate(
     from lightning_dd.evaluators.matrix import Hardware
     from lightning_dd.protocols import protocol as published
 
-    given: dict[str, Any] = {"steps": steps, "lr": lr, "batch_size": batch_size, "augment": augment, "ema": ema}
-    given = {name: value for name, value in given.items() if value is not None}
     names = [protocol] if isinstance(protocol, str) else protocol
-    recipes = {name: replace(published(name), **given) for name in names}
+    changes = {"steps": steps, "lr": lr, "batch_size": batch_size, "augment": augment, "ema": ema}
+    recipes = {name: published(name, **changes) for name in names}
     hardware = Hardware(accelerator, devices, strategy)
     evaluate_files(files, architectures, output, seeds, recipes, root, hardware, workers)
 
@@ -76,7 +72,7 @@ def scores(
 
     Args:
         files: distilled-set files.
-        architectures: of the students, names of the factory.
+        architectures: of the students, names of the factory or of groups.
         output: folder of results.json, results.csv, results.md and results.png.
         seeds: students per architecture and accuracy.
         protocol: published recipe of the students. The next four replace what it says.
@@ -96,8 +92,7 @@ def scores(
     from lightning_dd.evaluators.robustness import score_files
     from lightning_dd.protocols import protocol as published
 
-    given: dict[str, Any] = {"steps": steps, "lr": lr, "batch_size": batch_size, "augment": augment}
-    recipe = replace(published(protocol), **{name: value for name, value in given.items() if value is not None})
-    full = replace(published("frepo"), steps=full_steps, lr=full_lr, batch_size=full_batch_size, augment=recipe.augment)
+    recipe = published(protocol, steps=steps, lr=lr, batch_size=batch_size, augment=augment)
+    full = published("frepo", steps=full_steps, lr=full_lr, batch_size=full_batch_size, augment=recipe.augment)
     hardware = Hardware(accelerator)
     score_files(files, architectures, output, seeds, recipe, full, control, root, hardware, workers)
