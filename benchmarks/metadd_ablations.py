@@ -1,13 +1,14 @@
 """MetaDD against its base with paired seeds: accuracy on architectures that neither ever saw.
 
     python benchmarks/metadd_ablations.py benchmarks/ablations/frepo_mnist5k_ipc1.yaml
-    python benchmarks/metadd_ablations.py benchmarks/ablations/frepo_mnist5k_ipc1.yaml --only default late --seeds 3
+    python benchmarks/metadd_ablations.py benchmarks/ablations/frepo_mnist5k_ipc1.yaml --only default late --seeds 0-2
 
 A YAML file names data, distiller, students and settings of MetaDD. A seed fixes initial images, networks and students
 of every setting, and of the base without MetaDD, so that settings are compared in pairs. The unseen architectures are
-of other families than MetaDD's. Rows are appended to ``benchmarks/results/metadd_<file>.jsonl`` as they are made: a run
-broken off goes on where it stopped. The table at the end gives the mean paired difference to the base with its 95 %
-interval (Student's t).
+of other families than MetaDD's. Settings are compared on the validation split with the ``seeds`` of the file; the few
+under ``confirm`` are tested with its ``confirm_seeds``, which no choice has seen. Rows are appended to
+``benchmarks/results/metadd_<file>.jsonl`` as they are made: a run broken off goes on where it stopped. The tables at
+the end give the mean paired difference to the base with its 95 % interval (Student's t).
 """
 
 import argparse
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch
 import yaml
+from environment import environment
 from pytorch_lightning import Trainer
 from scipy.stats import t as student_t
 
@@ -82,26 +84,30 @@ def distil(experiment: dict[str, Any], settings: dict[str, Any] | None, seed: in
     seconds = time.perf_counter() - start
     students = experiment["students"]
     names = [students["same"], *students["unseen"]]
-    accuracy = {name: score(distiller, name, students, seed, data) for name in names}
-    return {"seed": seed, "accuracy": accuracy, "fit_s": round(seconds, 2), "last_terms": meta.last if meta else None}
+    scores = {name: score(distiller, name, students, seed, data) for name in names}
+    accuracy = {split: {name: scores[name][split] for name in names} for split in ("val", "test")}
+    return {"seed": seed, **accuracy, "fit_s": round(seconds, 2), "last_terms": meta.last if meta else None}
 
 
-def score(distiller: Distiller, name: str, students: dict[str, Any], seed: int, data: RealData) -> float:
-    """Return the mean test accuracy of ``students.repeat`` students."""
+def score(distiller: Distiller, name: str, students: dict[str, Any], seed: int, data: RealData) -> dict[str, float]:
+    """Return the mean accuracy of ``students.repeat`` students by split."""
     distilled = distiller.distilled_set()
     recipe = Recipe(steps=students["steps"], lr=students["lr"])
+    assert data.val is not None
     assert data.test is not None
-    accuracies = []
+    splits = {"val": data.val, "test": data.test}
+    accuracies: dict[str, list[float]] = {split: [] for split in splits}
     for repeat in range(students["repeat"]):
         student_seed = derive_seed(seed, "student", repeat)
-        device = data.test.images.device
-        network = build_network(name, distilled.num_classes, distilled.image_shape, student_seed).to(device)
+        network = build_network(name, distilled.num_classes, distilled.image_shape, student_seed)
+        network = network.to(data.test.images.device).to(memory_format=torch.channels_last)
         train_student(network, distilled, recipe, default_strategy(data.name), student_seed)
-        with torch.no_grad():
-            batches = zip(torch.split(data.test.images, 500), torch.split(data.test.labels, 500), strict=True)
-            hits = sum(float((network(x).argmax(1) == y).sum()) for x, y in batches)
-        accuracies.append(hits / len(data.test.labels))
-    return statistics.fmean(accuracies)
+        for split, real in splits.items():
+            with torch.no_grad():
+                batches = zip(torch.split(real.images, 500), torch.split(real.labels, 500), strict=True)
+                hits = sum(float((network(x).argmax(1) == y).sum()) for x, y in batches)
+            accuracies[split].append(hits / len(real.labels))
+    return {split: statistics.fmean(values) for split, values in accuracies.items()}
 
 
 def interval(differences: list[float]) -> tuple[float, float]:
@@ -111,9 +117,24 @@ def interval(differences: list[float]) -> tuple[float, float]:
     return mean, float(half)
 
 
-def table(experiment: dict[str, Any], rows: list[dict[str, Any]]) -> str:
-    """Return the Markdown table: a line per setting, differences to the base in points."""
+def tables(experiment: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    """Return what was compared on the validation split and what was then tested, each where there are rows."""
+    parts = []
+    for split, title in (
+        ("val", "Validation accuracy, seeds {}: this is what settings are chosen by."),
+        ("test", "Test accuracy, seeds {}: other seeds than any choice was made by."),
+    ):
+        span = experiment["confirm_seeds" if split == "test" else "seeds"]
+        if any(row["seed"] in seeds_of(span) for row in rows):
+            parts.append(f"{title.format(span)}\n\n{table(experiment, rows, split)}\n")
+    return "\n".join(parts)
+
+
+def table(experiment: dict[str, Any], rows: list[dict[str, Any]], split: str) -> str:
+    """Return the Markdown table of a split and its seeds: a line per setting, differences to the base in points."""
     students = experiment["students"]
+    seeds = seeds_of(experiment["confirm_seeds" if split == "test" else "seeds"])
+    rows = [row for row in rows if row["seed"] in seeds]
     groups = {"same": [students["same"]], **{name: [name] for name in students["unseen"]}, "unseen": students["unseen"]}
     heads = ["same", *[name.partition(":")[0] for name in students["unseen"]], "mean of unseen"]
     base = {row["seed"]: row for row in rows if row["setting"] == "base"}
@@ -123,7 +144,7 @@ def table(experiment: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     ]
 
     def mean_of(row: dict[str, Any], names: list[str]) -> float:
-        return 100 * statistics.fmean(row["accuracy"][name] for name in names)
+        return 100 * statistics.fmean(row[split][name] for name in names)
 
     levels = [f"{statistics.fmean(mean_of(row, group) for row in base.values()):.1f}" for group in groups.values()]
     base_time = statistics.median(row["fit_s"] for row in base.values())
@@ -142,12 +163,26 @@ def table(experiment: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def wanted(experiment: dict[str, Any], only: list[str] | None, seeds: str | None) -> list[tuple[int, str]]:
+    """List the rows to make, as (seed, setting)."""
+    parts = [(seeds or experiment["seeds"], only or list(experiment["settings"]))]
+    if not (only or seeds):
+        parts.append((experiment["confirm_seeds"], experiment["confirm"]))
+    return [(seed, name) for span, names in parts for seed in seeds_of(span) for name in ["base", *names]]
+
+
+def seeds_of(text: str) -> range:
+    """Read seeds: ``0-2`` are 0, 1 and 2."""
+    first, _, last = str(text).partition("-")
+    return range(int(first), int(last or first) + 1)
+
+
 def main() -> None:
     """Run what is missing and print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("experiment", type=Path)
-    parser.add_argument("--only", nargs="+", help="settings to run; all if not given")
-    parser.add_argument("--seeds", type=int, help="instead of the file's")
+    parser.add_argument("--only", nargs="+", help="settings to run; if not given all, and those to confirm")
+    parser.add_argument("--seeds", help="instead of the file's, as 0-2")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--table", action="store_true", help="print the table of the rows there are, and run nothing")
     options = parser.parse_args()
@@ -159,15 +194,15 @@ def main() -> None:
     if not options.table:
         data = real_data(experiment["data"])
         settings = {"base": None, **experiment["settings"]}
-        for seed in range(options.seeds or experiment["seeds"]):
-            for name in ["base", *(options.only or experiment["settings"])]:
-                if any(row["setting"] == name and row["seed"] == seed for row in rows):
-                    continue
-                rows.append({"setting": name, **distil(experiment, settings[name], seed, data)})
-                with output.open("a") as file:
-                    file.write(json.dumps(rows[-1]) + "\n")
-                print(json.dumps(rows[-1]), flush=True)
-    print(table(experiment, rows))
+        for seed, name in wanted(experiment, options.only, options.seeds):
+            if any(row["setting"] == name and row["seed"] == seed for row in rows):
+                continue
+            row = distil(experiment, settings[name], seed, data)
+            rows.append({"setting": name, **row, "settings": settings[name], "made_with": environment()})
+            with output.open("a") as file:
+                file.write(json.dumps(rows[-1]) + "\n")
+            print(json.dumps(rows[-1]), flush=True)
+    print(tables(experiment, rows))
 
 
 if __name__ == "__main__":

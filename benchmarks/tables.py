@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 from matplotlib.figure import Figure
-from metadd_ablations import table as ablation_table
+from metadd_ablations import tables as ablation_tables
 
 from lightning_dd.continual import report as continual
 from lightning_dd.evaluators.matrix import Row
@@ -39,7 +39,8 @@ def rendered(name: str) -> str:
     if name.endswith(".jsonl"):
         experiment = ROOT / "benchmarks" / "ablations" / f"{Path(name).stem.removeprefix('metadd_')}.yaml"
         rows = [json.loads(line) for line in text.splitlines()]
-        return ablation_table(yaml.safe_load(experiment.read_text(encoding="utf-8")), rows) + "\n"
+        made = made_with(rows[-1]["made_with"])
+        return ablation_tables(yaml.safe_load(experiment.read_text(encoding="utf-8")), rows) + made
     record = json.loads(text)
     if isinstance(record, list):
         return markdown([Row(**row) for row in record])
@@ -49,7 +50,8 @@ def rendered(name: str) -> str:
         return membership.markdown(membership_rows(record)) + made_with(record["made_with"])
     if "overhead" in record:
         return overhead(record["overhead"]) + made_with(record["made_with"])
-    return markdown([Row(**row) for row in record["rows"]]) + costs(record["runs"]) + made_with(record["made_with"])
+    cost = costs(record["runs"]) if "runs" in record else evaluation_cost(record["evaluation"])
+    return markdown([Row(**row) for row in record["rows"]]) + cost + made_with(record["made_with"])
 
 
 def costs(runs: list[dict[str, Any]]) -> str:
@@ -61,6 +63,11 @@ def costs(runs: list[dict[str, Any]]) -> str:
         time = minutes[0] if len(minutes) == 1 else f"{minutes[0]} to {minutes[-1]}"
         lines.append(f"| {method} | {time} | {max(run['peak_mb'] for run in own)} |")
     return "\n".join(lines) + "\n"
+
+
+def evaluation_cost(cost: dict[str, float]) -> str:
+    """Return the line that says what one command took; memory is that of its largest process."""
+    return f"\nThe whole command took {cost['seconds'] / 60:.1f} minutes and {cost['peak_mb']:g} MB.\n"
 
 
 def overhead(rows: list[dict[str, Any]]) -> str:

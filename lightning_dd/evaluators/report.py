@@ -247,4 +247,5 @@ def _of_equal_baseline(by_set: Mapping[str, Mapping[str, Line]]) -> list[list[st
 def _wrapped(architecture: str) -> str:
     """Break ``name:option=value,...`` into short lines for an axis label."""
     name, _, options = architecture.partition(":")
+    name = re.sub(r"(?<=\w{12})_(?=\w)", "_\n", name, count=1)
     return name + ("\n" + re.sub(r",(?![^\[]*\])", "\n", options) if options else "")
