@@ -5,7 +5,7 @@ The loss depends on the images only through small tensors: each architecture's m
 them (for the variance ``2/M (C_m - mean)``), and then runs one architecture after the other once more, with a graph,
 to carry its share on to the images. That is the chain rule and nothing else, so every coupling between architectures
 is exact and the memory does not grow with their number (the idea of gradient caching, Gao et al. 2021, arXiv
-2101.06983). The price is a second forward pass.
+2101.06983). The price is a second forward pass of all but one.
 """
 
 from collections.abc import Sequence
@@ -84,7 +84,8 @@ def gathered_loss(
         leaves = [_leaf(tensor, need) for tensor, need in zip(given, needed, strict=True)]
         pixels, rows, consensus = cast(tuple[Tensor, Tensor, Tensor | None], tuple(leaves))
         still = pixels.detach()
-        views = [_look(architecture, still, rows, options) for architecture in architectures]
+        views = [_look(architecture, still, rows, options) for architecture in architectures[:-1]]
+        views.append(_look(architectures[-1], pixels, rows, options))  # no other graph is alive: this one is kept
         maps, alive, logits = (torch.stack(tensors).detach() for tensors in zip(*views, strict=True))
         maps.requires_grad_(needed[0] and options.uses_maps)
         logits.requires_grad_(needed[0])
@@ -94,7 +95,8 @@ def gathered_loss(
         slope = {id(source): gradient for source, gradient in zip(sources, found, strict=False)}
         gradients = [None, slope.get(id(rows)), slope.get(id(consensus))]
         if needed[0]:
-            gradients[0] = _carry(architectures, pixels, rows, options, slope.get(id(maps)), slope.get(id(logits)))
+            slopes = slope.get(id(maps)), slope.get(id(logits))
+            gradients[0] = _carry(architectures, views.pop(), pixels, rows, options, *slopes)
     return MetaLoss(attach_gradients(total.detach(), given, gradients), terms, maps.detach())
 
 
@@ -116,32 +118,29 @@ def naive_loss(
 
 def _carry(
     architectures: Sequence[Architecture],
+    last: _View | None,
     pixels: Tensor,
     labels: Tensor,
     options: MetaOptions,
     map_slopes: Tensor | None,
     logit_slopes: Tensor | None,
 ) -> Tensor:
-    """Carry the loss's derivatives by maps and logits on to the images, one architecture after the other."""
+    """Carry the loss's derivatives by maps and logits on to the images, one architecture after the other.
+
+    The last one's graph is there already, so it goes first.
+    """
     gathered = torch.zeros_like(pixels)
-    for index, architecture in enumerate(architectures):
-        slopes = [None if slope is None else slope[index] for slope in (map_slopes, logit_slopes)]
-        share = _share(architecture, pixels, labels, options, *slopes)
+    for index in reversed(range(len(architectures))):
+        map_slope, logit_slope = (None if slopes is None else slopes[index] for slopes in (map_slopes, logit_slopes))
+        view = last or _look(architectures[index], pixels, labels, options, with_map=map_slope is not None)
+        share, last = _share(view, pixels, map_slope, logit_slope), None
         if share is not None:
             gathered += share
     return gathered
 
 
-def _share(
-    architecture: Architecture,
-    pixels: Tensor,
-    labels: Tensor,
-    options: MetaOptions,
-    map_slope: Tensor | None,
-    logit_slope: Tensor | None,
-) -> Tensor | None:
-    """One architecture's part of the images' gradient; a function of its own so that no graph outlives it."""
-    view = _look(architecture, pixels, labels, options, with_map=map_slope is not None)
+def _share(view: _View, pixels: Tensor, map_slope: Tensor | None, logit_slope: Tensor | None) -> Tensor | None:
+    """One architecture's part of the images' gradient."""
     pairs = [(view.maps, map_slope), (view.logits, logit_slope)]
     pairs = [(output, slope) for output, slope in pairs if slope is not None and output.requires_grad]
     if not pairs:
