@@ -14,7 +14,6 @@ the end give the mean paired difference to the base with its 95 % interval (Stud
 import argparse
 import json
 import statistics
-import time
 from pathlib import Path
 from typing import Any
 
@@ -76,17 +75,12 @@ def distil(experiment: dict[str, Any], settings: dict[str, Any] | None, seed: in
     meta = None if settings is None else Watch(**{**experiment["metadd"], **settings})
     callbacks = [PoolAlternation(**experiment.get("alternation", {})), *([meta] if meta else [])]
     trainer = Trainer(max_steps=experiment["outer_steps"], callbacks=callbacks, **QUIET)
-    if meta is not None:
-        data.trainer = trainer
-        meta.setup(trainer, distiller, "fit")  # now, so that training the architectures is not counted below
-    start = time.perf_counter()
     trainer.fit(distiller, datamodule=data)
-    seconds = time.perf_counter() - start
     students = experiment["students"]
     names = [students["same"], *students["unseen"]]
     scores = {name: score(distiller, name, students, seed, data) for name in names}
     accuracy = {split: {name: scores[name][split] for name in names} for split in ("val", "test")}
-    return {"seed": seed, **accuracy, "fit_s": round(seconds, 2), "last_terms": meta.last if meta else None}
+    return {"seed": seed, **accuracy, "last_terms": meta.last if meta else None}
 
 
 def score(distiller: Distiller, name: str, students: dict[str, Any], seed: int, data: RealData) -> dict[str, float]:
@@ -139,16 +133,15 @@ def table(experiment: dict[str, Any], rows: list[dict[str, Any]], split: str) ->
     heads = ["same", *[name.partition(":")[0] for name in students["unseen"]], "mean of unseen"]
     base = {row["seed"]: row for row in rows if row["setting"] == "base"}
     lines = [
-        f"| setting | seeds | {' | '.join(heads)} | meta ratio | time of the fit |",
-        "|---" * (len(heads) + 4) + "|",
+        f"| setting | seeds | {' | '.join(heads)} | meta ratio |",
+        "|---" * (len(heads) + 3) + "|",
     ]
 
     def mean_of(row: dict[str, Any], names: list[str]) -> float:
         return 100 * statistics.fmean(row[split][name] for name in names)
 
     levels = [f"{statistics.fmean(mean_of(row, group) for row in base.values()):.1f}" for group in groups.values()]
-    base_time = statistics.median(row["fit_s"] for row in base.values())
-    lines.append(f"| base | {len(base)} | {' | '.join(levels)} | - | {base_time:.1f} s |")
+    lines.append(f"| base | {len(base)} | {' | '.join(levels)} | - |")
     for setting in experiment["settings"]:
         own = [row for row in rows if row["setting"] == setting and row["seed"] in base]
         if not own:
@@ -158,8 +151,7 @@ def table(experiment: dict[str, Any], rows: list[dict[str, Any]], split: str) ->
             mean, half = interval([mean_of(row, group) - mean_of(base[row["seed"]], group) for row in own])
             cells.append(f"{mean:+.2f} ± {half:.2f}" if len(own) > 1 else f"{mean:+.2f}")
         ratio = statistics.fmean(row["last_terms"]["meta_ratio"] for row in own)
-        slower = statistics.median(row["fit_s"] / base[row["seed"]]["fit_s"] - 1 for row in own)
-        lines.append(f"| {setting} | {len(own)} | {' | '.join(cells)} | {ratio:.3f} | {100 * slower:+.0f} % |")
+        lines.append(f"| {setting} | {len(own)} | {' | '.join(cells)} | {ratio:.3f} |")
     return "\n".join(lines)
 
 

@@ -1,9 +1,9 @@
-"""What MetaDD's default setting adds to a method: time per outer step and peak memory, with and without in turn.
+"""What MetaDD adds to a method: time per outer step and peak memory, with and without in turn.
 
     python benchmarks/metadd_overhead.py                                   # every base of benchmarks/ablations
-    python benchmarks/metadd_overhead.py benchmarks/ablations/frepo_mnist5k_ipc1.yaml --steps 100 --threads 1
+    python benchmarks/metadd_overhead.py benchmarks/ablations/sre2l_mnist5k_ipc1.yaml --settings default strong of_8
 
-A base and its setting are those of an ablation's YAML file. Every run is a process of its own, base and MetaDD in turn;
+A base and its settings are those of an ablation's YAML file. Every run is a process of its own, base and MetaDD in turn;
 time is the whole Trainer's per outer step after the first ten, memory the process's peak (the networks' training is in
 neither if they are cached: run it twice). The rows go to ``benchmarks/results/metadd_overhead.json``.
 """
@@ -25,7 +25,7 @@ HERE = Path(__file__).resolve().parent
 WARM_UP = 10
 
 
-def measure(experiment: dict[str, Any], with_meta: bool, steps: int, threads: int) -> dict[str, float]:
+def measure(experiment: dict[str, Any], setting: str | None, steps: int, threads: int) -> dict[str, float]:
     """Distil ``steps`` outer steps after a warm-up; return the median over tenths of seconds per step, and memory."""
     import torch
     from metadd_ablations import QUIET, real_data
@@ -49,13 +49,10 @@ def measure(experiment: dict[str, Any], with_meta: bool, steps: int, threads: in
     data = real_data(experiment["data"])
     arguments = dict(experiment["distiller"])
     distiller = getattr(lightning_dd.distillers, arguments.pop("class"))(**arguments, seed=0)
-    meta = MetaDD(**experiment["metadd"]) if with_meta else None
+    meta = MetaDD(**{**experiment["metadd"], **experiment["settings"][setting]}) if setting else None
     clock = Clock()
     callbacks = [PoolAlternation(**experiment.get("alternation", {})), clock, *([meta] if meta else [])]
     trainer = Trainer(max_steps=WARM_UP + steps, callbacks=callbacks, **QUIET)
-    data.trainer = trainer
-    if meta is not None:
-        meta.setup(trainer, distiller, "fit")
     trainer.fit(distiller, datamodule=data)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     # Tenths hold the same number of MetaDD's steps each.
@@ -74,6 +71,9 @@ def main() -> None:
     """Measure what was asked for, print the table and record it."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("experiments", type=Path, nargs="*", default=sorted((HERE / "ablations").glob("*_ipc1.yaml")))
+    parser.add_argument(
+        "--settings", nargs="+", default=["default"], help="of the files; those a file lacks are left out"
+    )
     parser.add_argument("--steps", type=int, default=100, help="a multiple of ten times MetaDD's interval")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
@@ -81,24 +81,26 @@ def main() -> None:
     rows = []
     for path in options.experiments:
         experiment = yaml.safe_load(path.read_text(encoding="utf-8"))
-        found: dict[bool, list[dict[str, float]]] = {False: [], True: []}
+        settings = [None, *(name for name in options.settings if name in experiment["settings"])]
+        found: dict[str | None, list[dict[str, float]]] = {name: [] for name in settings}
         for _ in range(options.repeats):
-            for with_meta in (False, True):
-                found[with_meta].append(run_apart(experiment, with_meta, options.steps, options.threads))
+            for name in settings:
+                found[name].append(run_apart(experiment, name, options.steps, options.threads))
         seconds, peak = (
-            {kind: statistics.median(run[name] for run in runs) for kind, runs in found.items()}
-            for name in ("seconds", "peak_mb")
+            {name: statistics.median(run[kind] for run in runs) for name, runs in found.items()}
+            for kind in ("seconds", "peak_mb")
         )
-        rows.append(
-            {
+        for name in settings[1:]:
+            row = {
                 "base": path.stem,
-                "step_ms": round(1000 * seconds[False], 2),
-                "step_ms_metadd": round(1000 * seconds[True], 2),
-                "peak_mb": round(peak[False]),
-                "peak_mb_metadd": round(peak[True]),
+                "setting": name,
+                "step_ms": round(1000 * seconds[None], 2),
+                "step_ms_metadd": round(1000 * seconds[name], 2),
+                "peak_mb": round(peak[None]),
+                "peak_mb_metadd": round(peak[name]),
             }
-        )
-        print(json.dumps(rows[-1]), flush=True)
+            rows.append(row)
+            print(json.dumps(row), flush=True)
 
     from lightning_dd.files import write_text
 

@@ -71,10 +71,11 @@ def evaluation_cost(cost: dict[str, float]) -> str:
 
 
 def overhead(rows: list[dict[str, Any]]) -> str:
-    """Return the table of what MetaDD's default setting adds to its bases."""
-    lines = ["| base | step [ms] | with MetaDD | | peak memory [MB] | with MetaDD | |", "|---|---|---|---|---|---|---|"]
+    """Return the table of what MetaDD adds to its bases."""
+    heads = ["base", "setting", "step [ms]", "with MetaDD", "", "peak memory [MB]", "with MetaDD", ""]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for row in rows:
-        cells = [row["base"]]
+        cells = [row["base"], row["setting"]]
         for name in ("step_ms", "peak_mb"):
             base, meta = row[name], row[f"{name}_metadd"]
             cells += [f"{base:g}", f"{meta:g}", f"{100 * (meta / base - 1):+.0f} %"]
