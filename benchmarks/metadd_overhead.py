@@ -4,8 +4,8 @@
     python benchmarks/metadd_overhead.py benchmarks/ablations/sre2l_mnist5k_ipc1.yaml --settings default strong of_8
 
 A base and its settings are those of an ablation's YAML file. Every run is a process of its own, base and MetaDD in
-turn; time is the whole Trainer's per outer step after the first ten, memory the process's peak (the networks' training is in
-neither if they are cached: run it twice). The rows go to ``benchmarks/results/metadd_overhead.json``.
+turn; time is the whole Trainer's per outer step after the first ten, memory the process's peak (the networks' training
+is in neither if they are cached: run it twice). The rows go to ``benchmarks/results/metadd_overhead.json``.
 """
 
 import argparse

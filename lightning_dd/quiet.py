@@ -12,6 +12,7 @@ _NOISE = (
     ".*Total length of `list` across ranks is zero.*",  # data without a validation split
     ".*your dataloader is not resumable.*",  # it need not be: modules draw their own batches
 )
+_BARS = logging.getLogger("lightning_dd.bars")  # logs nothing: its switch is the process's
 
 
 def quieten(*, bar_only: bool = False) -> None:
@@ -30,9 +31,14 @@ def quieten(*, bar_only: bool = False) -> None:
             logging.getLogger(name).setLevel(logging.WARNING)
 
 
+def show_bars(wanted: bool) -> None:
+    """Say whether trainings within the run that follows may show bars of their own."""
+    _BARS.disabled = not wanted
+
+
 def wants_bars() -> bool:
     """Tell whether a training within a run may show a bar of its own."""
-    return logging.getLogger("pytorch_lightning").getEffectiveLevel() < logging.WARNING
+    return not _BARS.disabled and logging.getLogger("pytorch_lightning").getEffectiveLevel() < logging.WARNING
 
 
 def _no_tips(record: logging.LogRecord) -> bool:

@@ -14,7 +14,7 @@ import lightning_dd.distillers
 import lightning_dd.evaluators  # noqa: F401
 from lightning_dd.errors import UserError
 from lightning_dd.parsing import OneLineErrors, explain, user_error_in
-from lightning_dd.quiet import quieten
+from lightning_dd.quiet import quieten, show_bars
 
 
 def known_classes(key: str) -> dict[str, type]:
@@ -48,8 +48,12 @@ class Cli(LightningCLI):
         parser.link_arguments("seed_everything", "model.init_args.seed", compute_fn=int)
 
     def before_instantiate_classes(self) -> None:
-        """Let ``--trainer.enable_progress_bar=false`` win over a bar among the callbacks, which Lightning refuses."""
+        """Let ``--trainer.enable_progress_bar=false`` win over a bar among the callbacks, which Lightning refuses.
+
+        It holds for the trainings of teachers, experts and architectures within the run too.
+        """
         trainer = self.config[self.config.subcommand].trainer
+        show_bars(trainer.enable_progress_bar is not False)
         if trainer.enable_progress_bar is False and isinstance(trainer.callbacks, list):
             trainer.callbacks = [
                 callback for callback in trainer.callbacks if not callback.class_path.endswith("Progress")

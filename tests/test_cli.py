@@ -103,6 +103,24 @@ def test_settings_that_do_not_fit_the_data_give_one_line_and_status_2(option, me
     assert message in only_line(capsys)
 
 
+@pytest.mark.parametrize(("wanted", "teacher_steps"), [(False, 60), (True, 61)])
+def test_without_progress_bars_a_teacher_has_none_either(wanted, teacher_steps, capsys):
+    config = str(Path(CONFIG).with_name("herding.yaml"))
+    arguments = [
+        f"--config={config}",
+        "--trainer.accelerator=cpu",
+        f"--trainer.enable_progress_bar={wanted}",
+        "--model.init_args.teacher=convnet:width=8,norm=batch",
+        f"--model.init_args.teacher_steps={teacher_steps}",  # of its own, for a cached teacher is not trained
+        "--model.init_args.architecture=convnet:width=4",
+        "--model.init_args.ipc=1",
+        "--model.init_args.probe_steps=1",
+    ]
+    assert main(["fit", *arguments]) == 0
+    printed = capsys.readouterr()
+    assert ("training convnet:width=8" in printed.out + printed.err) == wanted
+
+
 def test_fit_writes_a_set_that_evaluate_and_export_take(capsys, tmp_path):
     assert main(["fit", *QUICK, "--seed_everything=3"]) == 0
     run = tmp_path / "runs" / "mnist5k-frepo" / "version_0"
