@@ -73,7 +73,7 @@ class MetaDD(Callback):
     def __init__(
         self,
         architectures: list[str],
-        weight: float = 0.3,
+        weight: float = 1.0,
         relative: bool = True,
         variance: float = 1.0,
         cross_entropy: float = 1.0,
@@ -86,7 +86,7 @@ class MetaDD(Callback):
         cam: str = "auto",
         detach_weights: bool = True,
         grid: int = 14,
-        every: int = 5,
+        every: int = 10,
         start: int = 0,
         warmup: int = 0,
         rows: int | None = None,
