@@ -70,12 +70,13 @@ def test_a_weight_of_zero_is_the_base_method_bit_for_bit(tmp_path):
     assert torch.equal(model.synthetic.images, plain.synthetic.images)
 
 
-def test_any_subclass_gets_it_without_a_line(tmp_path):
+@pytest.mark.parametrize("relative", [False, True])
+def test_any_subclass_gets_it_without_a_line(relative, tmp_path):
     class Third(PoolDistiller):
         def outer_loss(self, network, images, labels, real):
             return {"size": images.square().mean()}
 
-    _, trainer = fit(tmp_path, metadd(), model=Third(**TINY))
+    _, trainer = fit(tmp_path, metadd(relative=relative), model=Third(**TINY))
     assert "outer/metadd" in trainer.callback_metrics
 
 
@@ -84,7 +85,7 @@ def test_the_gradient_in_a_run_is_that_of_all_architectures_at_once(tmp_path):
     model, trainer = fit(tmp_path, callback, 0)
     callback.setup(trainer, model, "fit")
     images, labels = (part.detach().requires_grad_() for part in model.synthetic())
-    callback.terms(trainer, model, images, labels, images.sum())["metadd"].backward()
+    callback.terms(trainer, model, images, labels, images.sum())[1]["metadd"].backward()
     again = [part.detach().clone().requires_grad_() for part in (images, labels)]
     (0.5 * naive_loss(callback.architectures, *again, "learned", callback.options).loss).backward()
     for ours, naive in zip((images, labels), again, strict=True):
