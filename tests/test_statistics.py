@@ -96,3 +96,17 @@ def test_groups_are_paired_by_distillation_and_single_sets_by_student():
     ]
     assert compare(single)["b"]["unseen"].pairs == 4
     assert compare(single[:4]) == {}
+
+
+def test_seen_is_what_either_of_two_compared_sets_was_distilled_with():
+    own = {"a": "conv", "b": "convnet", "c": None}
+    rows = [
+        row(name, "", 0, student, accuracy, architecture, seen=own[name] == architecture)
+        for name in own
+        for architecture, accuracy in (("conv", 0.3), ("convnet", 0.6 if name == "c" else 0.4), ("vit", 0.2))
+        for student in range(2)
+    ]
+    found = compare(rows)
+    assert found["b"]["unseen"].mean == pytest.approx(0)  # the ViT alone
+    assert found["c"]["seen"].mean == pytest.approx(0)  # the first set's
+    assert found["c"]["unseen"].mean == pytest.approx((0.2 + 0) / 2)

@@ -74,31 +74,30 @@ def compare(rows: Sequence[Row]) -> dict[str, dict[str, Difference]]:
     """Compare every set (or group) with the first, paired by distillation seed, else by student seed.
 
     Returns:
-        By set: the paired difference on the ``seen`` architectures and on the mean of the ``unseen`` ones.
+        By set: the paired difference on the ``seen`` architectures, those that either of the two was distilled with,
+        and on the mean of the ``unseen`` ones.
     """
     names = list(dict.fromkeys(_group(row) for row in rows))
-    distilled = [row for row in rows if row.source == DISTILLED]
-    nested = any(len({row.set for row in distilled if _group(row) == name}) > 1 for name in names)
-    # Of some sets alone the distilling architecture may be among those compared: then it is seen by all.
-    seen = {row.architecture for row in distilled if row.seen}
+    own = {name: [row for row in rows if row.source == DISTILLED and _group(row) == name] for name in names}
+    nested = any(len({row.set for row in side}) > 1 for side in own.values())
     found: dict[str, dict[str, Difference]] = {}
-    for kind in ("seen", "unseen"):
-        sides: list[dict[Hashable, float]] = []
-        for name in names:
-            own = [row for row in distilled if _group(row) == name and (row.architecture in seen) == (kind == "seen")]
-            keys = {(row.distillation_seed if nested else row.seed): None for row in own}
-            sides.append(
-                {
-                    key: statistics.fmean(
-                        row.accuracy for row in own if (row.distillation_seed if nested else row.seed) == key
-                    )
-                    for key in keys
-                }
-            )
-        for name, side in zip(names[1:], sides[1:], strict=True):
-            if set(side) & set(sides[0]):
-                found.setdefault(name, {})[kind] = paired_difference(side, sides[0])
+    for name in names[1:]:
+        pair = (own[name], own[names[0]])
+        seen = {row.architecture for side in pair for row in side if row.seen}
+        for kind in ("seen", "unseen"):
+            chosen = [[row for row in side if (row.architecture in seen) == (kind == "seen")] for side in pair]
+            this, reference = (_by_seed(side, nested) for side in chosen)
+            if set(this) & set(reference):
+                found.setdefault(name, {})[kind] = paired_difference(this, reference)
     return found
+
+
+def _by_seed(rows: Sequence[Row], nested: bool) -> dict[Hashable, float]:
+    """Return mean accuracies by seed: of the distillation, where sets differ in it, else of the student."""
+    found: dict[Hashable, list[float]] = {}
+    for row in rows:
+        found.setdefault(row.distillation_seed if nested else row.seed, []).append(row.accuracy)
+    return {seed: statistics.fmean(values) for seed, values in found.items()}
 
 
 def markdown(rows: Sequence[Row]) -> str:
