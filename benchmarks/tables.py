@@ -48,6 +48,8 @@ def rendered(name: str) -> str:
         return continual.markdown(continual_rows(record)) + made_with(record["made_with"])
     if "membership" in record:
         return membership.markdown(membership_rows(record)) + made_with(record["made_with"])
+    if "vectorised" in record:
+        return vectorised(record) + made_with(record["made_with"])
     if "overhead" in record:
         return overhead(record["overhead"]) + made_with(record["made_with"])
     cost = costs(record["runs"]) if "runs" in record else evaluation_cost(record["evaluation"])
@@ -79,6 +81,18 @@ def overhead(rows: list[dict[str, Any]]) -> str:
         for name in ("step_ms", "peak_mb"):
             base, meta = row[name], row[f"{name}_metadd"]
             cells += [f"{base:g}", f"{meta:g}", f"{100 * (meta / base - 1):+.0f} %"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def vectorised(record: dict[str, Any]) -> str:
+    """Return the table of seeds trained one after the other and together."""
+    heads = ["architecture", "one after the other [ms]", "together [ms]", "ratio"]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for row in record["vectorised"]:
+        cells = [f"`{row['architecture']}`", f"{row['sequential_ms']:.1f}"]
+        cells += [f"{row['vmap_ms']:.1f}", f"{row['vmap_ms'] / row['sequential_ms']:.2f}"] if "vmap_ms" in row else []
+        cells += ["-"] * (len(heads) - len(cells))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
