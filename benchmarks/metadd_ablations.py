@@ -149,7 +149,7 @@ def table(experiment: dict[str, Any], rows: list[dict[str, Any]], split: str) ->
         cells = []
         for group in groups.values():
             mean, half = interval([mean_of(row, group) - mean_of(base[row["seed"]], group) for row in own])
-            cells.append(f"{mean:+.2f} ± {half:.2f}" if len(own) > 1 else f"{mean:+.2f}")
+            cells.append(f"{mean:+.2f} ± {half:.2f}" if len(own) > 2 else f"{mean:+.2f}")  # of two it says nothing
         ratio = statistics.fmean(row["last_terms"]["meta_ratio"] for row in own)
         lines.append(f"| {setting} | {len(own)} | {' | '.join(cells)} | {ratio:.3f} |")
     return "\n".join(lines)
