@@ -37,10 +37,13 @@ def rendered(name: str) -> str:
     """Return the table of a file of recorded rows: an evaluation's, or those of MetaDD's ablations."""
     text = (RESULTS / name).read_text(encoding="utf-8")
     if name.endswith(".jsonl"):
-        experiment = ROOT / "benchmarks" / "ablations" / f"{Path(name).stem.removeprefix('metadd_')}.yaml"
+        experiment = f"benchmarks/ablations/{Path(name).stem.removeprefix('metadd_')}.yaml"
         rows = [json.loads(line) for line in text.splitlines()]
-        made = made_with(rows[-1]["made_with"])
-        return ablation_tables(yaml.safe_load(experiment.read_text(encoding="utf-8")), rows) + made
+        made = rows[-1]["made_with"] | {
+            "command": f"python benchmarks/metadd_ablations.py {experiment}",  # whichever part of it made which row
+            "commit": ", ".join(sorted({row["made_with"]["commit"] for row in rows})),
+        }
+        return ablation_tables(yaml.safe_load((ROOT / experiment).read_text(encoding="utf-8")), rows) + made_with(made)
     record = json.loads(text)
     if isinstance(record, list):
         return markdown([Row(**row) for row in record])
