@@ -256,9 +256,10 @@ def _norm(loss: Tensor, images: Tensor) -> Tensor:
 def _taken(loss: Tensor, images: Tensor, learned: list[torch.nn.Parameter]) -> tuple[Tensor, Tensor]:
     """Differentiate a loss now; return it with its gradients attached, and the norm of the one by the images.
 
-    The norm is known before the backward pass this way, and the loss's graph is gone through once, not twice.
+    The norm is known before the backward pass this way, and the loss's graph is gone through once, not twice. It is
+    kept, for the part from what is learned to the images is the term's as well.
     """
-    by_images, *gradients = torch.autograd.grad(loss, [images, *learned], allow_unused=True)
+    by_images, *gradients = torch.autograd.grad(loss, [images, *learned], allow_unused=True, retain_graph=True)
     return attach_gradients(loss.detach(), learned, gradients), by_images.float().norm()
 
 
