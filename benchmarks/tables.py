@@ -25,6 +25,7 @@ from lightning_dd.evaluators.matrix import Row
 from lightning_dd.evaluators.report import markdown
 from lightning_dd.files import write_text
 from lightning_dd.membership import report as membership
+from lightning_dd.results import markdown_table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -61,13 +62,13 @@ def rendered(name: str) -> str:
 
 def costs(runs: list[dict[str, Any]]) -> str:
     """Return the table of what distilling took; a method's first run trains the networks that the later ones reuse."""
-    lines = ["", "| method | minutes per set | peak memory [MB] |", "|---|---|---|"]
+    lines = [["method", "minutes per set", "peak memory [MB]"]]
     for method in dict.fromkeys(run["method"] for run in runs):
         own = [run for run in runs if run["method"] == method]
         minutes = sorted({f"{run['seconds'] / 60:.1f}" for run in own}, key=float)
         time = minutes[0] if len(minutes) == 1 else f"{minutes[0]} to {minutes[-1]}"
-        lines.append(f"| {method} | {time} | {max(run['peak_mb'] for run in own)} |")
-    return "\n".join(lines) + "\n"
+        lines.append([method, time, str(max(run["peak_mb"] for run in own))])
+    return f"\n{markdown_table(lines)}\n"
 
 
 def evaluation_cost(cost: dict[str, float]) -> str:
@@ -78,26 +79,26 @@ def evaluation_cost(cost: dict[str, float]) -> str:
 def overhead(rows: list[dict[str, Any]]) -> str:
     """Return the table of what MetaDD adds to its bases."""
     heads = ["base", "setting", "step [ms]", "with MetaDD", "", "peak memory [MB]", "with MetaDD", ""]
-    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    lines = [heads]
     for row in rows:
         cells = [row["base"], row["setting"]]
         for name in ("step_ms", "peak_mb"):
             base, meta = row[name], row[f"{name}_metadd"]
             cells += [f"{base:g}", f"{meta:g}", f"{100 * (meta / base - 1):+.0f} %"]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        lines.append(cells)
+    return markdown_table(lines) + "\n"
 
 
 def vectorised(record: dict[str, Any]) -> str:
     """Return the table of seeds trained one after the other and together."""
     heads = ["architecture", "one after the other [ms]", "together [ms]", "ratio"]
-    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    lines = [heads]
     for row in record["vectorised"]:
         cells = [f"`{row['architecture']}`", f"{row['sequential_ms']:.1f}"]
         cells += [f"{row['vmap_ms']:.1f}", f"{row['vmap_ms'] / row['sequential_ms']:.2f}"] if "vmap_ms" in row else []
         cells += ["-"] * (len(heads) - len(cells))
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        lines.append(cells)
+    return markdown_table(lines) + "\n"
 
 
 def made_with(record: dict[str, str]) -> str:

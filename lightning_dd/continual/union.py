@@ -176,6 +176,7 @@ def _check_alike(sets: Sequence[DistilledSet], names: Sequence[str]) -> None:
 
 def _facts(first: DistilledSet, part: DistilledSet) -> list[tuple[str, Any, Any]]:
     def of(one: DistilledSet) -> dict[str, Any]:
+        """What must be equal, by the name a message gives it."""
         settings = {key: value for key, value in one.data["spec"].items() if key != "classes"}
         return {
             "data": (one.data.get("name"), settings),

@@ -51,6 +51,7 @@ def _decode_into(file: Path, decode: Callable[[Allocate], RawSplit]) -> None:
     array: PixelArray | None = None
 
     def allocate(shape: tuple[int, ...]) -> PixelArray:
+        """Make room for the pixels in the file and map it."""
         nonlocal array
         start, size = _HEADER + 8 * shape[0], math.prod(shape)
         with file.open("r+b") as opened:

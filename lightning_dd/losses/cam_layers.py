@@ -137,6 +137,7 @@ class _Trace:
         self.last[kind] = (self.step, name)
 
     def map_layer(self, network: Network) -> str:
+        """Return the module whose output, or input to attention, is the last map; refuse a network without one."""
         first = (0, "")
         spatial, attended, tokens = (self.last.get(kind, first) for kind in ("map", "attended", "tokens"))
         chosen = attended if attended[0] > spatial[0] else max(spatial, tokens)

@@ -171,6 +171,7 @@ class _InSlices(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """Render part by part once more, with graph, and carry the images' gradient on to the latents."""
         classes, *latents = ctx.saved_tensors
         found = []
         for part, slope in zip(_split(ctx.rows, classes, *latents), torch.split(gradient, ctx.rows), strict=True):
