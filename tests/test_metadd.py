@@ -148,6 +148,16 @@ def test_rows_are_drawn_by_step_and_shared_by_ranks():
     assert metadd()._draw(Place(0, 0, 1), 12) is None
 
 
+def test_a_few_architectures_look_in_a_step_and_all_in_turn():
+    callback = metadd(per_step=2)
+    callback.architectures = list(ARCHITECTURES)
+    drawn = [callback.looking(step) for step in range(20)]
+    assert all(len(set(names)) == 2 for names in drawn)
+    assert {name for names in drawn for name in names} == set(ARCHITECTURES)
+    assert drawn == [callback.looking(step) for step in range(20)]
+    assert metadd().looking(0) == []
+
+
 def test_whitened_images_are_unwhitened_for_the_architectures(tmp_path):
     callback = metadd()
     data = SixteenPixels(val_fraction=0.25, preprocessing="zca")
@@ -172,7 +182,7 @@ def test_a_distillers_own_network_can_be_the_consensus(tmp_path):
 def test_a_resumed_run_equals_the_run_never_interrupted(tmp_path):
     def run(folder, ckpt_path=None, **changes):
         keep = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=3, save_top_k=-1)
-        callbacks = [PoolAlternation(), metadd(rows=2, every=2, **changes), keep]
+        callbacks = [PoolAlternation(), metadd(rows=2, every=2, per_step=2, **changes), keep]
         model = FRePo(**TINY)
         trainer = tiny_trainer(folder, 7, callbacks=callbacks, enable_checkpointing=True)
         trainer.fit(model, SixteenPixels(val_fraction=0.25), ckpt_path=ckpt_path)
@@ -260,6 +270,8 @@ def test_foreign_files_are_refused(tmp_path):
         ({"variance": -1.0}, "weight variance must be at least 0"),
         ({"weight": -1.0}, "weight >= 0"),
         ({"every": 0}, "every >= 1"),
+        ({"per_step": 1}, "per_step must be from 2 to the number of architectures, 3, got 1"),
+        ({"per_step": 4}, "per_step must be from 2 to the number of architectures, 3, got 4"),
         ({"threshold": 2.0}, r"threshold must be in \(0, 1\]"),
         ({"consensus": "crowd"}, "unknown metadd consensus 'crowd'"),
         ({"layers": {"resnet18": "layer4"}}, "metadd.layers names 'resnet18', which is none of its architectures"),

@@ -1,6 +1,7 @@
 """MetaDD for any distiller: the invariance term of frozen architectures, added to the outer loss when it is due."""
 
 import logging
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -58,6 +59,8 @@ class MetaDD(Callback):
         start: outer steps before the first that carries it.
         warmup: outer steps over which ``weight`` then rises linearly.
         rows: synthetic images per step, drawn anew each time; ``None`` takes all.
+        per_step: architectures that look in a step, at least 2, drawn anew each time; ``None`` takes all. The time of
+            a step then does not grow with their number.
         augment: operations joined by ``_``, one of which is drawn per step and applied before the architectures look;
             ``auto`` is FRePo's family for the data, ``none`` is none.
         train_steps: training steps of an architecture on the real data.
@@ -90,6 +93,7 @@ class MetaDD(Callback):
         start: int = 0,
         warmup: int = 0,
         rows: int | None = None,
+        per_step: int | None = None,
         augment: str = "auto",
         train_steps: int = 1000,
         train_lr: float = 2e-3,
@@ -103,6 +107,10 @@ class MetaDD(Callback):
             raise UserError(
                 "metadd needs weight >= 0, every >= 1, start >= 0, warmup >= 0 and rows >= 1 (or none), got "
                 f"{weight}, {every}, {start}, {warmup} and {rows}"
+            )
+        if per_step is not None and not 2 <= per_step <= len(architectures):
+            raise UserError(
+                f"metadd.per_step must be from 2 to the number of architectures, {len(architectures)}, got {per_step}"
             )
         self.names = architectures
         self.options = MetaOptions(
@@ -119,7 +127,8 @@ class MetaDD(Callback):
             grid=grid,
         )
         self.relative = relative
-        self.weight, self.every, self.start, self.warmup, self.rows = weight, every, start, warmup, rows
+        self.weight, self.every, self.start, self.warmup = weight, every, start, warmup
+        self.rows, self.per_step = rows, per_step
         self.augment, self.augmentation = augment, Augmentation("none" if augment == "auto" else augment)
         self.recipe = ArchitectureRecipe(steps=train_steps, lr=train_lr)
         self.files, self.layers, self.seed = files or {}, layers or {}, seed
@@ -210,7 +219,7 @@ class MetaDD(Callback):
         few, few_labels = (images, labels) if rows is None else (images[rows], labels[rows])
         consensus = distiller.network(few.detach()) if self.options.consensus == "distiller" else None
         seen = self.augmentation(few, make_generator(self.seed, "augment", trainer.global_step))
-        result = self.measure(seen, few_labels, distiller.label_kind, consensus)
+        result = self.measure(seen, few_labels, distiller.label_kind, consensus, self.looking(trainer.global_step))
         distiller.watch(**{f"metadd/{name}": value for name, value in result.terms.items()})
         if not self.relative:
             return own_loss, {"metadd": weight * result.loss}
@@ -220,9 +229,29 @@ class MetaDD(Callback):
         factor = weight * norm / _norm(result.loss, images).clamp(min=1e-12)
         return own_loss, {"metadd": factor * result.loss}
 
-    def measure(self, images: Tensor, labels: Tensor, label_kind: str, consensus: Tensor | None = None) -> MetaLoss:
-        """Return loss, terms and maps of images ``(N, C, H, W)`` in the data's normalised space."""
-        return gathered_loss(self.architectures, images, labels, label_kind, self.options, consensus)
+    def measure(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        label_kind: str,
+        consensus: Tensor | None = None,
+        architectures: Sequence[Architecture] | None = None,
+    ) -> MetaLoss:
+        """Return loss, terms and maps of images ``(N, C, H, W)`` in the data's normalised space.
+
+        Those of all architectures, unless told which.
+        """
+        looking = self.architectures if architectures is None else architectures
+        return gathered_loss(looking, images, labels, label_kind, self.options, consensus)
+
+    def looking(self, outer_step: int) -> list[Architecture]:
+        """Return the architectures that look in an outer step: on every rank, and after a restart, the same."""
+        if self.per_step is None:
+            return self.architectures
+        drawn = torch.randperm(
+            len(self.architectures), generator=make_generator(self.seed, "architectures", outer_step)
+        )
+        return [self.architectures[index] for index in drawn[: self.per_step].tolist()]
 
     def _draw(self, trainer: Trainer, count: int) -> Tensor | None:
         """Rows of this step and rank: a function of seed and step alone, so a resumed run is exact."""
@@ -234,8 +263,9 @@ class MetaDD(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Keep the settings, so that a run is not continued with others."""
-        clock = (self.weight, self.relative, self.every, self.start, self.warmup, self.rows, self.augment)
-        return {"settings": repr((self.names, self.options, clock))}
+        clock = (self.weight, self.relative, self.every, self.start, self.warmup)
+        seen = (self.rows, self.per_step, self.augment)
+        return {"settings": repr((self.names, self.options, clock, seen))}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Refuse other settings than the checkpoint's.
