@@ -3,12 +3,13 @@
     python benchmarks/metadd_ablations.py benchmarks/ablations/frepo_mnist5k_ipc1.yaml
     python benchmarks/metadd_ablations.py benchmarks/ablations/frepo_mnist5k_ipc1.yaml --only default late --seeds 0-2
 
-A YAML file names data, distiller, students and settings of MetaDD. A seed fixes initial images, networks and students
-of every setting, and of the base without MetaDD, so that settings are compared in pairs. The unseen architectures are
-of other families than MetaDD's. Settings are compared on the validation split with the ``seeds`` of the file; the few
-under ``confirm`` are tested with its ``confirm_seeds``, which no choice has seen. Rows are appended to
-``benchmarks/results/metadd_<file>.jsonl`` as they are made: a run broken off goes on where it stopped. The tables at
-the end give the mean paired difference to the base with its 95 % interval (Student's t).
+A YAML file names data, distiller, students, MetaDD's default and the settings that change it. A seed fixes initial
+images, networks and students of every setting, and of the base without MetaDD, so that settings are compared in pairs.
+The unseen architectures are of other families than MetaDD's. Settings are compared on the validation split with the
+``seeds`` of the file; the few under ``confirm`` are tested with its ``confirm_seeds``, which no choice has seen. Rows
+are appended to ``benchmarks/results/metadd_<file>.jsonl`` as they are made: a run broken off goes on where it stopped.
+The tables at the end give the mean paired difference to the base with its 95 % interval (Student's t), and the meta
+ratio of the final images under the architectures of the default.
 """
 
 import argparse
@@ -45,18 +46,6 @@ QUIET: dict[str, Any] = {
 }
 
 
-class Watch(MetaDD):
-    """MetaDD that remembers its last terms."""
-
-    last: dict[str, float]
-
-    def measure(self, *args: Any, **kwargs: Any) -> Any:
-        """Measure, and keep the terms."""
-        result = super().measure(*args, **kwargs)
-        self.last = {name: float(value) for name, value in result.terms.items()}
-        return result
-
-
 def real_data(spec: dict[str, Any]) -> RealData:
     """Build the data of an experiment: ``class`` and its arguments."""
     arguments = dict(spec)
@@ -68,19 +57,30 @@ def real_data(spec: dict[str, Any]) -> RealData:
 
 
 def distil(experiment: dict[str, Any], settings: dict[str, Any] | None, seed: int, data: RealData) -> dict[str, Any]:
-    """Distil once, train every student on the result and return the row."""
+    """Distil once, look at the result, train every student on it and return the row."""
     arguments = dict(experiment["distiller"])
     cls = getattr(lightning_dd.distillers, arguments.pop("class"))
     distiller: Distiller = cls(**arguments, seed=seed)
-    meta = None if settings is None else Watch(**{**experiment["metadd"], **settings})
-    callbacks = [PoolAlternation(**experiment.get("alternation", {})), *([meta] if meta else [])]
+    meta = [] if settings is None else [MetaDD(**settings)]
+    callbacks = [PoolAlternation(**experiment.get("alternation", {})), *meta]
     trainer = Trainer(max_steps=experiment["outer_steps"], callbacks=callbacks, **QUIET)
     trainer.fit(distiller, datamodule=data)
     students = experiment["students"]
     names = [students["same"], *students["unseen"]]
     scores = {name: score(distiller, name, students, seed, data) for name in names}
     accuracy = {split: {name: scores[name][split] for name in names} for split in ("val", "test")}
-    return {"seed": seed, **accuracy, "last_terms": meta.last if meta else None}
+    return {"seed": seed, **accuracy, "terms": looked_at(experiment, distiller, trainer)}
+
+
+def looked_at(experiment: dict[str, Any], distiller: Distiller, trainer: Trainer) -> dict[str, float]:
+    """Return MetaDD's terms of the final set as the experiment's architectures see it, whichever it was made with."""
+    meta = MetaDD(**experiment["metadd"])
+    meta.setup(trainer, distiller, "fit")
+    assert distiller.synthetic is not None
+    with torch.no_grad():
+        images, labels = distiller.synthetic()
+        result = meta.measure(images, labels, distiller.label_kind)
+    return {name: float(value) for name, value in result.terms.items()}
 
 
 def score(distiller: Distiller, name: str, students: dict[str, Any], seed: int, data: RealData) -> dict[str, float]:
@@ -132,6 +132,11 @@ def table(experiment: dict[str, Any], rows: list[dict[str, Any]], split: str) ->
     groups = {"same": [students["same"]], **{name: [name] for name in students["unseen"]}, "unseen": students["unseen"]}
     heads = ["same", *[name.partition(":")[0] for name in students["unseen"]], "mean of unseen"]
     base = {row["seed"]: row for row in rows if row["setting"] == "base"}
+
+    def ratio(rows: list[dict[str, Any]]) -> str:
+        found = [row["terms"]["meta_ratio"] for row in rows if row.get("terms")]
+        return f"{statistics.fmean(found):.3f}" if len(found) == len(rows) else "-"
+
     lines = [
         f"| setting | seeds | {' | '.join(heads)} | meta ratio |",
         "|---" * (len(heads) + 3) + "|",
@@ -141,7 +146,7 @@ def table(experiment: dict[str, Any], rows: list[dict[str, Any]], split: str) ->
         return 100 * statistics.fmean(row[split][name] for name in names)
 
     levels = [f"{statistics.fmean(mean_of(row, group) for row in base.values()):.1f}" for group in groups.values()]
-    lines.append(f"| base | {len(base)} | {' | '.join(levels)} | - |")
+    lines.append(f"| base | {len(base)} | {' | '.join(levels)} | {ratio(list(base.values()))} |")
     for setting in experiment["settings"]:
         own = [row for row in rows if row["setting"] == setting and row["seed"] in base]
         if not own:
@@ -150,8 +155,7 @@ def table(experiment: dict[str, Any], rows: list[dict[str, Any]], split: str) ->
         for group in groups.values():
             mean, half = interval([mean_of(row, group) - mean_of(base[row["seed"]], group) for row in own])
             cells.append(f"{mean:+.2f} ± {half:.2f}" if len(own) > 2 else f"{mean:+.2f}")  # of two it says nothing
-        ratio = statistics.fmean(row["last_terms"]["meta_ratio"] for row in own)
-        lines.append(f"| {setting} | {len(own)} | {' | '.join(cells)} | {ratio:.3f} |")
+        lines.append(f"| {setting} | {len(own)} | {' | '.join(cells)} | {ratio(own)} |")
     return "\n".join(lines)
 
 
@@ -185,7 +189,8 @@ def main() -> None:
     rows = [json.loads(line) for line in output.read_text().splitlines()] if output.is_file() else []
     if not options.table:
         data = real_data(experiment["data"])
-        settings = {"base": None, **experiment["settings"]}
+        changed = {name: {**experiment["metadd"], **changes} for name, changes in experiment["settings"].items()}
+        settings = {"base": None, **changed}
         for seed, name in wanted(experiment, options.only, options.seeds):
             if any(row["setting"] == name and row["seed"] == seed for row in rows):
                 continue

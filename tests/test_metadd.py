@@ -24,7 +24,7 @@ class SixteenPixels(TinyData):
 
 
 def metadd(**changes):
-    plain = {"relative": False, "augment": "none", "every": 1}
+    plain = {"relative": False, "augment": "none", "every": 1, "per_step": None}
     return MetaDD(**({"architectures": ARCHITECTURES, "train_steps": 40, "train_lr": 1e-2} | plain | changes))
 
 
@@ -270,8 +270,8 @@ def test_foreign_files_are_refused(tmp_path):
         ({"variance": -1.0}, "weight variance must be at least 0"),
         ({"weight": -1.0}, "weight >= 0"),
         ({"every": 0}, "every >= 1"),
-        ({"per_step": 1}, "per_step must be from 2 to the number of architectures, 3, got 1"),
-        ({"per_step": 4}, "per_step must be from 2 to the number of architectures, 3, got 4"),
+        ({"per_step": 1}, "per_step must be from 2 to the number of architectures, 3, or none, got 1"),
+        ({"per_step": 4}, "per_step must be from 2 to the number of architectures, 3, or none, got 4"),
         ({"threshold": 2.0}, r"threshold must be in \(0, 1\]"),
         ({"consensus": "crowd"}, "unknown metadd consensus 'crowd'"),
         ({"layers": {"resnet18": "layer4"}}, "metadd.layers names 'resnet18', which is none of its architectures"),

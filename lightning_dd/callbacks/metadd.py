@@ -93,7 +93,7 @@ class MetaDD(Callback):
         start: int = 0,
         warmup: int = 0,
         rows: int | None = None,
-        per_step: int | None = None,
+        per_step: int | None = 2,
         augment: str = "auto",
         train_steps: int = 1000,
         train_lr: float = 2e-3,
@@ -110,7 +110,8 @@ class MetaDD(Callback):
             )
         if per_step is not None and not 2 <= per_step <= len(architectures):
             raise UserError(
-                f"metadd.per_step must be from 2 to the number of architectures, {len(architectures)}, got {per_step}"
+                f"metadd.per_step must be from 2 to the number of architectures, {len(architectures)}, or none, "
+                f"got {per_step}"
             )
         self.names = architectures
         self.options = MetaOptions(

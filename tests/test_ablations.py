@@ -1,0 +1,63 @@
+"""The committed experiments on MetaDD say what they measure, and their recorded rows were made with just that."""
+
+import inspect
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+import lightning_dd.distillers
+from lightning_dd.callbacks import MetaDD
+from lightning_dd.models import build_network
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+FILES = sorted((BENCHMARKS / "ablations").glob("*.yaml"))
+
+
+def load(path):
+    return yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
+def family(name):
+    return name.partition(":")[0]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_every_setting_can_be_built_and_no_architecture_is_both_seen_and_unseen(path):
+    experiment = load(path)
+    arguments = dict(experiment["distiller"])
+    distiller = getattr(lightning_dd.distillers, arguments.pop("class"))(**arguments)
+    unseen = {family(name) for name in experiment["students"]["unseen"]}
+    assert unseen.isdisjoint({family(distiller.hparams.architecture), family(arguments.get("teacher", ""))})
+    for changes in experiment["settings"].values():
+        metadd = MetaDD(**{**experiment["metadd"], **changes})
+        assert unseen.isdisjoint(map(family, metadd.names))
+        for name in metadd.names:
+            build_network(name, 10, (3, 32, 32), 0)
+    assert set(experiment["confirm"]) <= set(experiment["settings"])
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_the_setting_called_default_is_metadds_own(path):
+    experiment = load(path)
+    chosen = {**experiment["metadd"], **experiment["settings"]["default"]}
+    own = {name: parameter.default for name, parameter in inspect.signature(MetaDD).parameters.items()}
+    for name in chosen.keys() - {"architectures", "train_steps"}:
+        assert chosen[name] == own[name], name
+    assert chosen.keys() <= own.keys()  # and no key is misspelt
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_recorded_rows_were_made_with_the_settings_of_their_name(path):
+    recorded = BENCHMARKS / "results" / f"metadd_{path.stem}.jsonl"
+    if not recorded.is_file():
+        pytest.skip("nothing is recorded of this experiment")
+    experiment = load(path)
+    rows = [json.loads(line) for line in recorded.read_text(encoding="utf-8").splitlines()]
+    assert len({(row["setting"], row["seed"]) for row in rows}) == len(rows)
+    for row in rows:
+        wanted = None
+        if row["setting"] != "base":
+            wanted = {**experiment["metadd"], **experiment["settings"][row["setting"]]}
+        assert row["settings"] == wanted, (row["setting"], row["seed"])
