@@ -194,7 +194,8 @@ def test_a_resumed_run_equals_the_run_never_interrupted(tmp_path):
         run(tmp_path / "c", str(tmp_path / "a" / "step=3.ckpt"), variance=9.0)
 
 
-def test_two_processes_give_the_gradient_of_one(tmp_path):
+@pytest.mark.parametrize("changes", [{}, {"relative": True, "per_step": 2}])
+def test_two_processes_give_the_gradient_of_one(changes, tmp_path):
     from test_ddp import TWO, KeepRank, SplitBatch, ranks
 
     for name, kwargs in (("one", {}), ("two", TWO)):
@@ -202,7 +203,7 @@ def test_two_processes_give_the_gradient_of_one(tmp_path):
         keep = KeepRank(tmp_path / name)
         model = SplitBatch(**(TINY | {"ipc": 2}))
         data = SixteenPixels(val_fraction=1 / 3)  # 24 training images: equal halves
-        fit(tmp_path / name, metadd(), 1, model=model, data=data, callbacks=[keep], **kwargs)
+        fit(tmp_path / name, metadd(**changes), 1, model=model, data=data, callbacks=[keep], **kwargs)
     (one,), two = ranks(tmp_path / "one", 1), ranks(tmp_path / "two")
     for rank in two:
         # Cross-entropy and KL are means over rows, and so is the variance: shares of three rows average exactly.

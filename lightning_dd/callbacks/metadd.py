@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
@@ -224,11 +224,17 @@ class MetaDD(Callback):
         distiller.watch(**{f"metadd/{name}": value for name, value in result.terms.items()})
         if not self.relative:
             return own_loss, {"metadd": weight * result.loss}
+        own_loss, norm = self._own(trainer, distiller, images, own_loss)
+        size = _size(trainer, _gradient(result.loss, images))
+        return own_loss, {"metadd": weight * norm / size.clamp(min=1e-12) * result.loss}
+
+    def _own(self, trainer: Trainer, distiller: Distiller, images: Tensor, loss: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the method's own loss, differentiated already where that may be, and its gradient's size."""
+        if getattr(trainer.precision_plugin, "scaler", None) is not None:  # float16 must go back with its scale
+            return loss, _size(trainer, _gradient(loss, images))
         learned = [parameter for parameter in distiller.parameters() if parameter.requires_grad]
-        scaled = getattr(trainer.precision_plugin, "scaler", None) is not None  # float16 must go back with its scale
-        own_loss, norm = (own_loss, _norm(own_loss, images)) if scaled else _taken(own_loss, images, learned)
-        factor = weight * norm / _norm(result.loss, images).clamp(min=1e-12)
-        return own_loss, {"metadd": factor * result.loss}
+        loss, by_images = _taken(loss, images, learned)
+        return loss, _size(trainer, by_images)
 
     def measure(
         self,
@@ -279,19 +285,25 @@ class MetaDD(Callback):
             raise UserError(f"the checkpoint is of another metadd setting: {state_dict['settings']} there, {here} here")
 
 
-def _norm(loss: Tensor, images: Tensor) -> Tensor:
-    norm: Tensor = torch.autograd.grad(loss, images, retain_graph=True)[0].float().norm()
-    return norm
+def _gradient(loss: Tensor, images: Tensor) -> Tensor:
+    gradient: Tensor = torch.autograd.grad(loss, images, retain_graph=True)[0]
+    return gradient
+
+
+def _size(trainer: Trainer, gradient: Tensor) -> Tensor:
+    """Norm of the gradient that DDP will make of those of all processes: their mean."""
+    mean = trainer.strategy.reduce(gradient.float().clone(), reduce_op="mean")  # in place under DDP
+    return cast(Tensor, mean).norm()
 
 
 def _taken(loss: Tensor, images: Tensor, learned: list[torch.nn.Parameter]) -> tuple[Tensor, Tensor]:
-    """Differentiate a loss now; return it with its gradients attached, and the norm of the one by the images.
+    """Differentiate a loss now; return it with its gradients attached, and the one by the images.
 
-    The norm is known before the backward pass this way, and the loss's graph is gone through once, not twice. It is
+    The latter is known before the backward pass this way, and the loss's graph is gone through once, not twice. It is
     kept, for the part from what is learned to the images is the term's as well.
     """
     by_images, *gradients = torch.autograd.grad(loss, [images, *learned], allow_unused=True, retain_graph=True)
-    return attach_gradients(loss.detach(), learned, gradients), by_images.float().norm()
+    return attach_gradients(loss.detach(), learned, gradients), by_images
 
 
 class _Adapt:
