@@ -292,8 +292,9 @@ def _gradient(loss: Tensor, images: Tensor) -> Tensor:
 
 def _size(trainer: Trainer, gradient: Tensor) -> Tensor:
     """Norm of the gradient that DDP will make of those of all processes: their mean."""
-    mean = trainer.strategy.reduce(gradient.float().clone(), reduce_op="mean")  # in place under DDP
-    return cast(Tensor, mean).norm()
+    mean = cast(Tensor, trainer.strategy.reduce(gradient.float().clone(), reduce_op="mean"))  # in place under DDP
+    norm: Tensor = mean.norm()
+    return norm
 
 
 def _taken(loss: Tensor, images: Tensor, learned: list[torch.nn.Parameter]) -> tuple[Tensor, Tensor]:
