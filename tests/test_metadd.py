@@ -81,7 +81,7 @@ def test_any_subclass_gets_it_without_a_line(relative, tmp_path):
 
 
 def test_the_gradient_in_a_run_is_that_of_all_architectures_at_once(tmp_path):
-    callback = metadd(weight=0.5)
+    callback = metadd(weight=0.5, move_labels=True)
     model, trainer = fit(tmp_path, callback, 0)
     callback.setup(trainer, model, "fit")
     images, labels = (part.detach().requires_grad_() for part in model.synthetic())
@@ -103,6 +103,20 @@ def test_a_relative_weight_is_a_share_of_the_methods_own_gradient(tmp_path):
         slope = scale * torch.linspace(0, 1, images.numel()).view_as(images)
         term = callback.terms(trainer, model, images, labels, (images * slope).sum())[1]["metadd"]
         assert float(torch.autograd.grad(term, images)[0].norm()) == pytest.approx(0.3 * float(slope.norm()), rel=1e-4)
+
+
+@pytest.mark.parametrize("move_labels", [False, True])
+def test_learned_labels_are_the_methods_own_unless_told(move_labels, tmp_path):
+    callback = metadd(move_labels=move_labels)
+    model, trainer = fit(tmp_path, callback, 0)
+    callback.setup(trainer, model, "fit")
+    images, labels = (part.detach() for part in model.synthetic())
+    labels = labels + torch.linspace(0, 1, labels.numel()).view_as(labels)  # no longer one-hot, where the slope is 0
+    images.requires_grad_(), labels.requires_grad_()
+    term = callback.terms(trainer, model, images, labels, images.sum())[1]["metadd"]
+    by_images, by_labels = torch.autograd.grad(term, [images, labels], allow_unused=True)
+    assert by_images.any()
+    assert (by_labels is not None and bool(by_labels.any())) == move_labels
 
 
 def test_a_relative_weight_leaves_the_methods_own_gradient_as_it_is(tmp_path):

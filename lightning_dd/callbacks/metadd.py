@@ -44,6 +44,8 @@ class MetaDD(Callback):
         weight: of the whole term in the outer loss.
         relative: take ``weight`` relative to the method: the term's gradient by the images then has ``weight`` times
             the norm of the method's own in that step, so that one setting suits objectives of any scale.
+        move_labels: let the term move learned labels too. They are small beside the images: a relative weight, which
+            is set by the images' gradient, can move them a hundred times as far as the method itself does.
         variance: weight of the maps' variance.
         cross_entropy: weight of the cross-entropy.
         kl: weight of the divergence from the common prediction.
@@ -78,6 +80,7 @@ class MetaDD(Callback):
         architectures: list[str],
         weight: float = 1.0,
         relative: bool = True,
+        move_labels: bool = False,
         variance: float = 1.0,
         cross_entropy: float = 1.0,
         kl: float = 1.0,
@@ -127,7 +130,7 @@ class MetaDD(Callback):
             detach_weights=detach_weights,
             grid=grid,
         )
-        self.relative = relative
+        self.relative, self.move_labels = relative, move_labels
         self.weight, self.every, self.start, self.warmup = weight, every, start, warmup
         self.rows, self.per_step = rows, per_step
         self.augment, self.augmentation = augment, Augmentation("none" if augment == "auto" else augment)
@@ -217,6 +220,7 @@ class MetaDD(Callback):
         if weight == 0:
             return own_loss, {}
         rows = self._draw(trainer, len(images))
+        labels = labels if self.move_labels else labels.detach()
         few, few_labels = (images, labels) if rows is None else (images[rows], labels[rows])
         consensus = distiller.network(few.detach()) if self.options.consensus == "distiller" else None
         seen = self.augmentation(few, make_generator(self.seed, "augment", trainer.global_step))
@@ -270,7 +274,7 @@ class MetaDD(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Keep the settings, so that a run is not continued with others."""
-        clock = (self.weight, self.relative, self.every, self.start, self.warmup)
+        clock = (self.weight, self.relative, self.move_labels, self.every, self.start, self.warmup)
         seen = (self.rows, self.per_step, self.augment)
         return {"settings": repr((self.names, self.options, clock, seen))}
 
