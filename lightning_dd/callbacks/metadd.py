@@ -17,6 +17,7 @@ from lightning_dd.errors import UserError
 from lightning_dd.losses.attach import attach_gradients
 from lightning_dd.losses.gathered import MetaLoss, gathered_loss
 from lightning_dd.losses.meta_options import Architecture, MetaOptions
+from lightning_dd.losses.running import RunningMean
 from lightning_dd.pretrained import (
     ArchitectureRecipe,
     accelerator_of,
@@ -43,7 +44,10 @@ class MetaDD(Callback):
         architectures: at least 2 names of the factory; keep them apart from those you evaluate as unseen.
         weight: of the whole term in the outer loss.
         relative: take ``weight`` relative to the method: the term's gradient by the images then has ``weight`` times
-            the norm of the method's own in that step, so that one setting suits objectives of any scale.
+            the norm of the method's own, so that one setting suits objectives of any scale.
+        smoothing: what that norm is taken of, from 0, the method's gradient in that step, towards 1, a longer running
+            mean of it over the steps that carry the term. The mean is small where the gradient points elsewhere in
+            every step (DM, FRePo: other networks each time) and the term, which does not, would have the upper hand.
         move_labels: let the term move learned labels too. They are small beside the images: a relative weight, which
             is set by the images' gradient, can move them a hundred times as far as the method itself does.
         variance: weight of the maps' variance.
@@ -80,6 +84,7 @@ class MetaDD(Callback):
         architectures: list[str],
         weight: float = 1.0,
         relative: bool = True,
+        smoothing: float = 0.9,
         move_labels: bool = False,
         variance: float = 1.0,
         cross_entropy: float = 1.0,
@@ -111,6 +116,8 @@ class MetaDD(Callback):
                 "metadd needs weight >= 0, every >= 1, start >= 0, warmup >= 0 and rows >= 1 (or none), got "
                 f"{weight}, {every}, {start}, {warmup} and {rows}"
             )
+        if not 0 <= smoothing < 1:
+            raise UserError(f"metadd.smoothing must be from 0 to below 1, got {smoothing}")
         if per_step is not None and not 2 <= per_step <= len(architectures):
             raise UserError(
                 f"metadd.per_step must be from 2 to the number of architectures, {len(architectures)}, or none, "
@@ -131,6 +138,7 @@ class MetaDD(Callback):
             grid=grid,
         )
         self.relative, self.move_labels = relative, move_labels
+        self.own = RunningMean(smoothing)
         self.weight, self.every, self.start, self.warmup = weight, every, start, warmup
         self.rows, self.per_step = rows, per_step
         self.augment, self.augmentation = augment, Augmentation("none" if augment == "auto" else augment)
@@ -156,6 +164,7 @@ class MetaDD(Callback):
         """Train or load the architectures before the fit."""
         if stage != "fit":
             return
+        self.own = RunningMean(self.own.decay)  # of this fit; a checkpoint's is restored after this
         if not isinstance(pl_module, Distiller):
             raise UserError(f"metadd attaches to a distiller, got {type(pl_module).__name__}")
         if not pl_module.learns:
@@ -228,17 +237,16 @@ class MetaDD(Callback):
         distiller.watch(**{f"metadd/{name}": value for name, value in result.terms.items()})
         if not self.relative:
             return own_loss, {"metadd": weight * result.loss}
-        own_loss, norm = self._own(trainer, distiller, images, own_loss)
-        size = _size(trainer, _gradient(result.loss, images))
-        return own_loss, {"metadd": weight * norm / size.clamp(min=1e-12) * result.loss}
+        own_loss, own = self._own(trainer, distiller, images, own_loss)
+        goal = self.own.take(_mean(trainer, own).nan_to_num(0, 0, 0)).norm()  # float16 overflows now and then
+        size = _mean(trainer, _gradient(result.loss, images)).norm()
+        return own_loss, {"metadd": weight * goal / size.clamp(min=1e-12) * result.loss}
 
     def _own(self, trainer: Trainer, distiller: Distiller, images: Tensor, loss: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the method's own loss, differentiated already where that may be, and its gradient's size."""
+        """Return the method's own loss, differentiated already where that may be, and its gradient by the images."""
         if getattr(trainer.precision_plugin, "scaler", None) is not None:  # float16 must go back with its scale
-            return loss, _size(trainer, _gradient(loss, images))
-        learned = [parameter for parameter in distiller.parameters() if parameter.requires_grad]
-        loss, by_images = _taken(loss, images, learned)
-        return loss, _size(trainer, by_images)
+            return loss, _gradient(loss, images)
+        return _taken(loss, images, [parameter for parameter in distiller.parameters() if parameter.requires_grad])
 
     def measure(
         self,
@@ -273,10 +281,10 @@ class MetaDD(Callback):
         return drawn[rank::world]
 
     def state_dict(self) -> dict[str, Any]:
-        """Keep the settings, so that a run is not continued with others."""
-        clock = (self.weight, self.relative, self.move_labels, self.every, self.start, self.warmup)
-        seen = (self.rows, self.per_step, self.augment)
-        return {"settings": repr((self.names, self.options, clock, seen))}
+        """Keep the settings, so that a run is not continued with others, and the mean of the method's gradient."""
+        clock = (self.weight, self.relative, self.own.decay, self.every, self.start, self.warmup)
+        seen = (self.rows, self.per_step, self.augment, self.move_labels)
+        return {"settings": repr((self.names, self.options, clock, seen)), "own": self.own.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Refuse other settings than the checkpoint's.
@@ -284,9 +292,10 @@ class MetaDD(Callback):
         Raises:
             UserError: they differ.
         """
-        if state_dict != MetaDD.state_dict(self):
-            here = MetaDD.state_dict(self)["settings"]
-            raise UserError(f"the checkpoint is of another metadd setting: {state_dict['settings']} there, {here} here")
+        here, there = MetaDD.state_dict(self)["settings"], state_dict["settings"]
+        if there != here:
+            raise UserError(f"the checkpoint is of another metadd setting: {there} there, {here} here")
+        self.own.load_state_dict(state_dict["own"])
 
 
 def _gradient(loss: Tensor, images: Tensor) -> Tensor:
@@ -294,11 +303,9 @@ def _gradient(loss: Tensor, images: Tensor) -> Tensor:
     return gradient
 
 
-def _size(trainer: Trainer, gradient: Tensor) -> Tensor:
-    """Norm of the gradient that DDP will make of those of all processes: their mean."""
-    mean = cast(Tensor, trainer.strategy.reduce(gradient.float().clone(), reduce_op="mean"))  # in place under DDP
-    norm: Tensor = mean.norm()
-    return norm
+def _mean(trainer: Trainer, gradient: Tensor) -> Tensor:
+    """The mean over processes, which DDP will make of their gradients; in float32."""
+    return cast(Tensor, trainer.strategy.reduce(gradient.float().clone(), reduce_op="mean"))  # in place under DDP
 
 
 def _taken(loss: Tensor, images: Tensor, learned: list[torch.nn.Parameter]) -> tuple[Tensor, Tensor]:
