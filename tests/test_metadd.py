@@ -214,7 +214,8 @@ def test_a_distillers_own_network_can_be_the_consensus(tmp_path):
 def test_a_resumed_run_equals_the_run_never_interrupted(tmp_path):
     def run(folder, ckpt_path=None, **changes):
         keep = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=3, save_top_k=-1)
-        callbacks = [PoolAlternation(), metadd(**({"rows": 2, "every": 2, "per_step": 2, "relative": True, "smoothing": 0.9} | changes)), keep]
+        settings = {"rows": 2, "every": 2, "per_step": 2, "relative": True, "smoothing": 0.9} | changes
+        callbacks = [PoolAlternation(), metadd(**settings), keep]
         model = FRePo(**TINY)
         trainer = tiny_trainer(folder, 7, callbacks=callbacks, enable_checkpointing=True)
         trainer.fit(model, SixteenPixels(val_fraction=0.25), ckpt_path=ckpt_path)

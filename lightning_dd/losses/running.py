@@ -25,6 +25,8 @@ class RunningMean:
 
     def take(self, value: Tensor) -> Tensor:
         """Take in a tensor without graph, and return the mean so far."""
+        if self.decay == 0:
+            return value
         fresh = (1 - self.decay) * value
         self._sum = fresh if self._sum is None else self.decay * self._sum.to(value.device) + fresh
         self._count += 1
