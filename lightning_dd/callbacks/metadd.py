@@ -17,7 +17,7 @@ from lightning_dd.errors import UserError
 from lightning_dd.losses.attach import attach_gradients
 from lightning_dd.losses.gathered import MetaLoss, gathered_loss
 from lightning_dd.losses.meta_options import Architecture, MetaOptions
-from lightning_dd.losses.running import RunningMean
+from lightning_dd.losses.steadiness import Steadiness
 from lightning_dd.pretrained import (
     ArchitectureRecipe,
     accelerator_of,
@@ -45,9 +45,10 @@ class MetaDD(Callback):
         weight: of the whole term in the outer loss.
         relative: take ``weight`` relative to the method: the term's gradient by the images then has ``weight`` times
             the norm of the method's own, so that one setting suits objectives of any scale.
-        smoothing: what that norm is taken of, from 0, the method's gradient in that step, towards 1, a longer running
-            mean of it over the steps that carry the term. The mean is small where the gradient points elsewhere in
-            every step (DM, FRePo: other networks each time) and the term, which does not, would have the upper hand.
+        steady: take that norm of the steady part of the method's gradient alone, as
+            :class:`~lightning_dd.losses.steadiness.Steadiness` estimates it. The gradient of a method with other
+            networks in every step (DM, FRePo) points elsewhere each time; the term, which does not, would have the
+            upper hand at the same norm.
         move_labels: let the term move learned labels too. They are small beside the images: a relative weight, which
             is set by the images' gradient, can move them a hundred times as far as the method itself does.
         variance: weight of the maps' variance.
@@ -84,7 +85,7 @@ class MetaDD(Callback):
         architectures: list[str],
         weight: float = 1.0,
         relative: bool = True,
-        smoothing: float = 0.9,
+        steady: bool = True,
         move_labels: bool = False,
         variance: float = 1.0,
         cross_entropy: float = 1.0,
@@ -116,8 +117,6 @@ class MetaDD(Callback):
                 "metadd needs weight >= 0, every >= 1, start >= 0, warmup >= 0 and rows >= 1 (or none), got "
                 f"{weight}, {every}, {start}, {warmup} and {rows}"
             )
-        if not 0 <= smoothing < 1:
-            raise UserError(f"metadd.smoothing must be from 0 to below 1, got {smoothing}")
         if per_step is not None and not 2 <= per_step <= len(architectures):
             raise UserError(
                 f"metadd.per_step must be from 2 to the number of architectures, {len(architectures)}, or none, "
@@ -138,7 +137,7 @@ class MetaDD(Callback):
             grid=grid,
         )
         self.relative, self.move_labels = relative, move_labels
-        self.own = RunningMean(smoothing)
+        self.steadiness = Steadiness() if steady else None
         self.weight, self.every, self.start, self.warmup = weight, every, start, warmup
         self.rows, self.per_step = rows, per_step
         self.augment, self.augmentation = augment, Augmentation("none" if augment == "auto" else augment)
@@ -164,7 +163,7 @@ class MetaDD(Callback):
         """Train or load the architectures before the fit."""
         if stage != "fit":
             return
-        self.own = RunningMean(self.own.decay)  # of this fit; a checkpoint's is restored after this
+        self.steadiness = Steadiness() if self.steadiness else None  # of this fit; a checkpoint's is restored later
         if not isinstance(pl_module, Distiller):
             raise UserError(f"metadd attaches to a distiller, got {type(pl_module).__name__}")
         if not pl_module.learns:
@@ -238,9 +237,11 @@ class MetaDD(Callback):
         if not self.relative:
             return own_loss, {"metadd": weight * result.loss}
         own_loss, own = self._own(trainer, distiller, images, own_loss)
-        goal = self.own.take(_mean(trainer, own).nan_to_num(0, 0, 0)).norm()  # float16 overflows now and then
-        size = _mean(trainer, _gradient(result.loss, images)).norm()
-        return own_loss, {"metadd": weight * goal / size.clamp(min=1e-12) * result.loss}
+        own, term = _mean(trainer, own), _mean(trainer, _gradient(result.loss, images))
+        factor = weight * own.norm() / term.norm().clamp(min=1e-12)
+        if self.steadiness:
+            factor = factor * self.steadiness.take(own)
+        return own_loss, {"metadd": factor * result.loss}
 
     def _own(self, trainer: Trainer, distiller: Distiller, images: Tensor, loss: Tensor) -> tuple[Tensor, Tensor]:
         """Return the method's own loss, differentiated already where that may be, and its gradient by the images."""
@@ -281,10 +282,13 @@ class MetaDD(Callback):
         return drawn[rank::world]
 
     def state_dict(self) -> dict[str, Any]:
-        """Keep the settings, so that a run is not continued with others, and the mean of the method's gradient."""
-        clock = (self.weight, self.relative, self.own.decay, self.every, self.start, self.warmup)
+        """Keep the settings, so that a run is not continued with others, and what is known of the method's gradient."""
+        clock = (self.weight, self.relative, self.steadiness is not None, self.every, self.start, self.warmup)
         seen = (self.rows, self.per_step, self.augment, self.move_labels)
-        return {"settings": repr((self.names, self.options, clock, seen)), "own": self.own.state_dict()}
+        return {
+            "settings": repr((self.names, self.options, clock, seen)),
+            "steadiness": self.steadiness and self.steadiness.state_dict(),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Refuse other settings than the checkpoint's.
@@ -295,7 +299,8 @@ class MetaDD(Callback):
         here, there = MetaDD.state_dict(self)["settings"], state_dict["settings"]
         if there != here:
             raise UserError(f"the checkpoint is of another metadd setting: {there} there, {here} here")
-        self.own.load_state_dict(state_dict["own"])
+        if self.steadiness:
+            self.steadiness.load_state_dict(state_dict["steadiness"])
 
 
 def _gradient(loss: Tensor, images: Tensor) -> Tensor:
