@@ -135,6 +135,7 @@ def test_a_steady_weight_is_a_share_of_what_is_steady_in_the_methods_gradient(tm
         return [size(1 + noise * draw) for draw in draws]
 
     assert sizes(0.0, 3) == pytest.approx([0, 1, 1], abs=1e-3)
+    assert float(model._watched["metadd/steady"]) == pytest.approx(1, abs=1e-3)
     assert sizes(1.0)[-1] == pytest.approx(0.5**0.5, abs=0.03)
     assert sizes(100.0)[-1] < 0.15
 

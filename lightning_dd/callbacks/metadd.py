@@ -240,7 +240,9 @@ class MetaDD(Callback):
         own, term = _mean(trainer, own), _mean(trainer, _gradient(result.loss, images))
         factor = weight * own.norm() / term.norm().clamp(min=1e-12)
         if self.steadiness:
-            factor = factor * self.steadiness.take(own)
+            share = self.steadiness.take(own)
+            distiller.watch(**{"metadd/steady": share})
+            factor = factor * share
         return own_loss, {"metadd": factor * result.loss}
 
     def _own(self, trainer: Trainer, distiller: Distiller, images: Tensor, loss: Tensor) -> tuple[Tensor, Tensor]:
