@@ -6,7 +6,7 @@
 A YAML file names data, distiller, students, MetaDD's default and the settings that change it. A seed fixes initial
 images, networks and students of every setting, and of the base without MetaDD, so that settings are compared in pairs.
 The unseen architectures are of other families than MetaDD's. Settings are compared on the validation split with the
-``seeds`` of the file; the few under ``confirm`` are tested with its ``confirm_seeds``, which no choice has seen. Rows
+``seeds`` of the file; the few under ``confirm`` are tested with its ``confirm_seeds``. Rows
 are appended to ``benchmarks/results/metadd_<file>.jsonl`` as they are made: a run broken off goes on where it stopped.
 The tables at the end give the mean paired difference to the base with its 95 % interval (Student's t), and the meta
 ratio of the final images under the architectures of the default.
@@ -116,7 +116,7 @@ def tables(experiment: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     parts = []
     for split, title in (
         ("val", "Validation accuracy, seeds {}: this is what settings are chosen by."),
-        ("test", "Test accuracy, seeds {}: other seeds than any choice was made by."),
+        ("test", "Test accuracy, seeds {}: not those that settings were compared with."),
     ):
         span = experiment["confirm_seeds" if split == "test" else "seeds"]
         if any(row["seed"] in seeds_of(span) for row in rows):
