@@ -233,16 +233,16 @@ class MetaDD(Callback):
         consensus = distiller.network(few.detach()) if self.options.consensus == "distiller" else None
         seen = self.augmentation(few, make_generator(self.seed, "augment", trainer.global_step))
         result = self.measure(seen, few_labels, distiller.label_kind, consensus, self.looking(trainer.global_step))
-        distiller.watch(**{f"metadd/{name}": value for name, value in result.terms.items()})
-        if not self.relative:
-            return own_loss, {"metadd": weight * result.loss}
-        own_loss, own = self._own(trainer, distiller, images, own_loss)
-        own, term = _mean(trainer, own), _mean(trainer, _gradient(result.loss, images))
-        factor = weight * own.norm() / term.norm().clamp(min=1e-12)
-        if self.steadiness:
-            share = self.steadiness.take(own)
-            distiller.watch(**{"metadd/steady": share})
-            factor = factor * share
+        factor: Tensor | float = weight
+        watched = {**result.terms, "loss": result.loss.detach()}
+        if self.relative:
+            own_loss, own = self._own(trainer, distiller, images, own_loss)
+            own, term = _mean(trainer, own), _mean(trainer, _gradient(result.loss, images))
+            factor = weight * own.norm() / term.norm().clamp(min=1e-12)
+            if self.steadiness:
+                watched["steady"] = self.steadiness.take(own)
+                factor = factor * watched["steady"]
+        distiller.watch(**{f"metadd/{name}": value for name, value in watched.items()})
         return own_loss, {"metadd": factor * result.loss}
 
     def _own(self, trainer: Trainer, distiller: Distiller, images: Tensor, loss: Tensor) -> tuple[Tensor, Tensor]:

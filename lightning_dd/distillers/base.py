@@ -167,7 +167,7 @@ class Distiller(ScoredModule):
         return build_network(architecture or self.architecture, facts.num_classes, facts.image_shape, seed)
 
     def watch(self, **values: Tensor) -> None:
-        """Hand scalar diagnostics to the logger; they are read only at logging steps, so they cost nothing else."""
+        """Hand scalar diagnostics to the logger, which reads the last ones at its next step: they cost nothing else."""
         self._watched.update(values)
 
     def require_synthetic(self) -> SyntheticSet:
@@ -238,7 +238,7 @@ class Distiller(ScoredModule):
             terms = {f"outer/{name}": value.detach() for name, value in terms.items()}
             for name, value in ({"outer/loss": loss.detach()} | terms | self._watched).items():
                 self.log(name, value, prog_bar=name in ("outer/loss", "outer/accuracy"))
-        self._watched.clear()
+            self._watched.clear()
         return loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
