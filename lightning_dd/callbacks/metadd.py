@@ -33,9 +33,10 @@ class MetaDD(Callback):
     """Add MetaDD's architecture-invariant term to the outer loss of any distiller (arXiv 2410.05103, our reading).
 
     M architectures are trained on the real train split once, frozen, cached and reused. On the outer steps that are
-    due, the synthetic images are shown to all of them: the variance of their class-activation maps, their
+    due, the synthetic images are shown to some or all of them: the variance of their class-activation maps, their
     cross-entropy on the synthetic labels and their divergence from a common prediction join the outer loss. The
-    gradient is exact and gathered one architecture at a time. This callback owns *when* and *on how many rows*.
+    gradient is exact and gathered one architecture at a time. This callback owns *when*, *on how many rows* and *to
+    whom*.
 
     Under DDP every rank takes its share of the rows drawn for a step. Architectures see their own preprocessing:
     images of a whitened set are un-whitened for them.
