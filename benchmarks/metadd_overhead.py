@@ -1,11 +1,13 @@
-"""What MetaDD adds to a method: time per outer step and peak memory, with and without in turn.
+"""What MetaDD adds to a method: time per outer step and peak memory.
 
     python benchmarks/metadd_overhead.py                                   # every base of benchmarks/ablations
     python benchmarks/metadd_overhead.py benchmarks/ablations/sre2l_mnist5k_ipc1.yaml --settings default strong of_8
 
-A base and its settings are those of an ablation's YAML file. Every run is a process of its own, base and MetaDD in
-turn; time is the whole Trainer's per outer step after the first ten, memory the process's peak (the networks' training
-is in neither if they are cached: run it twice). The rows go to ``benchmarks/results/metadd_overhead.json``.
+A base and its settings are those of an ablation's YAML file. Time is the median over
+the whole Trainer's outer steps. Both times are of the same run, for a machine's speed drifts: steps without the term give the base's, those that carry
+it what it adds, which is shared out over the interval. Memory is the peak of a process with MetaDD and of one without
+(the networks' training is in neither if they are cached: run it twice). The rows go to
+``benchmarks/results/metadd_overhead.json``.
 """
 
 import argparse
@@ -26,7 +28,7 @@ WARM_UP = 10
 
 
 def measure(experiment: dict[str, Any], setting: str | None, steps: int, threads: int) -> dict[str, float]:
-    """Distil ``steps`` outer steps after a warm-up; return the median over tenths of seconds per step, and memory."""
+    """Distil ``steps`` outer steps after a warm-up; return seconds per step without and with MetaDD, and memory."""
     import torch
     from metadd_ablations import QUIET, real_data
     from pytorch_lightning import Callback, Trainer
@@ -55,10 +57,17 @@ def measure(experiment: dict[str, Any], setting: str | None, steps: int, threads
     trainer = Trainer(max_steps=WARM_UP + steps, callbacks=callbacks, **QUIET)
     trainer.fit(distiller, datamodule=data)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    # Tenths hold the same number of MetaDD's steps each.
-    marks = clock.times[WARM_UP - 1 :: steps // 10]
-    tenths = [(b - a) / (steps // 10) for a, b in itertools.pairwise(marks)]
-    return {"seconds": statistics.median(tenths), "peak_mb": peak / 1024}
+    found = {"peak_mb": peak / 1024}
+    if meta:
+        took = [later - earlier for earlier, later in itertools.pairwise(clock.times)]  # of step 1, 2, ...
+        carries = [meta.weight_at(step) > 0 for step in range(1, len(clock.times))]
+        parts = {
+            carried: [seconds for seconds, carry in zip(took, carries, strict=True) if carry == carried]
+            for carried in (False, True)
+        }
+        plain, full = statistics.median(parts[False]), statistics.median(parts[True])
+        found |= {"plain": plain, "seconds": plain + (full - plain) * sum(carries) / len(carries)}
+    return found
 
 
 def run_apart(*args: Any) -> dict[str, float]:
@@ -74,7 +83,7 @@ def main() -> None:
     parser.add_argument(
         "--settings", nargs="+", default=["default"], help="of the files; those a file lacks are left out"
     )
-    parser.add_argument("--steps", type=int, default=100, help="a multiple of ten times MetaDD's interval")
+    parser.add_argument("--steps", type=int, default=100, help="at least ten times MetaDD's interval")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
@@ -86,16 +95,14 @@ def main() -> None:
         for _ in range(options.repeats):
             for name in settings:
                 found[name].append(run_apart(experiment, name, options.steps, options.threads))
-        seconds, peak = (
-            {name: statistics.median(run[kind] for run in runs) for name, runs in found.items()}
-            for kind in ("seconds", "peak_mb")
-        )
+        peak = {name: statistics.median(run["peak_mb"] for run in runs) for name, runs in found.items()}
         for name in settings[1:]:
+            plain, seconds = (statistics.median(run[kind] for run in found[name]) for kind in ("plain", "seconds"))
             row = {
                 "base": path.stem,
                 "setting": name,
-                "step_ms": round(1000 * seconds[None], 2),
-                "step_ms_metadd": round(1000 * seconds[name], 2),
+                "step_ms": round(1000 * plain, 2),
+                "step_ms_metadd": round(1000 * seconds, 2),
                 "peak_mb": round(peak[None]),
                 "peak_mb_metadd": round(peak[name]),
             }
