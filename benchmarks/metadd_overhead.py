@@ -3,11 +3,10 @@
     python benchmarks/metadd_overhead.py                                   # every base of benchmarks/ablations
     python benchmarks/metadd_overhead.py benchmarks/ablations/sre2l_mnist5k_ipc1.yaml --settings default strong of_8
 
-A base and its settings are those of an ablation's YAML file. Time is the median over
-the whole Trainer's outer steps. Both times are of the same run, for a machine's speed drifts: steps without the term give the base's, those that carry
-it what it adds, which is shared out over the interval. Memory is the peak of a process with MetaDD and of one without
-(the networks' training is in neither if they are cached: run it twice). The rows go to
-``benchmarks/results/metadd_overhead.json``.
+A base and its settings are those of an ablation's YAML file. Times are medians over the whole Trainer's outer steps. Both
+are of one run, for a machine's speed drifts: steps without the term give the base's, whole intervals what it is with
+MetaDD. Memory is the peak of a process with MetaDD and of one without (the networks' training is in neither if they are
+cached: run it twice). The rows go to ``benchmarks/results/metadd_overhead.json``.
 """
 
 import argparse
@@ -60,13 +59,9 @@ def measure(experiment: dict[str, Any], setting: str | None, steps: int, threads
     found = {"peak_mb": peak / 1024}
     if meta:
         took = [later - earlier for earlier, later in itertools.pairwise(clock.times)]  # of step 1, 2, ...
-        carries = [meta.weight_at(step) > 0 for step in range(1, len(clock.times))]
-        parts = {
-            carried: [seconds for seconds, carry in zip(took, carries, strict=True) if carry == carried]
-            for carried in (False, True)
-        }
-        plain, full = statistics.median(parts[False]), statistics.median(parts[True])
-        found |= {"plain": plain, "seconds": plain + (full - plain) * sum(carries) / len(carries)}
+        plain = [seconds for step, seconds in enumerate(took, 1) if not meta.weight_at(step)]
+        whole = [statistics.fmean(took[first : first + meta.every]) for first in range(0, steps, meta.every)]
+        found |= {"plain": statistics.median(plain), "seconds": statistics.median(whole)}
     return found
 
 
