@@ -4,9 +4,9 @@
     python benchmarks/metadd_overhead.py benchmarks/ablations/sre2l_mnist5k_ipc10.yaml --settings default of_8
 
 A base and its settings are those of an ablation's YAML file. Times are medians over the whole Trainer's outer steps.
-Both are of one run, for a machine's speed drifts: steps without the term give the base's, whole intervals what it is with
-MetaDD. Memory is the peak of a process with MetaDD and of one without (the networks' training is in neither if they are
-cached: run it twice). The rows go to ``benchmarks/results/metadd_overhead.json``.
+Both are of one run, for a machine's speed drifts: steps without the term give the base's, whole intervals what it is
+with MetaDD. Memory is the peak of a process with MetaDD and of one without (the networks' training is in neither if
+they are cached: run it twice). The rows go to ``benchmarks/results/metadd_overhead.json``.
 """
 
 import argparse
