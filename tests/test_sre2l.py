@@ -262,9 +262,9 @@ def test_metadd_joins_the_recovery_with_hard_labels(tmp_path):
     seen = []
 
     class Watched(MetaDD):
-        def measure(self, images, labels, label_kind, consensus=None):
+        def measure(self, images, labels, label_kind, *args):
             seen.append((label_kind, labels.clone()))
-            return super().measure(images, labels, label_kind, consensus)
+            return super().measure(images, labels, label_kind, *args)
 
     settings = {"every": 1, "train_steps": 30, "weight": 1.0}
     metadd = Watched(["convnet:width=4,depth=2", "conv:width=4,depth=2"], **settings)
