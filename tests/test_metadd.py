@@ -52,9 +52,7 @@ def test_the_term_joins_the_outer_loss_and_changes_the_result(tmp_path):
 def test_terms_are_logged_also_where_no_logging_step_carries_them(tmp_path):
     callback = metadd(every=2, relative=True, steady=True)
     callbacks = [PoolAlternation(), callback]
-    trainer = tiny_trainer(
-        tmp_path, 4, callbacks=callbacks, log_every_n_steps=2
-    )  # logs at 1 and 3, the term is at 0 and 2
+    trainer = tiny_trainer(tmp_path, 4, callbacks=callbacks, log_every_n_steps=2)  # at 1 and 3; the term is at 0 and 2
     trainer.fit(FRePo(**TINY), SixteenPixels(val_fraction=0.25))
     assert {"metadd/variance", "metadd/steady", "metadd/loss"} <= set(trainer.callback_metrics)
 

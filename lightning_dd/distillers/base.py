@@ -168,7 +168,7 @@ class Distiller(ScoredModule):
 
     def watch(self, **values: Tensor) -> None:
         """Hand scalar diagnostics to the logger, which reads the last ones at its next step: they cost nothing else."""
-        self._watched.update(values)
+        self._watched.update({name: value.detach() for name, value in values.items()})  # kept, but without its graph
 
     def require_synthetic(self) -> SyntheticSet:
         """Return the synthetic set, which exists from ``setup`` on."""
