@@ -192,6 +192,7 @@ def _attentions(network: nn.Module) -> set[str]:
 
 def _note_input(trace: _Trace) -> Any:
     def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Note whose output enters attention."""
         entering = args[0] if args else None
         trace.entered = 0
         if isinstance(entering, Tensor) and entering.ndim == 3 and _is_map(entering, trace):
@@ -204,6 +205,7 @@ def _note_input(trace: _Trace) -> Any:
 
 def _note_output(trace: _Trace, name: str, inside: bool) -> Any:
     def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Note an output that is a map, or an attention matrix."""
         if not isinstance(output, Tensor):
             return
         if not inside:
