@@ -1,6 +1,7 @@
 """Small stand-ins shared by the tests: data, a network, a trainer."""
 
 import inspect
+import os
 
 import torch
 from pytorch_lightning import Trainer
@@ -48,6 +49,8 @@ class LinearNetwork(Network):
 
 def tiny_trainer(folder, max_steps: int = 4, **kwargs) -> Trainer:
     """A quiet CPU Trainer with the clock of the inner steps."""
+    # Lightning leaves the port of its first launch in the environment, and by the next one somebody else may have it.
+    os.environ.pop("MASTER_PORT", None)
     settings = {
         "max_steps": max_steps,
         "accelerator": "cpu",
