@@ -22,7 +22,7 @@ demo: install ## distil real digits to one image per class and train unseen arch
 	@echo "TensorBoard: $(RUN)tensorboard --logdir runs/demo"
 
 test: install lint types ## what CI runs
-	$(RUN)python -m pytest
+	$(RUN)python -m pytest -n 2 --dist worksteal
 
 test-slow: install ## minutes rather than seconds: real CIFAR-10, subprocesses
 	$(RUN)python -m pytest -m slow
