@@ -7,6 +7,8 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
+import torch
+
 _ROOT = Path(__file__).resolve().parent.parent
 _PACKAGES = ("torch", "torchvision", "pytorch-lightning", "timm")
 
@@ -20,7 +22,7 @@ def environment() -> dict[str, str]:
     return {
         "command": " ".join(["python", os.path.relpath(sys.argv[0], _ROOT), *sys.argv[1:]]),
         "commit": commit,
-        "hardware": f"{os.cpu_count()} cores of {_processor()}",
+        "hardware": ", ".join([*_gpus(), f"{os.cpu_count()} cores of {_processor()}"]),
         "versions": ", ".join(versions),
     }
 
@@ -30,6 +32,10 @@ def _git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=_ROOT, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return ""
+
+
+def _gpus() -> list[str]:
+    return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
 
 
 def _processor() -> str:

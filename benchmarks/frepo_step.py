@@ -3,7 +3,8 @@
     python benchmarks/frepo_step.py                          # every workload, fp32 and bf16
     python benchmarks/frepo_step.py W1 W3 --precision bf16-mixed --compile
 
-Prints a table and, with ``--output``, writes the rows as JSON. A step is everything between two outer steps: the
+Prints a table and, with ``--output``, writes the rows as JSON (those of docs/results.md went to
+``benchmarks/results/frepo_step.json``). A step is everything between two outer steps: the
 real batch, its features, the synthetic forward and backward pass, LAMB on images and labels, one online Adam step
 of the used network, and Lightning's own work. Random data of the right shape; a pool of 10; compile time and the
 first steps are left out. Every configuration runs in a process of its own, so that peak memory is its own.
@@ -13,15 +14,15 @@ import argparse
 import json
 import multiprocessing
 import os
-import platform
 import resource
 import statistics
 import tempfile
 import time
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from environment import environment
 
 
 @dataclass(frozen=True)
@@ -117,10 +118,7 @@ def measure(
         "quartiles_s": [low, high],
         "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         "peak_device_mb": torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else None,
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine(),
         "threads": threads,
-        "torch": torch.__version__,
-        "pytorch_lightning": version("pytorch-lightning"),
     }
 
 
@@ -158,7 +156,8 @@ def main() -> None:
     if options.output:
         from lightning_dd.files import write_text
 
-        write_text(options.output, json.dumps(rows, indent=1) + "\n")
+        record = {"made_with": environment(), "step": rows}
+        write_text(options.output, json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

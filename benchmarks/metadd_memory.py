@@ -3,7 +3,8 @@
     python benchmarks/metadd_memory.py                            # M = 2, 4, 8 copies of convnet:width=64
     python benchmarks/metadd_memory.py --architecture resnet18 --networks 2 8 --exact --output memory.json
 
-Prints a table and, with ``--output``, writes the rows as JSON. One row is the loss and its gradient by a batch of
+Prints a table and, with ``--output``, writes the rows as JSON (those of docs/results.md went to
+``benchmarks/results/metadd_memory.json``). One row is the loss and its gradient by a batch of
 random images and learned labels. Every configuration runs in a process of its own, and the peak of one that only
 loads the networks and runs a single image through them is taken off: what is left is what the gradient costs. On a
 CPU the peak is the resident memory of the process, on a GPU what torch allocated. So that the former measures the
@@ -15,11 +16,12 @@ import argparse
 import json
 import multiprocessing
 import os
-import platform
 import resource
 import time
 from pathlib import Path
 from typing import Any
+
+from environment import environment
 
 WAYS = ("load", "gathered", "naive")
 
@@ -61,8 +63,6 @@ def measure(
         "peak_mb": peak / 2**20,
         "seconds": sorted(seconds)[len(seconds) // 2],
         "gradient_norm": float(gradient.norm()),
-        "device": torch.cuda.get_device_name() if on_gpu else platform.processor() or platform.machine(),
-        "torch": torch.__version__,
     }
 
 
@@ -95,7 +95,7 @@ def main() -> None:
             extra = found[way]["peak_mb"] - found["load"]["peak_mb"]
             ratio = extra / first.setdefault(way, extra)
             row = {"networks": networks, "way": way, "extra_mb": extra, "relative_to_first": ratio, **found[way]}
-            rows.append({**row, "architecture": options.architecture, "images": options.images, "exact": options.exact})
+            rows.append(row)
             print(
                 f"| {networks} | {way} | {extra:.1f} | {ratio:.2f} | {row['seconds']:.3f} | "
                 f"{row['gradient_norm']:.6g} |",
@@ -104,7 +104,8 @@ def main() -> None:
     if options.output:
         from lightning_dd.files import write_text
 
-        write_text(options.output, json.dumps(rows, indent=1) + "\n")
+        record = {"made_with": environment(), "memory": rows}
+        write_text(options.output, json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -52,10 +52,9 @@ def rendered(name: str) -> str:
         return continual.markdown(continual_rows(record)) + made_with(record["made_with"])
     if "membership" in record:
         return membership.markdown(membership_rows(record)) + made_with(record["made_with"])
-    if "vectorised" in record:
-        return vectorised(record) + made_with(record["made_with"])
-    if "overhead" in record:
-        return overhead(record["overhead"]) + made_with(record["made_with"])
+    measured = {"vectorised": vectorised, "overhead": overhead, "memory": memory, "step": step}
+    for kind in measured.keys() & record.keys():
+        return measured[kind](record[kind]) + made_with(record["made_with"])
     cost = costs(record["runs"]) if "runs" in record else evaluation_cost(record["evaluation"])
     return markdown([Row(**row) for row in record["rows"]]) + cost + made_with(record["made_with"])
 
@@ -89,11 +88,33 @@ def overhead(rows: list[dict[str, Any]]) -> str:
     return markdown_table(lines) + "\n"
 
 
-def vectorised(record: dict[str, Any]) -> str:
+def memory(rows: list[dict[str, Any]]) -> str:
+    """Return the table of what MetaDD's gradient takes, by the number of architectures."""
+    lines = [["architectures", "way", "memory [MB]", "of the fewest", "seconds", "norm of the gradient"]]
+    for row in rows:
+        numbers = [f"{row['extra_mb']:.1f}", f"{row['relative_to_first']:.2f}", f"{row['seconds']:.2f}"]
+        lines.append([str(row["networks"]), row["way"], *numbers, f"{row['gradient_norm']:.6g}"])
+    return markdown_table(lines) + "\n"
+
+
+def step(rows: list[dict[str, Any]]) -> str:
+    """Return the table of the time of one outer step and its inner one."""
+    lines = [["workload", "precision", "step [ms]", "quartiles [ms]", "peak memory [MB]"]]
+    for row in rows:
+        work = row["workload"]
+        shape = " x ".join(map(str, work["shape"]))
+        workload = f"{shape}, {work['ipc']} per class, width {work['width']}, {work['real_batch']} real"
+        low, high = (1000 * seconds for seconds in row["quartiles_s"])
+        times = [f"{1000 * row['median_s']:.1f}", f"{low:.1f} to {high:.1f}"]
+        lines.append([workload, row["precision"], *times, f"{row['peak_mb']:.0f}"])
+    return markdown_table(lines) + "\n"
+
+
+def vectorised(rows: list[dict[str, Any]]) -> str:
     """Return the table of seeds trained one after the other and together."""
     heads = ["architecture", "one after the other [ms]", "together [ms]", "ratio"]
     lines = [heads]
-    for row in record["vectorised"]:
+    for row in rows:
         cells = [f"`{row['architecture']}`", f"{row['sequential_ms']:.1f}"]
         cells += [f"{row['vmap_ms']:.1f}", f"{row['vmap_ms'] / row['sequential_ms']:.2f}"] if "vmap_ms" in row else []
         cells += ["-"] * (len(heads) - len(cells))
