@@ -32,6 +32,7 @@ from lightning_dd.distillers import Distiller
 from lightning_dd.models import build_network
 from lightning_dd.quiet import quieten
 from lightning_dd.recipe import Recipe, train_student
+from lightning_dd.results import markdown_table
 from lightning_dd.seeding import derive_seed
 
 RESULTS = Path(__file__).parent / "results"
@@ -127,36 +128,61 @@ def tables(experiment: dict[str, Any], rows: list[dict[str, Any]]) -> str:
 def table(experiment: dict[str, Any], rows: list[dict[str, Any]], split: str) -> str:
     """Return the Markdown table of a split and its seeds: a line per setting, differences to the base in points."""
     students = experiment["students"]
-    seeds = seeds_of(experiment["confirm_seeds" if split == "test" else "seeds"])
-    rows = [row for row in rows if row["seed"] in seeds]
+    rows = of_split(experiment, rows, split)
     groups = {"same": [students["same"]], **{name: [name] for name in students["unseen"]}, "unseen": students["unseen"]}
     heads = ["same", *[name.partition(":")[0] for name in students["unseen"]], "mean of unseen"]
-    base = {row["seed"]: row for row in rows if row["setting"] == "base"}
 
-    def ratio(rows: list[dict[str, Any]]) -> str:
-        found = [row["terms"]["meta_ratio"] for row in rows if row.get("terms")]
-        return f"{statistics.fmean(found):.3f}" if len(found) == len(rows) else "-"
+    def ratio(setting: str) -> str:
+        terms = [row.get("terms") for row in rows if row["setting"] == setting]
+        return f"{statistics.fmean(found['meta_ratio'] for found in terms):.3f}" if all(terms) else "-"
 
-    lines = [
-        f"| setting | seeds | {' | '.join(heads)} | meta ratio |",
-        "|---" * (len(heads) + 3) + "|",
-    ]
-
-    def mean_of(row: dict[str, Any], names: list[str]) -> float:
-        return 100 * statistics.fmean(row[split][name] for name in names)
-
-    levels = [f"{statistics.fmean(mean_of(row, group) for row in base.values()):.1f}" for group in groups.values()]
-    lines.append(f"| base | {len(base)} | {' | '.join(levels)} | {ratio(list(base.values()))} |")
+    base = [row for row in rows if row["setting"] == "base"]
+    lines = [["setting", "seeds", *heads, "meta ratio"]]
+    levels = [f"{level(base, names, split):.1f}" for names in groups.values()]
+    lines.append(["base", str(len(base)), *levels, ratio("base")])
     for setting in experiment["settings"]:
-        own = [row for row in rows if row["setting"] == setting and row["seed"] in base]
-        if not own:
-            continue
-        cells = []
-        for group in groups.values():
-            mean, half = interval([mean_of(row, group) - mean_of(base[row["seed"]], group) for row in own])
-            cells.append(f"{mean:+.2f} ± {half:.2f}" if len(own) > 2 else f"{mean:+.2f}")  # of two it says nothing
-        lines.append(f"| {setting} | {len(own)} | {' | '.join(cells)} | {ratio(own)} |")
-    return "\n".join(lines)
+        differences = [paired(rows, setting, names, split) for names in groups.values()]
+        if differences[0]:
+            lines.append([setting, str(len(differences[0])), *map(points, differences), ratio(setting)])
+    return markdown_table(lines)
+
+
+def overview(experiments: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]], settings: list[str]) -> str:
+    """Return the Markdown table of what was tested in every experiment: mean of the unseen architectures, in points."""
+    lines = [["experiment", "pairs", "base", *settings, "default on the same architecture"]]
+    for name, (experiment, every_row) in experiments.items():
+        students, rows = experiment["students"], of_split(experiment, every_row, "test")
+        base = level([row for row in rows if row["setting"] == "base"], students["unseen"], "test")
+        cells = [points(paired(rows, setting, students["unseen"], "test")) for setting in settings]
+        same = paired(rows, "default", [students["same"]], "test")
+        lines.append([name, str(len(same)), f"{base:.1f}", *cells, points(same)])
+    return markdown_table(lines)
+
+
+def of_split(experiment: dict[str, Any], rows: list[dict[str, Any]], split: str) -> list[dict[str, Any]]:
+    """Return the rows of the seeds whose accuracy on a split is shown."""
+    seeds = seeds_of(experiment["confirm_seeds" if split == "test" else "seeds"])
+    return [row for row in rows if row["seed"] in seeds]
+
+
+def level(rows: list[dict[str, Any]], names: list[str], split: str) -> float:
+    """Return the mean accuracy of some architectures over rows, in %."""
+    return 100 * statistics.fmean(row[split][name] for row in rows for name in names)
+
+
+def paired(rows: list[dict[str, Any]], setting: str, names: list[str], split: str) -> list[float]:
+    """Return the difference of a setting to the base for every seed that both have, in points."""
+    base = {row["seed"]: row for row in rows if row["setting"] == "base"}
+    own = [row for row in rows if row["setting"] == setting and row["seed"] in base]
+    return [level([row], names, split) - level([base[row["seed"]]], names, split) for row in own]
+
+
+def points(differences: list[float]) -> str:
+    """Return mean and interval of paired differences; of two pairs, of which an interval says nothing, the mean."""
+    if not differences:
+        return "-"
+    mean, half = interval(differences)
+    return f"{mean:+.2f} ± {half:.2f}" if len(differences) > 2 else f"{mean:+.2f}"
 
 
 def wanted(experiment: dict[str, Any], only: list[str] | None, seeds: str | None) -> list[tuple[int, str]]:

@@ -18,6 +18,7 @@ from typing import Any
 
 import yaml
 from matplotlib.figure import Figure
+from metadd_ablations import overview
 from metadd_ablations import tables as ablation_tables
 
 from lightning_dd.continual import report as continual
@@ -35,17 +36,14 @@ _FIGURE = re.compile(r"\(figures/([\w.-]+)\.png\)")
 
 
 def rendered(name: str) -> str:
-    """Return the table of a file of recorded rows: an evaluation's, or those of MetaDD's ablations."""
-    text = (RESULTS / name).read_text(encoding="utf-8")
-    if name.endswith(".jsonl"):
-        experiment = f"benchmarks/ablations/{Path(name).stem.removeprefix('metadd_')}.yaml"
-        rows = [json.loads(line) for line in text.splitlines()]
-        made = rows[-1]["made_with"] | {
-            "command": f"python benchmarks/metadd_ablations.py {experiment}",  # whichever part of it made which row
-            "commit": ", ".join(sorted({row["made_with"]["commit"] for row in rows})),
-        }
-        return ablation_tables(yaml.safe_load((ROOT / experiment).read_text(encoding="utf-8")), rows) + made_with(made)
-    record = json.loads(text)
+    """Return the table of a file of recorded rows; ``metadd`` is the overview of all of MetaDD's ablations."""
+    if name == "metadd":
+        recorded = {stem_of(path): ablation(path) for path in sorted(RESULTS.glob("metadd_*.jsonl"))}
+        return overview(recorded, ["default", "whole_norm", "published"]) + "\n"
+    path = RESULTS / name
+    if path.suffix == ".jsonl":
+        return ablated(path)
+    record = json.loads(path.read_text(encoding="utf-8"))
     if isinstance(record, list):
         return markdown([Row(**row) for row in record])
     if "continual" in record:
@@ -57,6 +55,27 @@ def rendered(name: str) -> str:
         return measured[kind](record[kind]) + made_with(record["made_with"])
     cost = costs(record["runs"]) if "runs" in record else evaluation_cost(record["evaluation"])
     return markdown([Row(**row) for row in record["rows"]]) + cost + made_with(record["made_with"])
+
+
+def stem_of(path: Path) -> str:
+    """Return the name of the experiment a file of MetaDD's rows belongs to."""
+    return path.stem.removeprefix("metadd_")
+
+
+def ablation(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Return an experiment with MetaDD and its recorded rows."""
+    experiment = ROOT / "benchmarks" / "ablations" / f"{stem_of(path)}.yaml"
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return yaml.safe_load(experiment.read_text(encoding="utf-8")), rows
+
+
+def ablated(path: Path) -> str:
+    """Return the tables of one of MetaDD's ablations."""
+    experiment, rows = ablation(path)
+    command = f"python benchmarks/metadd_ablations.py benchmarks/ablations/{stem_of(path)}.yaml"
+    commits = ", ".join(sorted({row["made_with"]["commit"] for row in rows}))  # whichever part of it made which row
+    made = rows[-1]["made_with"] | {"command": command, "commit": commits}
+    return ablation_tables(experiment, rows) + made_with(made)
 
 
 def costs(runs: list[dict[str, Any]]) -> str:
