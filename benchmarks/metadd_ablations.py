@@ -133,7 +133,7 @@ def table(experiment: dict[str, Any], rows: list[dict[str, Any]], split: str) ->
     heads = ["same", *[name.partition(":")[0] for name in students["unseen"]], "mean of unseen"]
 
     def ratio(setting: str) -> str:
-        terms = [row.get("terms") for row in rows if row["setting"] == setting]
+        terms = [row.get("terms") or {} for row in rows if row["setting"] == setting]
         return f"{statistics.fmean(found['meta_ratio'] for found in terms):.3f}" if all(terms) else "-"
 
     base = [row for row in rows if row["setting"] == "base"]
