@@ -187,7 +187,7 @@ def test_a_memorising_victim_is_caught():
     others, other_labels = memorising_set(40, random)
     pool, truth = torch.cat([members.images, others.images]), torch.cat([labels, other_labels])
     logits, losses = score_victim(
-        members, pool, truth, SMALL, RECIPE, Augmentation("none"), (2, 150), 0, torch.device("cpu")
+        members, pool, truth, SMALL, RECIPE, Augmentation("none"), (2, 300), 0, torch.device("cpu")
     )
     assert logits.shape == (2, 80, 10)
     assert (logits[1, :40].argmax(1) == labels.numpy()).mean() > 0.95

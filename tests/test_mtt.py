@@ -168,7 +168,7 @@ class Alive:
     """A saved tensor that counts itself."""
 
     def __init__(self, tensor: Tensor, counter):
-        self.tensor = tensor
+        self.tensor = tensor.detach()  # an output that is saved would hold the node that holds it, and never be freed
         counter["now"] += 1
         counter["peak"] = max(counter["peak"], counter["now"])
         self.counter = counter
