@@ -185,6 +185,18 @@ def points(differences: list[float]) -> str:
     return f"{mean:+.2f} ± {half:.2f}" if len(differences) > 2 else f"{mean:+.2f}"
 
 
+def rows_file(path: Path) -> Path:
+    """Return the file of the rows of an experiment's YAML file."""
+    return RESULTS / f"metadd_{path.stem}.jsonl"
+
+
+def recorded(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Return the experiment of a YAML file and its rows so far."""
+    file = rows_file(path)
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
+    return yaml.safe_load(path.read_text(encoding="utf-8")), rows
+
+
 def wanted(experiment: dict[str, Any], only: list[str] | None, seeds: str | None) -> list[tuple[int, str]]:
     """List the rows to make, as (seed, setting)."""
     parts = [(seeds or experiment["seeds"], only or list(experiment["settings"]))]
@@ -210,9 +222,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     quieten()
-    experiment = yaml.safe_load(options.experiment.read_text())
-    output = RESULTS / f"metadd_{options.experiment.stem}.jsonl"
-    rows = [json.loads(line) for line in output.read_text().splitlines()] if output.is_file() else []
+    experiment, rows = recorded(options.experiment)
     if not options.table:
         data = real_data(experiment["data"])
         changed = {name: {**experiment["metadd"], **changes} for name, changes in experiment["settings"].items()}
@@ -222,7 +232,7 @@ def main() -> None:
                 continue
             row = distil(experiment, settings[name], seed, data)
             rows.append({"setting": name, **row, "settings": settings[name], "made_with": environment()})
-            with output.open("a") as file:
+            with rows_file(options.experiment).open("a") as file:
                 file.write(json.dumps(rows[-1]) + "\n")
             print(json.dumps(rows[-1]), flush=True)
     print(tables(experiment, rows))

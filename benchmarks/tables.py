@@ -16,9 +16,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import yaml
 from matplotlib.figure import Figure
-from metadd_ablations import overview
+from metadd_ablations import overview, recorded
 from metadd_ablations import tables as ablation_tables
 
 from lightning_dd.continual import report as continual
@@ -30,6 +29,7 @@ from lightning_dd.results import markdown_table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+ABLATIONS = ROOT / "benchmarks" / "ablations"
 PAGES = [ROOT / "README.md", ROOT / "docs" / "results.md"]
 _PATTERN = re.compile(r"(<!-- table: (?P<name>[\w.-]+) -->\n).*?(<!-- end of table -->)", flags=re.DOTALL)
 _FIGURE = re.compile(r"\(figures/([\w.-]+)\.png\)")
@@ -38,11 +38,11 @@ _FIGURE = re.compile(r"\(figures/([\w.-]+)\.png\)")
 def rendered(name: str) -> str:
     """Return the table of a file of recorded rows; ``metadd`` is the overview of all of MetaDD's ablations."""
     if name == "metadd":
-        recorded = {stem_of(path): ablation(path) for path in sorted(RESULTS.glob("metadd_*.jsonl"))}
-        return overview(recorded, ["default", "whole_norm", "published"]) + "\n"
+        experiments = {path.stem: recorded(path) for path in sorted(ABLATIONS.glob("*.yaml"))}
+        return overview(experiments, ["default", "whole_norm", "published"]) + "\n"
     path = RESULTS / name
     if path.suffix == ".jsonl":
-        return ablated(path)
+        return ablated(ABLATIONS / f"{path.stem.removeprefix('metadd_')}.yaml")
     record = json.loads(path.read_text(encoding="utf-8"))
     if isinstance(record, list):
         return markdown([Row(**row) for row in record])
@@ -57,22 +57,10 @@ def rendered(name: str) -> str:
     return markdown([Row(**row) for row in record["rows"]]) + cost + made_with(record["made_with"])
 
 
-def stem_of(path: Path) -> str:
-    """Return the name of the experiment a file of MetaDD's rows belongs to."""
-    return path.stem.removeprefix("metadd_")
-
-
-def ablation(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Return an experiment with MetaDD and its recorded rows."""
-    experiment = ROOT / "benchmarks" / "ablations" / f"{stem_of(path)}.yaml"
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return yaml.safe_load(experiment.read_text(encoding="utf-8")), rows
-
-
 def ablated(path: Path) -> str:
-    """Return the tables of one of MetaDD's ablations."""
-    experiment, rows = ablation(path)
-    command = f"python benchmarks/metadd_ablations.py benchmarks/ablations/{stem_of(path)}.yaml"
+    """Return the tables of the YAML file of one of MetaDD's ablations."""
+    experiment, rows = recorded(path)
+    command = f"python benchmarks/metadd_ablations.py {path.relative_to(ROOT)}"
     commits = ", ".join(sorted({row["made_with"]["commit"] for row in rows}))  # whichever part of it made which row
     made = rows[-1]["made_with"] | {"command": command, "commit": commits}
     return ablation_tables(experiment, rows) + made_with(made)

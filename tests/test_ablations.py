@@ -49,6 +49,18 @@ def test_the_setting_called_default_is_metadds_own(path):
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_the_setting_called_published_is_the_preset(path):
+    experiment = load(path)
+    if "published" not in experiment["settings"]:
+        pytest.skip("this experiment is without it")
+    preset = load(BENCHMARKS.parent / "configs" / "metadd_published.yaml")["trainer"]["callbacks+"][0]["init_args"]
+    chosen = {**experiment["metadd"], **experiment["settings"]["published"]}
+    for name in (chosen.keys() | preset.keys()) - {"architectures", "train_steps"}:
+        own = inspect.signature(MetaDD).parameters[name].default
+        assert chosen.get(name, own) == preset.get(name, own), name
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_recorded_rows_were_made_with_the_settings_of_their_name(path):
     recorded = BENCHMARKS / "results" / f"metadd_{path.stem}.jsonl"
     if not recorded.is_file():
