@@ -23,7 +23,7 @@ def main() -> None:
     parser.add_argument("applications", nargs="*", default=APPLICATIONS, help=f"of {', '.join(APPLICATIONS)}")
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args()
-    from lightning_dd.files import write_text
+    from lightning_dd.utils.files import write_text
     from lightning_dd.verbs import run_verb
 
     for application in options.applications:

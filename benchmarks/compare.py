@@ -29,8 +29,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def distil_one(experiment: dict[str, Any], method: str, seed: int, output: Path) -> dict[str, Any]:
     """Distil one set in this process, alone, and return what it took and how its validation score went."""
-    from lightning_dd.files import write_text
-    from lightning_dd.stages import distil
+    from lightning_dd.experiment import distil
+    from lightning_dd.utils.files import write_text
 
     name = f"{method}-seed{seed}"
     record = output / f"{name}.json"
@@ -90,8 +90,8 @@ def main() -> None:
 
     from lightning_dd.evaluators.evaluate import evaluate_files
     from lightning_dd.evaluators.matrix import Hardware
-    from lightning_dd.files import write_text
-    from lightning_dd.recipe import Recipe
+    from lightning_dd.students.recipe import Recipe
+    from lightning_dd.utils.files import write_text
 
     rows = evaluate_files(
         [str(options.output / f"{method}-seed{seed}.safetensors") for _, method, seed, _ in jobs],

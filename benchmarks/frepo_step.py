@@ -58,7 +58,7 @@ def measure(
     from lightning_dd.callbacks import PoolAlternation
     from lightning_dd.data import RawSplit, RealData
     from lightning_dd.distillers import FRePo
-    from lightning_dd.quiet import quieten
+    from lightning_dd.utils.silence import quieten
 
     quieten()
     torch.set_num_threads(threads)
@@ -154,7 +154,7 @@ def main() -> None:
                 flush=True,
             )
     if options.output:
-        from lightning_dd.files import write_text
+        from lightning_dd.utils.files import write_text
 
         record = {"made_with": environment(), "step": rows}
         write_text(options.output, json.dumps(record, indent=1) + "\n")

@@ -25,15 +25,16 @@ from pytorch_lightning import Trainer
 from scipy.stats import t as student_t
 
 import lightning_dd.distillers
+from lightning_dd.augment.frepo import default_strategy
 from lightning_dd.callbacks import MetaDD, PoolAlternation
 from lightning_dd.data import DATA_SETS, ParquetImages, RealData
-from lightning_dd.data.augment import default_strategy
+from lightning_dd.data.sampling import EvalBatches
 from lightning_dd.distillers import Distiller
 from lightning_dd.models import build_network
-from lightning_dd.quiet import quieten
-from lightning_dd.recipe import Recipe, train_student
-from lightning_dd.results import markdown_table
-from lightning_dd.seeding import derive_seed
+from lightning_dd.report import markdown_table
+from lightning_dd.students.recipe import Recipe, train_student
+from lightning_dd.utils.seeding import derive_seed
+from lightning_dd.utils.silence import quieten
 
 RESULTS = Path(__file__).parent / "results"
 QUIET: dict[str, Any] = {
@@ -95,11 +96,11 @@ def score(distiller: Distiller, name: str, students: dict[str, Any], seed: int, 
     for repeat in range(students["repeat"]):
         student_seed = derive_seed(seed, "student", repeat)
         network = build_network(name, distilled.num_classes, distilled.image_shape, student_seed)
-        network = network.to(data.test.images.device).to(memory_format=torch.channels_last)
-        train_student(network, distilled, recipe, default_strategy(data.name), student_seed)
+        network = network.to(data.test.device).to(memory_format=torch.channels_last)
+        train_student(network, distilled, recipe, default_strategy(data.mirror), student_seed)
         for split, real in splits.items():
             with torch.no_grad():
-                batches = zip(torch.split(real.images, 500), torch.split(real.labels, 500), strict=True)
+                batches = EvalBatches(real, 500)
                 hits = sum(float((network(x).argmax(1) == y).sum()) for x, y in batches)
             accuracies[split].append(hits / len(real.labels))
     return {split: statistics.fmean(values) for split, values in accuracies.items()}

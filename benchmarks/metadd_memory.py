@@ -102,7 +102,7 @@ def main() -> None:
                 flush=True,
             )
     if options.output:
-        from lightning_dd.files import write_text
+        from lightning_dd.utils.files import write_text
 
         record = {"made_with": environment(), "memory": rows}
         write_text(options.output, json.dumps(record, indent=1) + "\n")

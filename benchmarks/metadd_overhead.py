@@ -34,7 +34,7 @@ def measure(experiment: dict[str, Any], setting: str | None, steps: int, threads
 
     import lightning_dd.distillers
     from lightning_dd.callbacks import MetaDD, PoolAlternation
-    from lightning_dd.quiet import quieten
+    from lightning_dd.utils.silence import quieten
 
     class Clock(Callback):
         """Keep the time after every outer step."""
@@ -106,7 +106,7 @@ def main() -> None:
             rows.append(row)
             print(json.dumps(row), flush=True)
 
-    from lightning_dd.files import write_text
+    from lightning_dd.utils.files import write_text
 
     record = {"made_with": environment(), "threads": options.threads, "overhead": rows}
     write_text(HERE / "results" / "metadd_overhead.json", json.dumps(record, indent=1) + "\n")

@@ -36,7 +36,7 @@ def main() -> int:
     seconds = time.perf_counter() - start
     if code:
         return code
-    from lightning_dd.files import write_text
+    from lightning_dd.utils.files import write_text
 
     cost = {
         "seconds": round(seconds, 1),

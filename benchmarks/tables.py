@@ -20,12 +20,12 @@ from matplotlib.figure import Figure
 from metadd_ablations import overview, recorded
 from metadd_ablations import tables as ablation_tables
 
-from lightning_dd.continual import report as continual
+from lightning_dd.applications.continual import report as continual
+from lightning_dd.applications.membership import report as membership
 from lightning_dd.evaluators.matrix import Row
 from lightning_dd.evaluators.report import markdown
-from lightning_dd.files import write_text
-from lightning_dd.membership import report as membership
-from lightning_dd.results import markdown_table
+from lightning_dd.report import markdown_table
+from lightning_dd.utils.files import write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

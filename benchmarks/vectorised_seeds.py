@@ -20,9 +20,9 @@ from environment import environment
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, stack_module_state, vmap
 
-from lightning_dd.files import write_text
 from lightning_dd.models import build_network
 from lightning_dd.models.zoo import expand
+from lightning_dd.utils.files import write_text
 
 RESULT = Path(__file__).parent / "results" / "vectorised_seeds.json"
 Step = Callable[[], Tensor]

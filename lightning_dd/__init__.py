@@ -2,7 +2,8 @@
 
 Importing the package is cheap; import what you need from its subpackages::
 
-    from lightning_dd.data import MNIST5k, DistilledSet
+    from lightning_dd.data import MNIST5k
+from lightning_dd.distilled import DistilledSet
     from lightning_dd.distillers import FRePo
     from lightning_dd.callbacks import PoolAlternation
 """

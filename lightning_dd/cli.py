@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 
 from lightning_dd import __version__
-from lightning_dd.errors import UserError, unknown_name
+from lightning_dd.utils.errors import UserError, unknown_name
 
 VERBS = {
     "fit": "distil a data set, or train one student on a distilled set",

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 import yaml
 
-from lightning_dd.errors import UserError, unknown_name
+from lightning_dd.utils.errors import UserError, unknown_name
 
 KnownClasses = Callable[[str], dict[str, type]]
 """From a key (``model``, ``data``, ``trainer.callbacks``) to the classes it accepts, by name."""

@@ -12,9 +12,9 @@ import lightning_dd.callbacks
 import lightning_dd.data
 import lightning_dd.distillers
 import lightning_dd.evaluators  # noqa: F401
-from lightning_dd.errors import UserError
 from lightning_dd.parsing import OneLineErrors, explain, user_error_in
-from lightning_dd.quiet import quieten, show_bars
+from lightning_dd.utils.errors import UserError
+from lightning_dd.utils.silence import quieten, show_bars
 
 
 def known_classes(key: str) -> dict[str, type]:

@@ -7,7 +7,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
-from lightning_dd.quiet import quieten
+from lightning_dd.utils.silence import quieten
 
 torch.set_num_threads(1)
 quieten()

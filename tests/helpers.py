@@ -8,8 +8,9 @@ from pytorch_lightning import Trainer
 from torch import Tensor, nn
 
 from lightning_dd.callbacks import PoolAlternation
-from lightning_dd.data import RawSplit, RealData
-from lightning_dd.data.distilled import DistilledSet
+from lightning_dd.data import RawSplit, RealData, Split
+from lightning_dd.data.images import PixelRows
+from lightning_dd.distilled.set import DistilledSet
 from lightning_dd.models import Network
 from lightning_dd.synthetic.pixels import SyntheticSet
 
@@ -66,6 +67,11 @@ def tiny_trainer(folder, max_steps: int = 4, **kwargs) -> Trainer:
     return Trainer(**(settings | kwargs))
 
 
+def split_of(images: Tensor, labels: Tensor) -> Split:
+    """Normalised images as a split that gives them as they are."""
+    return Split(PixelRows(images, torch.arange(len(images))), labels)
+
+
 def make_distilled(
     ipc: int = 1, data: type[RealData] = TinyData, label_kind: str = "learned", data_name=None, **changes
 ):
@@ -73,7 +79,7 @@ def make_distilled(
     real = data()
     real.setup("fit")
     synthetic = SyntheticSet(ipc, real.facts.num_classes, real.facts.image_shape, label_kind)
-    synthetic.init_real(real.train.images, real.train.labels, torch.Generator().manual_seed(0))
+    synthetic.init_real(real.train, torch.Generator().manual_seed(0))
     settings = {
         "images": synthetic.images.detach(),
         "labels": synthetic.labels.detach(),

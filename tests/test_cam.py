@@ -7,11 +7,11 @@ import torch.nn.functional as F
 from helpers import LinearNetwork
 from torch import nn
 
-from lightning_dd.errors import UserError
 from lightning_dd.losses.cam import attention_map, class_activation_map, normalise_maps
 from lightning_dd.losses.cam_layers import as_map, find_layer, token_grid
 from lightning_dd.models import Network, build_network
 from lightning_dd.models.library import LibraryNetwork
+from lightning_dd.utils.errors import UserError
 
 VIT = "vit_tiny_patch16_224:depth=2,embed_dim=24,num_heads=2"
 AVERAGED = f"{VIT},class_token=false,global_pool=avg"

@@ -11,7 +11,7 @@ from helpers import make_distilled
 
 from lightning_dd import cli
 from lightning_dd.cli import VERBS, main
-from lightning_dd.data.distilled import DistilledSet
+from lightning_dd.distilled.set import DistilledSet
 
 CONFIG = str(Path(__file__).parent.parent / "configs" / "mnist5k" / "frepo.yaml")
 QUICK = [

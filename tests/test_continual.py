@@ -13,20 +13,21 @@ import yaml
 from helpers import TinyData, make_distilled
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from lightning_dd.applications.continual import Plan, parse_methods, run, run_continual, union
+from lightning_dd.applications.continual.course import Course
+from lightning_dd.applications.continual.plan import class_order, split_classes
+from lightning_dd.applications.continual.report import curves, forgetting, markdown
+from lightning_dd.applications.continual.run import rows_of
 from lightning_dd.cli import main
-from lightning_dd.continual import Plan, parse_methods, run, run_continual, union
-from lightning_dd.continual.course import Course
-from lightning_dd.continual.plan import class_order, split_classes
-from lightning_dd.continual.report import curves, forgetting, markdown
-from lightning_dd.continual.run import rows_of
-from lightning_dd.continual.union import embed_labels
-from lightning_dd.data import DATA_SETS, ClassSubset, DistilledSet, RawSplit
+from lightning_dd.data import DATA_SETS, ClassSubset, RawSplit
 from lightning_dd.data.subset import load_preprocessing, save_preprocessing
-from lightning_dd.data.views import draw_views
-from lightning_dd.errors import UserError
-from lightning_dd.evaluators.data import check_match, real_data_of
-from lightning_dd.recipe import Recipe
+from lightning_dd.distilled import DistilledSet
+from lightning_dd.distilled.datamodule import check_match, real_data_of
+from lightning_dd.distilled.union import embed_labels
+from lightning_dd.distilled.views import draw_views
+from lightning_dd.students.recipe import Recipe
 from lightning_dd.synthetic.pixels import initial_labels
+from lightning_dd.utils.errors import UserError
 
 STUDENT = "conv:width=4,depth=2,norm=none"
 
@@ -100,7 +101,7 @@ def test_a_subset_renumbers_its_classes_in_their_order_and_leaves_the_others_out
     assert data.facts.class_names == ("class3", "class1")
     assert data.facts.name == "FourKinds"
     whole = FourKinds().read(train=False)
-    pixels = data.preprocessing.inverse(data.test.images).mul(255).round().to(torch.uint8)
+    pixels = data.preprocessing.inverse(data.test.everything().images).mul(255).round().to(torch.uint8)
     for new, old in enumerate((3, 1)):
         assert torch.equal(pixels[data.test.labels == new], whole.images[whole.labels == old])
     assert len(data.test.labels) == 2 * FourKinds.per_class
@@ -115,7 +116,7 @@ def test_no_pixel_of_another_class_reaches_a_subset(monkeypatch):
     clean, poisoned = parts
     assert clean.facts == poisoned.facts
     for split in ("train", "val", "test"):
-        assert torch.equal(getattr(clean, split).images, getattr(poisoned, split).images)
+        assert torch.equal(getattr(clean, split).everything().images, getattr(poisoned, split).everything().images)
 
 
 def test_a_subset_takes_its_sources_settings_and_statistics():
@@ -206,7 +207,7 @@ def part(classes, label_kind="hard", ipc=2, **changes):
     real.setup("fit")
     kind = "hard" if label_kind == "soft" else label_kind
     synthetic = SyntheticSet(ipc, len(classes), real.facts.image_shape, kind)
-    synthetic.init_real(real.train.images, real.train.labels, torch.Generator().manual_seed(0))
+    synthetic.init_real(real.train, torch.Generator().manual_seed(0))
     settings = {
         "images": synthetic.images.detach(),
         "labels": synthetic.labels.detach(),

@@ -13,10 +13,10 @@ from torch.nn.functional import one_hot
 from lightning_dd.cli import main
 from lightning_dd.data import DATA_SETS
 from lightning_dd.data.base import RawSplit
-from lightning_dd.data.convert import convert_set, fit_kornia_zca
-from lightning_dd.data.distilled import DistilledSet
 from lightning_dd.data.preprocess import fit_preprocessing
-from lightning_dd.errors import UserError
+from lightning_dd.distilled.convert import convert_set, fit_kornia_zca
+from lightning_dd.distilled.set import DistilledSet
+from lightning_dd.utils.errors import UserError
 
 
 class Colours(TinyData):

@@ -4,18 +4,17 @@ import itertools
 
 import pytest
 import torch
-from helpers import TinyData, tiny_trainer
+from helpers import TinyData, split_of, tiny_trainer
 from pytorch_lightning import Callback
 from pytorch_lightning.callbacks import ModelCheckpoint
 
 import lightning_dd.pretrained.architectures as architectures
 from lightning_dd.callbacks import MetaDD
-from lightning_dd.data import ImageTensors
-from lightning_dd.data.distilled import DistilledSet
+from lightning_dd.distilled.set import DistilledSet
 from lightning_dd.distillers import RDED, Herding, KCenter, Random
 from lightning_dd.distillers.load import distilled_from_checkpoint
-from lightning_dd.errors import UserError
 from lightning_dd.losses.coresets import herding, k_center
+from lightning_dd.utils.errors import UserError
 
 TINY = {"architecture": "convnet:width=4,depth=2", "ipc": 2, "probe_steps": 1, "teacher_steps": 60, "teacher_lr": 0.02}
 SOFT = {"labels": "soft", "soft_epochs": 3, "temperature": 5.0}
@@ -34,7 +33,7 @@ def selected(cls, folder, steps=1, source=None, **changes):
 
 def rows_of(images, train):
     """Index of each image in the training split."""
-    return [int((train.images == image).flatten(1).all(1).nonzero()[0]) for image in images]
+    return [int((train.everything().images == image).flatten(1).all(1).nonzero()[0]) for image in images]
 
 
 @pytest.fixture
@@ -84,13 +83,13 @@ def test_k_center_is_farthest_first_from_the_row_nearest_the_mean():
 @pytest.mark.parametrize(("cls", "choose"), [(Herding, herding), (KCenter, k_center)])
 def test_coresets_choose_by_the_teachers_unit_features_class_by_class(cls, choose, tmp_path):
     model = selected(cls, tmp_path, ipc=6, architecture="convnet:width=4,depth=2,norm=none", teacher_lr=0.01)
-    images, labels = model.trainer.datamodule.train
+    images, labels = model.trainer.datamodule.train.everything()
     scales = torch.linspace(0.2, 5, len(images)).view(-1, 1, 1, 1)  # so that features are long and short
-    train = ImageTensors(images * scales, labels)
+    train = split_of(images * scales, labels)
     expected, raw = [], []
     for label in range(3):
         own = (train.labels == label).nonzero().flatten()
-        features = model.network.features(train.images[own]).flatten(1)
+        features = model.network.features(train.take(own).images).flatten(1)
         expected += own[choose(features / features.norm(dim=1, keepdim=True), 6)].tolist()
         raw += own[choose(features, 6)].tolist()
     assert rows_of(model.select(train), train) == expected
@@ -170,16 +169,10 @@ def test_labels_are_made_once_and_anew_when_images_move(tmp_path):
     assert torch.equal(moved.views.crops, first.views.crops)  # of the run's seed alone
 
 
-class DigitLike(TinyData):
-    def __init__(self, **kwargs):
-        super().__init__(**kwargs)
-        self.name = "MNIST5k"
-
-
-@pytest.mark.parametrize(("source", "mirrors"), [(TinyData, True), (DigitLike, False)])
-def test_views_of_digits_are_never_mirrored(source, mirrors, tmp_path):
+@pytest.mark.parametrize("mirrors", [True, False])
+def test_views_of_digits_are_never_mirrored(mirrors, tmp_path):
     model = Random(**(TINY | SOFT | {"soft_epochs": 20}))
-    tiny_trainer(tmp_path, 1, callbacks=[]).fit(model, source(val_fraction=0.25))
+    tiny_trainer(tmp_path, 1, callbacks=[]).fit(model, TinyData(val_fraction=0.25, mirror=mirrors))
     assert bool(model.distilled_set().views.flips.any()) == mirrors
 
 

@@ -3,12 +3,14 @@
 import numpy as np
 import pytest
 import torch
+from helpers import split_of
 from torch import Tensor
 
-from lightning_dd.data import DataFacts, DistilledSet, Preprocessing, RawSplit, RealData
+from lightning_dd.data import DataFacts, Preprocessing, RawSplit, RealData
 from lightning_dd.data.preprocess import block_stride, fit_preprocessing, fit_zca, from_blocks, to_blocks, to_unit
-from lightning_dd.data.stream import EvalBatches, ShuffledStream, StepCounter, pass_through
-from lightning_dd.errors import UserError
+from lightning_dd.data.sampling import EvalBatches, ShuffledStream, StepCounter, pass_through
+from lightning_dd.distilled import DistilledSet
+from lightning_dd.utils.errors import UserError
 
 
 @pytest.fixture(autouse=True)
@@ -55,17 +57,17 @@ def test_the_validation_split_is_stratified_disjoint_and_fixed():
     assert data.train.labels.bincount().tolist() == [16] * 3
     assert data.val.labels.bincount().tolist() == [4] * 3
     pixels = to_unit(data.splits[True].images)
-    everything = torch.cat([data.train.images, data.val.images])
+    everything = torch.cat([data.train.everything().images, data.val.everything().images])
     back = data.preprocessing.inverse(everything)
     matches = torch.cdist(back.flatten(1), pixels.flatten(1)).argmin(1)
     assert sorted(matches.tolist()) == list(range(60))  # each image in exactly one part
     torch.manual_seed(123)
     again = Toy(val_fraction=0.2)
     again.setup("fit")
-    assert torch.equal(again.val.images, data.val.images)
+    assert torch.equal(again.val.everything().images, data.val.everything().images)
     other = Toy(val_fraction=0.2, split_seed=1)
     other.setup("fit")
-    assert not torch.equal(other.val.images, data.val.images)
+    assert not torch.equal(other.val.everything().images, data.val.everything().images)
     assert other.facts.fingerprint != data.facts.fingerprint == again.facts.fingerprint
 
 
@@ -87,19 +89,19 @@ def test_the_test_split_is_read_only_when_it_is_tested():
     data.setup("test")
     assert data.reads == [True, False]
     images = torch.cat([images for images, _ in data.test_dataloader()])
-    assert torch.equal(images, data.test.images)
+    assert torch.equal(images, data.test.everything().images)
     assert images.dtype == torch.float32
 
 
 def test_statistics_are_those_of_the_training_part_alone():
     data = Toy(val_fraction=0.2)
     data.setup()
-    assert torch.allclose(data.train.images.mean((0, 2, 3)), torch.zeros(3), atol=1e-5)
-    assert torch.allclose(data.train.images.std((0, 2, 3), correction=0), torch.ones(3), atol=1e-5)
+    assert torch.allclose(data.train.everything().images.mean((0, 2, 3)), torch.zeros(3), atol=1e-5)
+    assert torch.allclose(data.train.everything().images.std((0, 2, 3), correction=0), torch.ones(3), atol=1e-5)
     expected = (to_unit(data.splits[False].images) - data.preprocessing.mean.view(1, 3, 1, 1)) / (
         data.preprocessing.std.view(1, 3, 1, 1)
     )
-    assert torch.allclose(data.test.images, expected, atol=1e-6)
+    assert torch.allclose(data.test.everything().images, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["standardise", "zca"])
@@ -110,8 +112,12 @@ def test_a_preprocessing_from_outside_is_applied_to_all_splits(kind):
     data.setup()
     assert data.preprocessing is theirs
     assert data.facts.preprocessing == data.spec()["preprocessing"] == kind
-    assert torch.equal(data.test.images, theirs(to_unit(data.splits[False].images)))
-    assert torch.allclose(theirs.inverse(data.val.images).clamp(0, 1), theirs.inverse(data.val.images), atol=1e-3)
+    assert torch.equal(data.test.everything().images, theirs(to_unit(data.splits[False].images)))
+    assert torch.allclose(
+        theirs.inverse(data.val.everything().images).clamp(0, 1),
+        theirs.inverse(data.val.everything().images),
+        atol=1e-3,
+    )
 
 
 def test_zca_is_fitted_on_train_and_applied_to_test():
@@ -119,7 +125,7 @@ def test_zca_is_fitted_on_train_and_applied_to_test():
     data.setup()
     train = to_unit(data.splits[True].images)
     fitted = fit_preprocessing("zca", train)
-    assert torch.allclose(data.test.images, fitted(to_unit(data.splits[False].images)), atol=1e-5)
+    assert torch.allclose(data.test.everything().images, fitted(to_unit(data.splits[False].images)), atol=1e-5)
 
 
 def test_facts_survive_a_round_trip():
@@ -438,7 +444,9 @@ def test_data_is_whitened_in_blocks():
     data.setup()
     assert data.facts.preprocessing == "zca in 2x2 blocks"
     assert data.spec()["zca_block"] == 4
-    assert torch.allclose(data.preprocessing.inverse(data.test.images), to_unit(splits["test"].images), atol=1e-4)
+    assert torch.allclose(
+        data.preprocessing.inverse(data.test.everything().images), to_unit(splits["test"].images), atol=1e-4
+    )
     with pytest.raises(UserError, match=r"data.zca_block=3 must divide the sides of the images, 8x8"):
         Toy(preprocessing="zca", zca_block=3, **splits).setup()
 
@@ -479,7 +487,7 @@ def test_a_whitening_is_fitted_once_per_data(monkeypatch, tmp_path):
     assert fits == ["zca"]
     for name, value in first.preprocessing.state_dict().items():
         assert torch.equal(again.preprocessing.state_dict()[name], value)
-    assert torch.equal(again.train.images, first.train.images)
+    assert torch.equal(again.train.everything().images, first.train.everything().images)
     whitened(split_seed=1)  # other training images
     whitened(zca_block=2)
     monkeypatch.setattr(Toy, "channel_mean", (0.5, 0.5, 0.5))
@@ -538,10 +546,10 @@ def test_skipping_is_drawing():
 
 @pytest.mark.parametrize("count", [2, 7, 9, 10, 11])
 def test_three_ranks_see_each_sample_exactly_once(count):
-    images, labels = torch.arange(count).view(count, 1, 1, 1).float(), torch.arange(count)
+    split = split_of(torch.arange(count).view(count, 1, 1, 1).float(), torch.arange(count))
     seen: list[int] = []
     for rank in range(3):
-        for batch_images, batch_labels in pass_through(EvalBatches(images, labels, 2, rank, 3)):
+        for batch_images, batch_labels in pass_through(EvalBatches(split, 2, rank, 3)):
             assert batch_images.flatten().tolist() == batch_labels.tolist()
             assert len(batch_labels) <= 2
             seen += batch_labels.tolist()

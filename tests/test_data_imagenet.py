@@ -18,7 +18,7 @@ from PIL import Image
 from lightning_dd.data import DATA_SETS, HuggingFace, ImageNet, ImageNette, ImageWoof, TinyImageNet
 from lightning_dd.data.classes import CLASS_GROUPS, choose_classes, relabel
 from lightning_dd.data.imagenet import imagenet_names
-from lightning_dd.errors import UserError
+from lightning_dd.utils.errors import UserError
 
 REAL_DATA = os.environ.get("LIGHTNING_DD_DATA")  # read before the fixture below hides it
 
@@ -284,7 +284,7 @@ def test_the_real_tiny_imagenet(request, monkeypatch):
     assert data.train.labels.bincount().tolist() == [450] * 3
     assert data.test.labels.bincount().tolist() == [50] * 3
     assert data.preprocessing.zca_stride == 2
-    pixels = data.preprocessing.inverse(data.test.images)
+    pixels = data.preprocessing.inverse(data.test.everything().images)
     assert -0.01 < float(pixels.min()) < float(pixels.max()) < 1.01
 
 

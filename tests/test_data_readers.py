@@ -24,7 +24,7 @@ from lightning_dd.data import cache as cache_module
 from lightning_dd.data.cache import cache_folder, cached_split, content_key
 from lightning_dd.data.cached import CachedData
 from lightning_dd.data.decode import decode_images
-from lightning_dd.errors import UserError
+from lightning_dd.utils.errors import UserError
 
 REAL_DATA = os.environ.get("LIGHTNING_DD_DATA")  # read before the fixture below hides it
 
@@ -529,7 +529,9 @@ def test_parquet_on_disk_is_known_by_sizes_and_times(hub, monkeypatch):
     data.setup()
     plain.setup()
     assert data.facts == plain.facts
-    assert torch.equal(data.test.images[:], plain.test.images)  # grayscale in a set with colour
+    assert torch.equal(
+        data.test.everything().images[:], plain.test.everything().images
+    )  # grayscale in a set with colour
     key = ParquetImages("train-*.parquet", "test.parquet", root=str(hub), on_disk=True).source_key(train=True)
     assert key == data.source_key(train=True) != plain.source_key(train=True)
     os.utime(hub / "train-0.parquet", ns=(1, 1))
@@ -707,7 +709,7 @@ def test_torchvision_sets(name, monkeypatch):
     if name == "CIFAR10":  # FRePo's, not the .2023 of other repositories
         assert data.preprocessing.std.tolist() == pytest.approx([0.2470, 0.2435, 0.2616])
     if name == "SVHN":
-        kept = data.preprocessing.inverse(data.train.images).mean((0, 2, 3))
+        kept = data.preprocessing.inverse(data.train.everything().images).mean((0, 2, 3))
         assert torch.allclose(data.preprocessing.mean, kept, atol=1e-4)
 
 

@@ -9,17 +9,17 @@ from helpers import TinyData, make_distilled, tiny_trainer
 from pytorch_lightning import Callback
 
 from lightning_dd.callbacks import MetaDD, PoolAlternation
-from lightning_dd.data import CIFAR10, ImageFolder, ImageTensors, MNIST5k, ParquetImages, Preprocessing, RawSplit
+from lightning_dd.data import CIFAR10, ImageFolder, MNIST5k, ParquetImages, Preprocessing, RawSplit
 from lightning_dd.data import mapped as mapped_module
 from lightning_dd.data.cache import cached_split, load_split, split_path
 from lightning_dd.data.cached import CachedData
 from lightning_dd.data.decode import new_pixels
+from lightning_dd.data.images import PixelRows, Split
 from lightning_dd.data.mapped import mapped_split
-from lightning_dd.data.stream import EvalBatches, ShuffledStream, next_batch
-from lightning_dd.data.streamed import PixelRows, StreamedImages
+from lightning_dd.data.sampling import EvalBatches, ShuffledStream, next_batch
 from lightning_dd.distillers import FRePo, Herding
-from lightning_dd.errors import UserError
 from lightning_dd.evaluators.sources import random_real
+from lightning_dd.utils.errors import UserError
 
 REAL_DATA = os.environ.get("LIGHTNING_DD_DATA")  # read before the fixture below hides it
 
@@ -39,111 +39,88 @@ def pixels(count: int = 40) -> torch.Tensor:
     return torch.randint(0, 256, (count, 3, 4, 4), generator=generator(), dtype=torch.uint8)
 
 
-def streamed(count: int = 40, workers: int = 0) -> tuple[StreamedImages, torch.Tensor]:
-    """Every other row of the pixels, streamed, and the same as an ordinary tensor."""
+def streamed(count: int = 40, workers: int = 0) -> tuple[Split, torch.Tensor]:
+    """Every other row of the pixels as a split, and its normalised images as an ordinary tensor."""
     rows = torch.arange(0, 2 * count, 2)
     normalise = Preprocessing([0.4, 0.5, 0.6], [0.2, 0.3, 0.4])
     source = PixelRows(pixels(2 * count), rows)
-    return StreamedImages(source, normalise, workers=workers), normalise(source[:].float() / 255)
+    labels = torch.arange(count) % 5
+    return Split(source, labels, normalise, threads=workers), normalise(source[:].float() / 255)
 
 
 # --- the images ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("kept", [False, True])
 @pytest.mark.parametrize("workers", [0, 1, 3])
-def test_rows_are_those_of_the_tensor_it_stands_for(workers):
-    images, plain = streamed(200, workers)
+def test_rows_are_those_of_the_tensor_it_stands_for(workers, kept):
+    split, plain = streamed(200, workers)
+    if kept:
+        split = Split(split._source, split.labels, split.preprocessing, threads=workers, keep_normalised=True)
     rows = torch.randperm(200, generator=generator())[:150]
     mask = torch.arange(200) % 3 == 0
     for chosen in (rows, mask, slice(5, 190, 7), slice(None), rows[:0], rows[:1]):
-        assert torch.equal(images[chosen], plain[chosen])
-    assert type(images[rows]) is torch.Tensor
-
-
-def test_to_torch_it_is_a_tensor_without_memory():
-    images, plain = streamed()
-    assert isinstance(images, torch.Tensor)
-    assert images.shape == plain.shape
-    assert (images.dtype, images.device, len(images), images.ndim) == (plain.dtype, plain.device, 40, 4)
-    assert "StreamedImages(shape=(40, 3, 4, 4)" in repr(images)
-
-
-@pytest.mark.parametrize(
-    "operation",
-    [
-        lambda images: images.mean(),
-        lambda images: torch.cat([images, images]),
-        lambda images: images.flatten(1),
-        lambda images: torch.split(images, 2),
-        lambda images: images * 2,
-        lambda images: images[:, 0],
-        lambda images: images[3],
-        list,
-    ],
-)
-def test_what_needs_all_images_is_refused_in_one_line(operation):
-    with pytest.raises(UserError, match="keep_on_device=true") as error:
-        operation(streamed()[0])
-    assert "\n" not in str(error.value)
+        images, labels = split.take(chosen)
+        assert torch.equal(images, plain[chosen])
+        assert torch.equal(labels, split.labels[chosen])
+        torch.testing.assert_close(split.preprocessing(split.pixels(chosen)), images)
+    assert (len(split), split.image_shape) == (200, (3, 4, 4))
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
 def test_reading_ahead_changes_nothing(workers):
-    images, plain = streamed(workers=workers)
+    split, plain = streamed(workers=workers)
     expected, other = torch.tensor([3, 1, 7]), torch.tensor([2, 2])
-    images.read_ahead(expected)
-    assert torch.equal(images[expected], plain[expected])
-    images.read_ahead(expected)
-    assert torch.equal(images[other], plain[other])  # something else was asked for
-    assert torch.equal(images[expected], plain[expected])
+    split.read_ahead(expected)
+    assert torch.equal(split.take(expected).images, plain[expected])
+    split.read_ahead(expected)
+    assert torch.equal(split.take(other).images, plain[other])  # something else was asked for
+    assert torch.equal(split.take(expected).images, plain[expected])
 
 
-def test_what_was_read_ahead_is_not_read_again(monkeypatch):
-    images, plain = streamed(workers=2)
-    images.read_ahead(slice(0, 4))
-    monkeypatch.setattr(images, "_read", lambda rows: pytest.fail("read twice"))
-    assert torch.equal(images[torch.arange(4)], plain[:4])
+def test_what_was_read_ahead_is_not_read_again():
+    split, plain = streamed(workers=2)
+    split.read_ahead(slice(0, 4))
+    for part in split._ahead.parts:
+        part.result()
+    split._source.pixels = torch.zeros_like(split._source.pixels)
+    assert torch.equal(split.take(torch.arange(4)).images, plain[:4])
 
 
 def test_an_error_while_reading_ahead_is_raised_when_the_rows_are_asked_for():
-    images, _ = streamed(workers=2)
-    images._source.pixels = images._source.pixels[:10]  # as if the file had been cut
-    images.read_ahead(slice(20, 24))
+    split, _ = streamed(workers=2)
+    split._source.pixels = split._source.pixels[:10]  # as if the file had been cut
+    split.read_ahead(slice(20, 24))
     with pytest.raises(IndexError):
-        images[20:24]
+        split.take(slice(20, 24))
 
 
 def test_images_can_be_drawn_inside_inference_mode():
-    images, plain = streamed(workers=2)
+    split, plain = streamed(workers=2)
     with torch.inference_mode():
-        images.read_ahead(slice(0, 4))
-        assert torch.equal(images[0:4], plain[0:4])
-        assert torch.equal(images[4:8], plain[4:8])
+        split.read_ahead(slice(0, 4))
+        assert torch.equal(split.take(slice(0, 4)).images, plain[0:4])
+        assert torch.equal(split.take(slice(4, 8)).images, plain[4:8])
 
 
-def test_a_split_is_mapped_the_same_streamed_or_not():
-    images, plain = streamed()
-    labels = torch.arange(40) % 2
-    lazily = ImageTensors(images, labels).mapped(lambda block: 2 * block + 1)
-    at_once = ImageTensors(plain, labels).mapped(lambda block: 2 * block + 1)
-    assert isinstance(lazily.images, StreamedImages)
-    batch = lazily.take(torch.tensor([5, 0]), "cpu")
-    assert torch.equal(batch.images, at_once.images[[5, 0]])
-    assert batch.labels.tolist() == [1, 0]
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_same_pixels_through_another_map(workers):
+    split, _ = streamed(workers=workers)
+    other = Preprocessing([0.0] * 3, [0.5] * 3)
+    batch = split.through(other).take(torch.tensor([5, 0]))
+    assert torch.equal(batch.images, other(split.pixels(torch.tensor([5, 0]))))
+    assert batch.labels.tolist() == [0, 0]
 
 
 @pytest.mark.parametrize(("count", "ranks"), [(40, 1), (41, 3), (2, 3)])
-def test_evaluation_batches_are_the_same_streamed_or_not(count, ranks):
-    images, plain = streamed(count, workers=2)
-    labels = torch.arange(count)
+def test_evaluation_batches_hold_every_image_once(count, ranks):
+    split, plain = streamed(count, workers=2)
     for rank in range(ranks):
-        ours = list(EvalBatches(images, labels, 6, rank, ranks))
-        theirs = list(EvalBatches(plain, labels, 6, rank, ranks))
-        assert len(ours) == len(theirs)
-        for one, other in zip(ours, theirs, strict=True):
-            assert torch.equal(one[0], other[0])
-            assert torch.equal(one[1], other[1])
-        assert torch.equal(torch.cat([labels for _, labels in ours] or [labels[:0]]), labels[rank::ranks])
+        batches = list(EvalBatches(split, 6, rank, ranks))
+        images = torch.cat([batch.images for batch in batches] or [plain[:0]])
+        labels = torch.cat([batch.labels for batch in batches] or [split.labels[:0]])
+        assert torch.equal(images, plain[rank::ranks])
+        assert torch.equal(labels, split.labels[rank::ranks])
 
 
 # --- peeking at the stream -------------------------------------------------------------------------------------
@@ -169,12 +146,10 @@ def test_peeking_leaves_stream_and_state_as_they_are(before):
 
 @pytest.mark.parametrize("batch_size", [7, 40])
 def test_batches_of_a_stream_are_the_same_streamed_or_not(batch_size):
-    images, plain = streamed(workers=2)
-    labels = torch.arange(40) % 5
+    (ahead, _), (plain, _) = streamed(workers=2), streamed()
     ours, theirs = ShuffledStream(40, batch_size, generator()), ShuffledStream(40, batch_size, generator())
     for _ in range(12):
-        one = next_batch(ImageTensors(images, labels), ours, "cpu")
-        other = next_batch(ImageTensors(plain, labels), theirs, "cpu")
+        one, other = next_batch(ahead, ours, "cpu"), next_batch(plain, theirs, "cpu")
         assert torch.equal(one.images, other.images)
         assert torch.equal(one.labels, other.labels)
 
@@ -211,17 +186,16 @@ def made(storage: dict, **kwargs) -> CachedTiny:
 @pytest.mark.parametrize("kind", ["standardise", "zca"])
 def test_data_is_the_same_wherever_it_is_kept(storage, kind):
     plain, data = made({}, preprocessing=kind), made(storage, preprocessing=kind)
-    assert isinstance(data.train.images, StreamedImages)
     assert data.facts == plain.facts  # the fingerprint included
     for name, value in plain.preprocessing.state_dict().items():
         assert torch.equal(data.preprocessing.state_dict()[name], value)
     for split in ("train", "val", "test"):
-        one, other = getattr(data, split), getattr(plain, split)
+        one, other = getattr(data, split).everything(), getattr(plain, split).everything()
         assert torch.equal(one.labels, other.labels)
         if kind == "standardise":
-            assert torch.equal(one.images[:], other.images)
+            assert torch.equal(one.images, other.images)
         else:  # a matrix product may round with the number of rows
-            assert torch.allclose(one.images[:], other.images, atol=1e-6)
+            assert torch.allclose(one.images, other.images, atol=1e-6)
     assert len(list(data.val_dataloader())) == len(list(plain.val_dataloader()))
 
 

@@ -8,10 +8,10 @@ from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint
 from pytorch_lightning.loggers import TensorBoardLogger
 
 from lightning_dd.callbacks import DistillationProgress, ExportDistilledSet, PoolAlternation, SyntheticImages
-from lightning_dd.data import ImageTensors
+from lightning_dd.distilled import DistilledData
 from lightning_dd.distillers import FRePo
-from lightning_dd.errors import UserError
-from lightning_dd.evaluators import DistilledData, Student
+from lightning_dd.students import Student
+from lightning_dd.utils.errors import UserError
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without distributed")
 TINY = {"architecture": "conv:width=4,depth=2", "real_batch_size": 8, "pool_size": 2, "lifetime": 4, "probe_steps": 3}
@@ -70,7 +70,7 @@ class SplitBatch(FRePo):
     def draw_real(self):
         train = self.trainer.datamodule.train
         rank, world = self.trainer.global_rank, self.trainer.world_size
-        return ImageTensors(train.images[rank::world], train.labels[rank::world])
+        return train.take(slice(rank, None, world))
 
 
 def test_two_processes_give_the_gradient_of_one(tmp_path):
@@ -151,7 +151,7 @@ def test_students_on_two_processes_take_the_steps_of_one(tmp_path):
 
 
 def test_more_processes_than_synthetic_images_are_refused():
-    from lightning_dd.evaluators.data import SyntheticBatches
+    from lightning_dd.distilled.datamodule import SyntheticBatches
 
     with pytest.raises(UserError, match="4 processes cannot share 3 synthetic images"):
         SyntheticBatches(torch.zeros(3, 1, 2, 2), torch.zeros(3, 3), 5, 1, 0, world_size=4)

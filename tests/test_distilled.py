@@ -6,9 +6,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lightning_dd.data.distilled import FORMAT_VERSION, DistilledSet
 from lightning_dd.data.preprocess import fit_preprocessing
-from lightning_dd.errors import UserError
+from lightning_dd.distilled.set import FORMAT_VERSION, DistilledSet
+from lightning_dd.utils.errors import UserError
 
 
 def make_set(kind="zca", **changes):

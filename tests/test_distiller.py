@@ -8,15 +8,15 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from timm.optim import Lamb
 
 from lightning_dd.callbacks import ExportDistilledSet, PoolAlternation, SyntheticImages
-from lightning_dd.data import ImageTensors, RawSplit
-from lightning_dd.data.distilled import DistilledSet
+from lightning_dd.data import Batch, RawSplit
+from lightning_dd.distilled.set import DistilledSet
 from lightning_dd.distillers import FRePo
 from lightning_dd.distillers.load import distilled_from_checkpoint
-from lightning_dd.errors import UserError
 from lightning_dd.models import build_network
 from lightning_dd.models.features import features_in_slices
 from lightning_dd.models.pool import rest
-from lightning_dd.recipe import warmup_cosine
+from lightning_dd.students.recipe import warmup_cosine
+from lightning_dd.utils.errors import UserError
 
 TINY = {
     "architecture": "conv:width=4,depth=2",
@@ -47,7 +47,7 @@ def test_outer_gradient_equals_finite_differences_and_reaches_only_images_and_la
     model = frepo(flip=True)
     images = torch.randn(3, 1, 8, 8, dtype=torch.float64, requires_grad=True)
     labels = torch.randn(3, 3, dtype=torch.float64, requires_grad=True)
-    real = ImageTensors(torch.randn(6, 1, 8, 8, dtype=torch.float64), torch.arange(6) % 3)
+    real = Batch(torch.randn(6, 1, 8, 8, dtype=torch.float64), torch.arange(6) % 3)
 
     def total(x, y):
         return sum(model.outer_loss(network, x, y, real).values())
@@ -72,7 +72,7 @@ def test_the_flip_trick_is_the_kernel_of_images_and_their_mirrors():
     network = LinearNetwork()
     rest(network)
     images, labels = torch.randn(3, 1, 8, 8), torch.randn(3, 3)
-    real = ImageTensors(torch.randn(6, 1, 8, 8), torch.arange(6) % 3)
+    real = Batch(torch.randn(6, 1, 8, 8), torch.arange(6) % 3)
     flipped = frepo(flip=True).outer_loss(network, images, labels, real)["krr"]
     by_hand = frepo(flip=False).outer_loss(
         network, torch.cat([images, images.flip(-1)]), torch.cat([labels, labels]), real
@@ -98,7 +98,7 @@ def test_features_come_from_inference_mode_and_slices_do_not_change_them():
     torch.testing.assert_close(whole, sliced, rtol=1e-4, atol=1e-5)
     before = {name: value.clone() for name, value in network.named_buffers()}
     model = frepo(flip=False)
-    real = ImageTensors(images, torch.arange(700) % 3)
+    real = Batch(images, torch.arange(700) % 3)
     model.outer_loss(network, images[:3].requires_grad_(), torch.eye(3), real)["krr"].backward()
     assert all(torch.equal(value, before[name]) for name, value in network.named_buffers())
 
@@ -198,7 +198,9 @@ def test_distilling_lowers_the_loss_on_networks_it_never_met(tmp_path):
         for seed in range(10):
             network = model.build_network(1000 + seed)
             rest(network)
-            losses.append(float(model.outer_loss(network, images, labels, model.trainer.datamodule.train)["krr"]))
+            losses.append(
+                float(model.outer_loss(network, images, labels, model.trainer.datamodule.train.everything())["krr"])
+            )
         return sum(losses) / len(losses)
 
     start, end = fitted(tmp_path, 0), fitted(tmp_path, 60, lr=0.03)

@@ -9,16 +9,17 @@ from helpers import TinyData, make_distilled, tiny_trainer
 from pytorch_lightning.utilities import rank_zero_only
 
 from lightning_dd.data import DATA_SETS, MNIST5k
-from lightning_dd.data.distilled import DistilledSet
 from lightning_dd.data.preprocess import Preprocessing
-from lightning_dd.errors import UserError
-from lightning_dd.evaluators import DistilledData, Student
-from lightning_dd.evaluators.data import SyntheticBatches, real_data_of
+from lightning_dd.distilled import DistilledData
+from lightning_dd.distilled.datamodule import SyntheticBatches, real_data_of
+from lightning_dd.distilled.set import DistilledSet
 from lightning_dd.evaluators.evaluate import evaluate_files
 from lightning_dd.evaluators.matrix import Row
 from lightning_dd.evaluators.report import markdown, summarise
 from lightning_dd.evaluators.sources import DISTILLED, RANDOM_REAL, random_real
-from lightning_dd.recipe import Recipe
+from lightning_dd.students import Student
+from lightning_dd.students.recipe import Recipe
+from lightning_dd.utils.errors import UserError
 
 SMALL = "conv:width=4,depth=2,norm=none"
 
@@ -120,7 +121,7 @@ def test_real_images_go_through_the_files_own_preprocessing():
     data = DistilledData.from_set(distilled)
     data.setup("test")
     raw = TinyData().read(train=False).images.float() / 255
-    torch.testing.assert_close(data.real.test.images, (raw - 0.25) / 2)
+    torch.testing.assert_close(data.real.test.everything().images, (raw - 0.25) / 2)
 
 
 def test_a_file_that_disagrees_with_its_data_is_refused():
@@ -145,7 +146,7 @@ def test_random_real_draws_anew_for_each_seed_in_the_same_form():
     assert first.label_kind == distilled.label_kind
     torch.testing.assert_close(first.labels, distilled.labels)
     for image, label in zip(first.images, first.classes, strict=True):
-        match = (real.train.images == image).flatten(1).all(1).nonzero().flatten()
+        match = (real.train.everything().images == image).flatten(1).all(1).nonzero().flatten()
         assert real.train.labels[match[0]] == label
 
 

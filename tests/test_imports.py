@@ -8,23 +8,25 @@ import pytest
 ROOT = Path(__file__).parent.parent / "lightning_dd"
 # From the bottom to the top; a module may import from its own layer and from lower ones.
 LAYERS = [
-    {"errors", "seeding", "files", "results", "quiet", "__init__", "parsing"},
-    {"data"},
-    {"checkpoint"},
-    {"models"},
+    {"utils", "report", "statistics", "parsing", "__init__"},
+    {"augment", "data", "models"},
     {"losses"},
-    {"synthetic", "recipe", "protocols"},
-    {"scoring"},
+    {"synthetic"},
+    {"distilled"},
+    {"students"},
     {"pretrained"},
     {"distillers", "evaluators"},
     {"callbacks"},
-    {"trainer_cli", "stages"},
-    {"membership", "continual"},
+    {"trainer_cli", "experiment"},
+    {"applications"},
     {"verbs"},
     {"cli"},
     {"__main__"},
 ]
-PLAIN_TORCH = ["losses", "models", "synthetic", "recipe.py", "seeding.py", "data/augment.py", "data/preprocess.py"]
+PLAIN_TORCH = [
+    *("losses", "models", "augment", "utils/seeding.py", "utils/errors.py", "utils/files.py"),
+    *("data/images.py", "data/preprocess.py", "students/recipe.py"),
+]
 FILES = sorted(ROOT.rglob("*.py"))
 
 

@@ -17,10 +17,10 @@ from lightning_dd.callbacks import MetaDD, PoolAlternation
 from lightning_dd.data.preprocess import Preprocessing, fit_preprocessing
 from lightning_dd.distillers import FRePo, Random
 from lightning_dd.distillers.load import distilled_from_checkpoint
-from lightning_dd.errors import UserError
 from lightning_dd.models.generator import Generator
 from lightning_dd.synthetic.latents import LatentSet
 from lightning_dd.synthetic.parameterisation import LatentOptions, parse_parameterisation
+from lightning_dd.utils.errors import UserError
 
 STANDARD = Preprocessing([0.3], [0.2])
 TINY = "latents:width=4,steps=2"
@@ -32,7 +32,7 @@ def generator(seed=0):
 
 def latent_set(ipc=2, shape=(1, 16, 16), labels="hard", preprocessing=STANDARD, seed=0, **options):
     made = LatentSet(ipc, 3, shape, labels, LatentOptions(**({"width": 4} | options)), preprocessing)
-    made.start("real", torch.empty(0), torch.empty(0), generator(seed))
+    made.start("real", None, generator(seed))
     return made
 
 
@@ -244,7 +244,7 @@ def test_a_trained_generator_shows_the_class_it_is_asked_for(tmp_path, preproces
     data = Colour(preprocessing=preprocessing)
     model = fitted(tmp_path, frepo("latents:width=8,steps=200,level=1", ipc=10), data, steps=0)
     pixels = model.distilled_set().pixels().flatten(1)
-    real = data.preprocessing.inverse(data.train.images).flatten(1)
+    real = data.preprocessing.inverse(data.train.everything().images).flatten(1)
     means = torch.stack([real[data.train.labels == label].mean(0) for label in range(3)])
     nearest = torch.cdist(pixels, means).argmin(1)
     assert float((nearest == model.synthetic.classes).float().mean()) > 0.9

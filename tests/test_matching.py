@@ -7,18 +7,18 @@ import torch
 from helpers import LinearNetwork, TinyData, tiny_trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
 
+from lightning_dd.augment.frepo import apply
+from lightning_dd.augment.siamese import SIAMESE_STRATEGY, TRANSFORMS, siamese, siamese_strategy
 from lightning_dd.callbacks import PoolAlternation
-from lightning_dd.data import ImageTensors
-from lightning_dd.data.augment import apply
-from lightning_dd.data.siamese import SIAMESE_STRATEGY, TRANSFORMS, siamese, siamese_strategy
+from lightning_dd.data import Batch
 from lightning_dd.distillers import DC, DM, DSA
 from lightning_dd.distillers.dc import LOOPS
 from lightning_dd.distillers.matching import measure_batch_statistics
-from lightning_dd.errors import UserError
 from lightning_dd.losses.matching import class_mean_distance, gradient_distance
 from lightning_dd.models import build_network
 from lightning_dd.models.pool import rest
-from lightning_dd.recipe import student_loss
+from lightning_dd.students.recipe import student_loss
+from lightning_dd.utils.errors import UserError
 
 TINY = {"architecture": "convnet:width=4,depth=2", "real_per_class": 6, "probe_steps": 2}
 METHODS = (DC, DSA, DM)
@@ -39,7 +39,7 @@ def batch(shape=(1, 8, 8), ipc=2, per_class=5, classes=3, dtype=torch.float32):
     images = torch.randn(classes * ipc, *shape, generator=generator(1)).to(dtype)
     labels = torch.eye(classes, dtype=dtype).repeat_interleave(ipc, 0)
     real = torch.randn(classes * per_class, *shape, generator=generator(2)).to(dtype)
-    return images, labels, ImageTensors(real, torch.arange(classes).repeat_interleave(per_class))
+    return images, labels, Batch(real, torch.arange(classes).repeat_interleave(per_class))
 
 
 # ---- the distances -----------------------------------------------------------------------------------------------
@@ -152,9 +152,8 @@ def test_the_ranges_are_the_published_ones():
 
 
 def test_strategies_are_read_and_digits_are_not_mirrored():
-    assert siamese_strategy("CIFAR10") == SIAMESE_STRATEGY == "_".join(TRANSFORMS)
-    assert siamese_strategy("FashionMNIST") == SIAMESE_STRATEGY
-    assert siamese_strategy("SVHN") == siamese_strategy("MNIST5k") == "color_crop_cutout_scale_rotate"
+    assert siamese_strategy(mirror=True) == SIAMESE_STRATEGY == "_".join(TRANSFORMS)
+    assert siamese_strategy(mirror=False) == "color_crop_cutout_scale_rotate"
     assert len(siamese("crop_rotate").operations) == 2
     images = torch.randn(2, 1, 8, 8)
     assert apply(images, siamese("none").draw(generator())) is images
@@ -226,7 +225,7 @@ def test_dcs_gradient_equals_finite_differences(kind):
     network = SmoothNetwork().double()
     rest(network)
     images, labels, real = batch(dtype=torch.float64)
-    real = ImageTensors(real.images, real.labels)
+    real = Batch(real.images, real.labels)
     labels = labels.float() if kind == "hard" else labels
     model = DC(**TINY, ipc=2, labels=kind)
 
@@ -295,7 +294,7 @@ def test_real_and_synthetic_images_of_a_class_are_changed_alike(cls, tmp_path):
 
     class Twin(cls):
         def draw_real(self):
-            return ImageTensors(self.synthetic.images.detach().clone(), self.synthetic.classes)
+            return Batch(self.synthetic.images.detach().clone(), self.synthetic.classes)
 
         def outer_loss(self, network, images, labels, real):
             terms = super().outer_loss(network, images, labels, real)

@@ -16,25 +16,26 @@ from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import StratifiedKFold, StratifiedShuffleSplit
 from sklearn.preprocessing import StandardScaler
 
+from lightning_dd.applications.membership import attacks as attacks_module
+from lightning_dd.applications.membership import run as run_module
+from lightning_dd.applications.membership.attacks import GRIDS, Scores, judge, learned_attack, threshold_attack
+from lightning_dd.applications.membership.experiment import RANDOM, REAL, Experiment, Method, Network
+from lightning_dd.applications.membership.lira import lira, scaled_confidence
+from lightning_dd.applications.membership.report import Row, markdown, spread
+from lightning_dd.applications.membership.run import run_membership
+from lightning_dd.applications.membership.victims import score_victim, true_losses
+from lightning_dd.applications.membership.workers import run_tasks
+from lightning_dd.augment.frepo import Augmentation
 from lightning_dd.cli import main
-from lightning_dd.data import DATA_SETS, DistilledSet, RealRows
-from lightning_dd.data.augment import Augmentation
+from lightning_dd.data import DATA_SETS, RealRows
 from lightning_dd.data.preprocess import Preprocessing, to_unit
+from lightning_dd.distilled import DistilledSet
+from lightning_dd.distilled.datamodule import real_data_of
 from lightning_dd.distillers import FRePo
-from lightning_dd.errors import UserError
-from lightning_dd.evaluators.data import real_data_of
-from lightning_dd.membership import attacks as attacks_module
-from lightning_dd.membership import run as run_module
-from lightning_dd.membership.attacks import GRIDS, Scores, judge, learned_attack, threshold_attack
-from lightning_dd.membership.experiment import RANDOM, REAL, Experiment, Method, Network
-from lightning_dd.membership.lira import lira, scaled_confidence
-from lightning_dd.membership.report import Row, markdown, spread
-from lightning_dd.membership.run import run_membership
-from lightning_dd.membership.victims import score_victim, true_losses
-from lightning_dd.membership.workers import run_tasks
-from lightning_dd.recipe import Recipe
-from lightning_dd.stages import distil
+from lightning_dd.experiment import distil
+from lightning_dd.students.recipe import Recipe
 from lightning_dd.synthetic.pixels import initial_labels
+from lightning_dd.utils.errors import UserError
 
 SMALL = "conv:width=4,depth=2,norm=none"
 RECIPE = Recipe(lr=1e-2, warmup=0, schedule="constant", batch_size=8, augment="none")
@@ -262,7 +263,7 @@ def test_the_mask_names_the_images_that_are_trained_on(tiny):
         part.setup("fit")
         pool = part.pool()
         inside = part.trained_on(pool.labels)
-        assert keys(part.preprocessing(to_unit(pool.images[inside]))) == keys(part.train.images)
+        assert keys(part.preprocessing(to_unit(pool.images[inside]))) == keys(part.train.everything().images)
 
 
 def test_a_part_keeps_its_sources_name_and_statistics_and_is_rebuilt_from_its_file(tiny):
@@ -275,7 +276,7 @@ def test_a_part_keeps_its_sources_name_and_statistics_and_is_rebuilt_from_its_fi
     rebuilt = real_data_of(file)
     rebuilt.setup()
     assert rebuilt.facts == part.facts
-    assert torch.equal(rebuilt.test.images, part.test.images)
+    assert torch.equal(rebuilt.test.everything().images, part.test.everything().images)
 
 
 # ---- a stage -----------------------------------------------------------------------------------------------------
@@ -403,7 +404,7 @@ def test_victims_learn_from_the_learned_images_and_the_distiller_from_members_al
         data = self.real_data()
         assert data.val is None
         assert data.test is None
-        shown.append((data.train.images.clone(), train.images.clone()))
+        shown.append((data.train.everything().images, train.everything().images))
         original(self, train)
 
     original = FRePo.initialise
@@ -419,7 +420,7 @@ def test_victims_learn_from_the_learned_images_and_the_distiller_from_members_al
     run_membership(this)
     part = RealRows(**this.part_args(0))
     part.setup()
-    members, held_out = keys(part.train.images), keys(part.test.images)
+    members, held_out = keys(part.train.everything().images), keys(part.test.everything().images)
     assert len(members) == 18
     assert not members & held_out
     ((fitted, handed),) = shown

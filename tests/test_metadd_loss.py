@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from helpers import LinearNetwork
 
-from lightning_dd.errors import UserError
 from lightning_dd.losses.architecture_invariant import (
     agreement_kl,
     architecture_cross_entropy,
@@ -23,6 +22,7 @@ from lightning_dd.losses.gathered import gathered_loss, naive_loss
 from lightning_dd.losses.meta_options import Architecture, MetaOptions
 from lightning_dd.models import build_network
 from lightning_dd.synthetic.pixels import initial_labels
+from lightning_dd.utils.errors import UserError
 
 ROWS, CLASSES = 4, 10
 ONLY_VARIANCE = {"cross_entropy": 0.0, "kl": 0.0}

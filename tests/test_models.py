@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_dd.errors import UserError
 from lightning_dd.models import ArchitectureSpec, ConvNet, FRePoConv, build_network, known_architectures
 from lightning_dd.models.library import LibraryNetwork
-from lightning_dd.seeding import seeded
+from lightning_dd.utils.errors import UserError
+from lightning_dd.utils.seeding import seeded
 
 SHAPES = [(1, 28, 28), (3, 32, 32), (3, 64, 64)]
 OWN = {"conv:width=8": 32, "convnet:width=8": 8, "alexnet:width=16": 24}  # with the channels of the last map

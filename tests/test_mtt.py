@@ -11,12 +11,11 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_dd.augment.siamese import apply, siamese
 from lightning_dd.callbacks import MetaDD
-from lightning_dd.data.distilled import DistilledSet
-from lightning_dd.data.siamese import apply, siamese
+from lightning_dd.distilled.set import DistilledSet
 from lightning_dd.distillers import MTT
 from lightning_dd.distillers.load import distilled_from_checkpoint
-from lightning_dd.errors import UserError
 from lightning_dd.losses.trajectory import (
     InnerStep,
     constant_memory,
@@ -29,8 +28,9 @@ from lightning_dd.models import build_network
 from lightning_dd.models.pool import rest
 from lightning_dd.pretrained import experts
 from lightning_dd.pretrained.experts import ExpertRecipe, Trajectories, expert_file
-from lightning_dd.recipe import student_loss
-from lightning_dd.seeding import make_generator
+from lightning_dd.students.recipe import student_loss
+from lightning_dd.utils.errors import UserError
+from lightning_dd.utils.seeding import make_generator
 
 TINY = {
     "architecture": "convnet:width=4,depth=2",
@@ -248,7 +248,7 @@ def test_snapshots_are_those_of_a_plain_sgd_loop(cache, labels):
     torch.nn.utils.vector_to_parameters(kept.snapshot(0, 0).clone(), network.parameters())
     one_hot = torch.eye(3)[data.train.labels]
     for epoch in range(1, 4):
-        logits = network(data.train.images)
+        logits = network(data.train.everything().images)
         hard = F.cross_entropy(logits, data.train.labels)
         loss = hard if labels == "hard" else 0.5 * (logits - one_hot + 1 / 3).square().sum(1).mean()
         gradients = torch.autograd.grad(loss, list(network.parameters()))

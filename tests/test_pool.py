@@ -4,9 +4,9 @@ import pytest
 import torch
 from helpers import LinearNetwork
 
-from lightning_dd.errors import UserError
 from lightning_dd.models.pool import ModelPool
-from lightning_dd.seeding import seeded
+from lightning_dd.utils.errors import UserError
+from lightning_dd.utils.seeding import seeded
 
 
 def build(seed):

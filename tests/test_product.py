@@ -10,10 +10,10 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 
 import lightning_dd.distillers
 from lightning_dd.callbacks import MetaDD, PoolAlternation
-from lightning_dd.data.distilled import DistilledSet
+from lightning_dd.distilled.set import DistilledSet
 from lightning_dd.distillers import Distiller
-from lightning_dd.errors import UserError
 from lightning_dd.models.pool import rest
+from lightning_dd.utils.errors import UserError
 
 NETWORK = "convnet:width=4,depth=2"
 EXPORTED = [getattr(lightning_dd.distillers, name) for name in lightning_dd.distillers.__all__]

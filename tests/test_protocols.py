@@ -6,11 +6,12 @@ from helpers import TinyData, make_distilled, tiny_trainer
 from pytorch_lightning import Callback
 
 from lightning_dd.data import DATA_SETS
-from lightning_dd.errors import UserError
-from lightning_dd.evaluators import DistilledData, Student
+from lightning_dd.distilled import DistilledData
 from lightning_dd.evaluators.evaluate import evaluate_files
-from lightning_dd.protocols import PROTOCOLS, protocol
-from lightning_dd.recipe import SCHEDULES, Recipe
+from lightning_dd.students import Student
+from lightning_dd.students.protocols import PROTOCOLS, protocol
+from lightning_dd.students.recipe import SCHEDULES, Recipe
+from lightning_dd.utils.errors import UserError
 
 SMALL = "conv:width=4,depth=2,norm=none"
 

@@ -5,11 +5,11 @@ import torch
 from helpers import TinyData, tiny_trainer
 from torch.nn import functional as F
 
-from lightning_dd.data.views import draw_crops, resample
+from lightning_dd.augment.crops import draw_crops, resample
 from lightning_dd.distillers import RDED
 from lightning_dd.distillers.rded import tile
-from lightning_dd.errors import UserError
-from lightning_dd.seeding import make_generator
+from lightning_dd.utils.errors import UserError
+from lightning_dd.utils.seeding import make_generator
 
 TINY = {
     "architecture": "convnet:width=4,depth=2",
@@ -54,7 +54,7 @@ def test_the_surest_crops_are_chosen_and_tiled(ipc, patches, preprocessing, tmp_
         torch.testing.assert_close(boxes[:, 2], boxes[:, 3])  # square
         best = []
         for place, row in enumerate(order.tolist()):
-            pixels = to_normalised.inverse(train.images[row : row + 1])
+            pixels = train.pixels(slice(row, row + 1))
             tries = []
             for box in boxes[3 * place : 3 * place + 3]:
                 crop = resample(pixels, box[None], torch.tensor([False]))
@@ -89,7 +89,7 @@ def test_fewer_images_than_candidates_are_all_candidates(tmp_path):
     own = few.trainer.datamodule.train
     torch.testing.assert_close(
         few.synthetic.images[:9].detach().flatten(1).sort(0).values,
-        own.images[own.labels == 0].flatten(1).sort(0).values,
+        own.take(own.labels == 0).images.flatten(1).sort(0).values,
         rtol=1e-4,
         atol=1e-4,
     )

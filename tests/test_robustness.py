@@ -11,11 +11,11 @@ from helpers import TinyData, make_distilled
 from lightning_dd.cli import main
 from lightning_dd.data import DATA_SETS
 from lightning_dd.distillers.relabel import SoftLabels, labelled_views
-from lightning_dd.errors import UserError
 from lightning_dd.evaluators.robustness import Robustness, score_files
 from lightning_dd.evaluators.sources import SOURCES, random_real
 from lightning_dd.models import build_network
-from lightning_dd.recipe import Recipe
+from lightning_dd.students.recipe import Recipe
+from lightning_dd.utils.errors import UserError
 
 SMALL = "conv:width=4,depth=2,norm=none"
 SHORT = Recipe(steps=3, lr=1e-2, warmup=0)
@@ -74,7 +74,7 @@ def test_hard_labels_are_the_classes_and_all_real_is_everything():
     assert torch.equal(hard.labels.argmax(1), distilled.classes)
     assert torch.equal(hard.images, distilled.images)
     everything = SOURCES["all-real"](distilled, data, 0)
-    assert torch.equal(everything.images, data.train.images)
+    assert torch.equal(everything.images, data.train.everything().images)
     assert torch.equal(everything.labels.argmax(1), data.train.labels)
 
 

@@ -11,16 +11,18 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from lightning_dd.data.distilled import DistilledSet
-from lightning_dd.data.views import SoftViews, draw_crops, draw_views, resample
+from lightning_dd.augment.crops import draw_crops, resample
+from lightning_dd.distilled import DistilledData
+from lightning_dd.distilled.datamodule import SyntheticBatches
+from lightning_dd.distilled.set import DistilledSet
+from lightning_dd.distilled.views import SoftViews, draw_views
 from lightning_dd.distillers.relabel import SoftLabels, labelled_views, teacher_logits
-from lightning_dd.errors import UserError
-from lightning_dd.evaluators import DistilledData, Student
-from lightning_dd.evaluators.data import SyntheticBatches
 from lightning_dd.evaluators.sources import random_real
 from lightning_dd.models import build_network
 from lightning_dd.models.pool import rest
-from lightning_dd.recipe import Recipe, student_loss, train_student
+from lightning_dd.students import Student
+from lightning_dd.students.recipe import Recipe, student_loss, train_student
+from lightning_dd.utils.errors import UserError
 
 TEACHER = "convnet:width=4,depth=2,norm=batch"
 STUDENT = "conv:width=4,depth=2,norm=none"

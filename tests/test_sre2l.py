@@ -8,14 +8,14 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import nn
 from torch.nn import functional as F
 
+from lightning_dd.augment.crops import resample
 from lightning_dd.callbacks import MetaDD, PoolAlternation
-from lightning_dd.data.views import resample
 from lightning_dd.distillers import SRe2L
 from lightning_dd.distillers.sre2l import clip_to_pixels, recovery_groups
-from lightning_dd.errors import UserError
 from lightning_dd.losses.batchnorm import StatisticsDistance, batch_norm_layers
 from lightning_dd.models import build_network
 from lightning_dd.models.pool import rest
+from lightning_dd.utils.errors import UserError
 
 TINY = {
     "architecture": "convnet:width=4,depth=2",
@@ -118,8 +118,8 @@ def test_watching_leaves_no_hook_and_layers_without_statistics_are_skipped():
 def test_real_images_are_nearer_to_the_statistics_than_noise(tmp_path):
     model = run(tmp_path, 0)
     train = model.trainer.datamodule.train
-    noise = torch.randn(train.images.shape, generator=torch.Generator().manual_seed(0))
-    assert float(measured(model.network, train.images)) < 0.3 * float(measured(model.network, noise))
+    noise = torch.randn(train.everything().images.shape, generator=torch.Generator().manual_seed(0))
+    assert float(measured(model.network, train.everything().images)) < 0.3 * float(measured(model.network, noise))
 
 
 # ---- recovery ----------------------------------------------------------------------------------------------------
@@ -223,7 +223,7 @@ def test_images_are_clipped_to_pixels_after_every_step(preprocessing, tmp_path):
     for pixels in watch.pixels:
         assert -1e-4 <= float(pixels.min()) <= 1e-4  # the noise it starts from goes beyond either end
         assert 1 - 1e-3 <= float(pixels.max()) <= 1 + 1e-3
-    inside = source.train.images
+    inside = source.train.everything().images
     torch.testing.assert_close(clip_to_pixels(inside, source.preprocessing), inside, rtol=1e-3, atol=1e-3)
 
 

@@ -7,7 +7,7 @@ from scipy import stats
 from lightning_dd.evaluators.matrix import Row
 from lightning_dd.evaluators.report import compare
 from lightning_dd.evaluators.sources import DISTILLED
-from lightning_dd.evaluators.statistics import gain_interval, nested_score, paired_difference
+from lightning_dd.statistics import gain_interval, nested_score, paired_difference
 
 
 def test_one_set_is_described_by_its_students():

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from helpers import split_of
 
-from lightning_dd.errors import UserError
-from lightning_dd.synthetic.pixels import SyntheticSet, draw_per_class, initial_labels
+from lightning_dd.data.sampling import draw_per_class
+from lightning_dd.synthetic.pixels import SyntheticSet, initial_labels
+from lightning_dd.utils.errors import UserError
 
 
 def generator(seed=0):
@@ -31,13 +33,13 @@ def test_real_initialisation_takes_distinct_rows_of_the_right_class_in_blocks():
     labels = torch.randint(0, 3, (60,), generator=generator(1))
     images = torch.arange(60.0).view(60, 1, 1, 1)
     synthetic = SyntheticSet(4, 3, (1, 1, 1))
-    synthetic.init_real(images, labels, generator())
+    synthetic.init_real(split_of(images, labels), generator())
     rows = synthetic.images.detach().flatten().long()
     assert torch.equal(labels[rows], synthetic.classes)
     assert synthetic.classes.tolist() == [0] * 4 + [1] * 4 + [2] * 4
     assert len(rows.unique()) == 12
     other = SyntheticSet(4, 3, (1, 1, 1))
-    other.init_real(images, labels, generator(2))
+    other.init_real(split_of(images, labels), generator(2))
     assert not torch.equal(other.images, synthetic.images)
 
 

@@ -10,7 +10,7 @@ from lightning_dd.callbacks import DistillationProgress, PoolAlternation, Synthe
 from lightning_dd.data import DATA_SETS
 from lightning_dd.distillers import FRePo
 from lightning_dd.evaluators.evaluate import evaluate_files
-from lightning_dd.recipe import Recipe
+from lightning_dd.students.recipe import Recipe
 
 
 def read(folder):

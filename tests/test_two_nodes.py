@@ -12,7 +12,7 @@ import torch
 from helpers import make_distilled
 
 from lightning_dd.data import MNIST5k
-from lightning_dd.data.distilled import DistilledSet
+from lightning_dd.distilled.set import DistilledSet
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.slow  # four imports of Lightning at once

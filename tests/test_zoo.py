@@ -6,13 +6,13 @@ from helpers import TinyData, make_distilled
 from torch import nn
 
 from lightning_dd.data import DATA_SETS
-from lightning_dd.errors import UserError
 from lightning_dd.evaluators.evaluate import evaluate_files
 from lightning_dd.losses.cam import class_activation_map
 from lightning_dd.losses.cam_layers import find_layer
 from lightning_dd.models import ArchitectureSpec, build_network
 from lightning_dd.models.zoo import GROUPS, expand
-from lightning_dd.recipe import Recipe
+from lightning_dd.students.recipe import Recipe
+from lightning_dd.utils.errors import UserError
 
 SHAPES = [(1, 28, 28), (3, 32, 32), (3, 64, 64)]
 SMALL = "channels=[8,16,32,64],layers=[1,1,1,1]"

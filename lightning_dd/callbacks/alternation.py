@@ -5,7 +5,7 @@ from typing import Any
 from pytorch_lightning import Callback, LightningModule, Trainer
 
 from lightning_dd.distillers.pooled import PoolDistiller
-from lightning_dd.errors import UserError
+from lightning_dd.utils.errors import UserError
 
 
 class PoolAlternation(Callback):

@@ -7,7 +7,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 
 from lightning_dd.callbacks.folder import run_folder
 from lightning_dd.distillers.base import Distiller
-from lightning_dd.files import require_writable
+from lightning_dd.utils.files import require_writable
 
 
 class ExportDistilledSet(Callback):

@@ -10,10 +10,10 @@ from torch import Tensor
 from torchvision.utils import make_grid, save_image
 
 from lightning_dd.callbacks.folder import run_folder
-from lightning_dd.data.distilled import DistilledSet
+from lightning_dd.distilled.set import DistilledSet
 from lightning_dd.distillers.base import Distiller
-from lightning_dd.errors import UserError
-from lightning_dd.files import write_atomically
+from lightning_dd.utils.errors import UserError
+from lightning_dd.utils.files import write_atomically
 
 _LARGEST_GRID = 20
 """Images per class shown at most; more could not be told apart."""

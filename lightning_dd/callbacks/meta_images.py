@@ -13,9 +13,9 @@ from torch.nn import functional as F
 from lightning_dd.callbacks.folder import run_folder
 from lightning_dd.callbacks.metadd import MetaDD
 from lightning_dd.distillers.base import Distiller
-from lightning_dd.errors import UserError
-from lightning_dd.files import write_atomically
 from lightning_dd.losses.architecture_invariant import meta_partition
+from lightning_dd.utils.errors import UserError
+from lightning_dd.utils.files import write_atomically
 
 _LARGEST = 10
 """Images shown at most."""

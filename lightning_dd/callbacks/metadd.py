@@ -9,11 +9,10 @@ import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from lightning_dd.data.augment import Augmentation, default_strategy
-from lightning_dd.data.base import ImageTensors, RealData
+from lightning_dd.augment.frepo import Augmentation, default_strategy
+from lightning_dd.data.base import RealData
 from lightning_dd.data.preprocess import Preprocessing
 from lightning_dd.distillers.base import Distiller, ExtraLoss
-from lightning_dd.errors import UserError
 from lightning_dd.losses.attach import attach_gradients
 from lightning_dd.losses.gathered import MetaLoss, gathered_loss
 from lightning_dd.losses.meta_options import Architecture, MetaOptions
@@ -24,7 +23,8 @@ from lightning_dd.pretrained import (
     first_process_first,
     trained_architecture,
 )
-from lightning_dd.seeding import make_generator
+from lightning_dd.utils.errors import UserError
+from lightning_dd.utils.seeding import make_generator
 
 _log = logging.getLogger(__name__)
 
@@ -177,9 +177,11 @@ class MetaDD(Callback):
         if data.train is None or data.val is None or data.preprocessing is None:
             raise UserError("metadd needs a validation split to judge its architectures: set data.val_fraction above 0")
         if self.augment == "auto":
-            self.augmentation = Augmentation(default_strategy(data.name))
+            self.augmentation = Augmentation(default_strategy(data.mirror))
         adapt = own_preprocessing(data.preprocessing)
-        train, val = (_adapted(split, adapt) for split in (data.train, data.val))
+        train, val = data.train, data.val
+        if adapt is not None:
+            train, val = (split.through(adapt.standardised) for split in (train, val))
         device = trainer.strategy.root_device
         make = partial(
             trained_architecture,
@@ -340,7 +342,3 @@ class _Adapt:
 def own_preprocessing(preprocessing: Preprocessing) -> _Adapt | None:
     """Return the map from a set's images to those its architectures see; ``None`` where they are the same."""
     return _Adapt(preprocessing) if preprocessing.kind == "zca" else None
-
-
-def _adapted(split: ImageTensors, adapt: _Adapt | None) -> ImageTensors:
-    return split if adapt is None else split.mapped(adapt)

@@ -1,17 +1,17 @@
-"""Real and distilled data as Lightning data modules."""
+"""Real image sets as Lightning data modules."""
 
 from lightning_dd.data.base import RealData
-from lightning_dd.data.distilled import DistilledSet
+from lightning_dd.data.facts import DataFacts
 from lightning_dd.data.folder import ImageFolder
 from lightning_dd.data.hub import HuggingFace
 from lightning_dd.data.imagenet import ImageNet, ImageNette, ImageWoof, TinyImageNet
+from lightning_dd.data.images import Batch, RawSplit, Split
 from lightning_dd.data.mnist5k import MNIST5k
 from lightning_dd.data.parquet import ParquetImages
 from lightning_dd.data.preprocess import Preprocessing
 from lightning_dd.data.rows import RealRows
-from lightning_dd.data.splits import DataFacts, ImageTensors, RawSplit
 from lightning_dd.data.subset import ClassSubset
-from lightning_dd.data.vision import CIFAR10, CIFAR100, MNIST, SVHN, FashionMNIST
+from lightning_dd.data.torchvision_sets import CIFAR10, CIFAR100, MNIST, SVHN, FashionMNIST
 
 DATA_SETS: dict[str, type[RealData]] = {
     data.__name__: data
@@ -42,15 +42,14 @@ __all__ = [
     "DATA_SETS",
     "MNIST",
     "SVHN",
+    "Batch",
     "ClassSubset",
     "DataFacts",
-    "DistilledSet",
     "FashionMNIST",
     "HuggingFace",
     "ImageFolder",
     "ImageNet",
     "ImageNette",
-    "ImageTensors",
     "ImageWoof",
     "MNIST5k",
     "ParquetImages",
@@ -58,5 +57,6 @@ __all__ = [
     "RawSplit",
     "RealData",
     "RealRows",
+    "Split",
     "TinyImageNet",
 ]

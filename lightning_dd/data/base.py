@@ -13,15 +13,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_dd.data.cache import cached_tensors, content_key
-from lightning_dd.data.preprocess import KINDS, RIDGE, Preprocessing, block_stride, fit_preprocessing, to_unit
-from lightning_dd.data.splits import DataFacts, ImageTensors, RawSplit
-from lightning_dd.data.stream import EvalBatches, StepCounter, pass_through
-from lightning_dd.data.streamed import PixelRows, StreamedImages
-from lightning_dd.errors import UserError
+from lightning_dd.data.facts import DataFacts
+from lightning_dd.data.images import Batch, PixelRows, RawSplit, Split
+from lightning_dd.data.preprocess import KINDS, RIDGE, Preprocessing, block_stride, fit_preprocessing
+from lightning_dd.data.sampling import EvalBatches, StepCounter, pass_through
+from lightning_dd.utils.errors import UserError
 
-__all__ = ["DataFacts", "ImageTensors", "RawSplit", "RealData"]
-
-_BLOCK = 4096  # images normalised or hashed at a time; fewer of those larger than 32 x 32 x 3
+_BLOCK = 4096  # images hashed at a time
 
 
 class RealData(LightningDataModule, ABC):
@@ -29,11 +27,11 @@ class RealData(LightningDataModule, ABC):
 
     A subclass says how to read a split (:meth:`read`), and may give published channel statistics. A stratified
     validation split is cut from train; the test split is read only by the ``test`` and ``predict`` stages.
-    After ``setup``, :attr:`train`, :attr:`val` and :attr:`test` hold normalised images; the train loader only
-    counts steps, because a distiller draws its real batches itself, with its own generator.
+    After ``setup``, :attr:`train`, :attr:`val` and :attr:`test` are :class:`~lightning_dd.data.images.Split` objects,
+    whose images are normalised as they are drawn: ``data.train.take(rows).images``. The train loader only counts
+    steps, because a distiller draws its real batches itself, with its own generator.
 
-    Images that are not kept on the device look the same to whoever draws rows of them: ``data.train.images[rows]``
-    (:class:`~lightning_dd.data.streamed.StreamedImages`). On the CPU, standardised images are the same bit for bit
+    Whoever draws rows need not know where the pixels lie, and on the CPU standardised images are the same bit for bit
     wherever they are kept. On a GPU, the order of the draws differs, since rows are then drawn on the CPU.
 
     Args:
@@ -42,13 +40,15 @@ class RealData(LightningDataModule, ABC):
         val_fraction: share of train cut off for validation, in [0, 1); 0 means no validation split.
         eval_batch_size: images per validation or test batch.
         split_seed: seed of the train/validation split, kept apart from the run's seed so that seeds compare.
-        keep_on_device: keep the images normalised, in float32, on the accelerator. Otherwise they stay in main memory
-            as decoded (8 bits), and each batch is copied to the device and normalised there.
+        keep_on_device: keep the pixels on the accelerator. Otherwise they stay in main memory, and each batch is copied
+            to the device.
         on_disk: leave the decoded images in a memory-mapped file of the cache, for sets larger than main memory;
             batches then come from there. Only for sets that are cached after decoding.
         workers: threads that read streamed images, one uniform batch ahead; 0 reads when asked.
         zca_block: side of the blocks that ZCA whitens, in pixels; ``None`` whitens images of up to 64 pixels whole
             and larger ones in a checkerboard of blocks of at most 64 (FRePo's way).
+        mirror: whether an image keeps its meaning when it is mirrored left to right, so that augmentation may do so;
+            ``None`` takes what the data set says of itself (digits do not, anything unknown does).
 
     Raises:
         UserError: an argument is out of range, or (in ``setup``) the data is not usable.
@@ -58,6 +58,8 @@ class RealData(LightningDataModule, ABC):
     channel_std: Sequence[float] | None = None
     can_stay_on_disk: ClassVar[bool] = False
     """Whether this class can leave its images in a file."""
+    can_be_mirrored: ClassVar[bool] = True
+    """Whether its images keep their meaning when they are mirrored left to right."""
 
     def __init__(
         self,
@@ -70,6 +72,7 @@ class RealData(LightningDataModule, ABC):
         on_disk: bool = False,
         workers: int = 4,
         zca_block: int | None = None,
+        mirror: bool | None = None,
     ) -> None:
         super().__init__()
         self.name: str = type(self).__name__  # by which a distilled set remembers where it came from
@@ -96,10 +99,11 @@ class RealData(LightningDataModule, ABC):
         self.on_disk = on_disk
         self.workers = workers
         self.zca_block = zca_block
+        self.mirror = self.can_be_mirrored if mirror is None else mirror
         self.preprocessing: Preprocessing | None = None
-        self.train: ImageTensors | None = None
-        self.val: ImageTensors | None = None
-        self.test: ImageTensors | None = None
+        self.train: Split | None = None
+        self.val: Split | None = None
+        self.test: Split | None = None
         self._moved: Preprocessing | None = None
         self._facts: DataFacts | None = None
 
@@ -122,7 +126,9 @@ class RealData(LightningDataModule, ABC):
             "val_fraction": self.val_fraction,
             "split_seed": self.split_seed,
         }
-        return spec if self.zca_block is None else spec | {"zca_block": self.zca_block}
+        if self.zca_block is not None:
+            spec["zca_block"] = self.zca_block
+        return spec if self.mirror == self.can_be_mirrored else spec | {"mirror": self.mirror}
 
     @property
     def facts(self) -> DataFacts:
@@ -145,7 +151,7 @@ class RealData(LightningDataModule, ABC):
             self._check(raw, "test")
             if tuple(raw.images.shape[1:]) != self.facts.image_shape or raw.class_names != self.facts.class_names:
                 raise UserError(f"{self.name}: the test split has other image shapes or classes than the train split")
-            self.test = self._normalised(PixelRows(raw.images, torch.arange(len(raw.labels))), raw.labels)
+            self.test = self._split_of(PixelRows(raw.images, torch.arange(len(raw.labels))), raw.labels)
 
     def _setup_train(self) -> None:
         raw = self.read(train=True)
@@ -156,9 +162,9 @@ class RealData(LightningDataModule, ABC):
         fingerprint = self._fingerprint(pixels, raw.labels[kept])
         if self.preprocessing is None:
             self.preprocessing = self._fitted(pixels, fingerprint)
-        self.train = self._normalised(pixels, raw.labels[kept])
+        self.train = self._split_of(pixels, raw.labels[kept])
         if len(held_out):
-            self.val = self._normalised(PixelRows(raw.images, held_out), raw.labels[held_out])
+            self.val = self._split_of(PixelRows(raw.images, held_out), raw.labels[held_out])
         channels, height, width = raw.images.shape[1:]
         self._facts = DataFacts(
             name=self.name,
@@ -166,6 +172,7 @@ class RealData(LightningDataModule, ABC):
             image_shape=(channels, height, width),
             preprocessing=str(self.preprocessing),
             fingerprint=fingerprint,
+            mirror=self.mirror,
         )
 
     def _split(self, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -210,20 +217,18 @@ class RealData(LightningDataModule, ABC):
 
         return bytes(cached_tensors("fingerprints", key, make)["digest"].tolist()).hex()
 
-    def _normalised(self, pixels: PixelRows, labels: Tensor) -> ImageTensors:
+    def _split_of(self, pixels: PixelRows, labels: Tensor) -> Split:
+        """Return rows ready to be drawn: their pixels on the device, or where they were decoded."""
         assert self.preprocessing is not None
         device = self._device()
+        if self._moved is None:
+            self._moved = self.preprocessing.to(device)  # one copy for all splits: matrices may take a gigabyte
         if self.on_disk or not self.keep_on_device:
-            if self._moved is None:
-                self._moved = self.preprocessing.to(device)  # one copy for all splits: matrices may take a gigabyte
-            return ImageTensors(StreamedImages(pixels, self._moved, device, self.workers), labels)
-        preprocessing = self.preprocessing.to(device)
-        images = torch.empty(pixels.shape, device=device)
-        step = max(1, min(_BLOCK, _BLOCK * 3072 // pixels.shape[1:].numel()))
-        for start in range(0, len(pixels), step):
-            part = slice(start, start + step)
-            images[part] = preprocessing(to_unit(pixels[part].to(device)))
-        return ImageTensors(images, labels.to(device))
+            return Split(pixels, labels, self._moved, device, self.workers)
+        if device.type != "cpu":
+            kept = pixels[:].to(device)
+            pixels = PixelRows(kept, torch.arange(len(kept), device=device))
+        return Split(pixels, labels.to(device), self._moved, device, keep_normalised=self.preprocessing.kind == "zca")
 
     def _device(self) -> torch.device:
         return torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
@@ -251,11 +256,15 @@ class RealData(LightningDataModule, ABC):
 
     def _check_room(self, raw: RawSplit) -> None:
         """Refuse to keep on the device what is larger than its whole memory."""
-        device, needed = self._device(), 4 * raw.images.numel()
+        numbers = raw.images.numel()
+        device, needed = (
+            self._device(),
+            (4 if self.preprocessing_kind == "zca" else raw.images.element_size()) * numbers,
+        )
         room = None if self.on_disk or not self.keep_on_device else _memory_of(device)
         if room is not None and needed > room:
             raise UserError(
-                f"{self.name} takes {needed / 2**30:.1f} GiB in float32 and the {device.type} has {room / 2**30:.1f}: "
+                f"{self.name} takes {needed / 2**30:.1f} GiB and the {device.type} has {room / 2**30:.1f}: "
                 f"set data.keep_on_device=false{' or data.on_disk=true' if self.can_stay_on_disk else ''}"
             )
 
@@ -266,22 +275,22 @@ class RealData(LightningDataModule, ABC):
             steps = self.trainer.max_steps * self.trainer.accumulate_grad_batches
         return pass_through(StepCounter(steps))
 
-    def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]] | list[Any]:
+    def val_dataloader(self) -> DataLoader[Batch] | list[Any]:
         """Batches of the validation split, or nothing when it was not cut."""
         return self._eval_loader(self.val) if self.val is not None else []
 
-    def test_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
+    def test_dataloader(self) -> DataLoader[Batch]:
         """Batches of the test split, every sample on exactly one rank."""
         assert self.test is not None
         return self._eval_loader(self.test)
 
-    def predict_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
+    def predict_dataloader(self) -> DataLoader[Batch]:
         """The test split again."""
         return self.test_dataloader()
 
-    def _eval_loader(self, split: ImageTensors) -> DataLoader[tuple[Tensor, Tensor]]:
+    def _eval_loader(self, split: Split) -> DataLoader[Batch]:
         rank, world = (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
-        return pass_through(EvalBatches(split.images, split.labels, self.eval_batch_size, rank, world))
+        return pass_through(EvalBatches(split, self.eval_batch_size, rank, world))
 
 
 def _hashed(pixels: PixelRows, labels: Tensor) -> str:

@@ -13,9 +13,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lightning_dd.data.splits import RawSplit
-from lightning_dd.errors import UserError
-from lightning_dd.files import write_atomically
+from lightning_dd.data.images import RawSplit
+from lightning_dd.utils.errors import UserError
+from lightning_dd.utils.files import write_atomically
 
 _FORMAT = 1  # raise it when the decoders change what they give for the same bytes: old entries are then left alone
 _NOT_THERE = (FileNotFoundError, NotADirectoryError, PermissionError)

@@ -6,8 +6,8 @@ from typing import ClassVar
 from lightning_dd.data.base import RealData
 from lightning_dd.data.cache import cached_split
 from lightning_dd.data.decode import Allocate, new_pixels
+from lightning_dd.data.images import RawSplit
 from lightning_dd.data.mapped import mapped_split
-from lightning_dd.data.splits import RawSplit
 
 
 class CachedData(RealData):

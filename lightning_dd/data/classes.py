@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_dd.errors import UserError
+from lightning_dd.utils.errors import UserError
 
 Classes = list[int | str] | str | None
 """Indices or names of classes, the name of a group of :data:`CLASS_GROUPS`, or ``None`` for all."""

@@ -12,7 +12,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from lightning_dd.errors import UserError
+from lightning_dd.utils.errors import UserError
 
 _TASK = 64  # images per task: one small JPEG takes less time than handing it to a thread
 _ROUND = 2048  # images in flight, so that encoded bytes do not pile up

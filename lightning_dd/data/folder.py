@@ -11,8 +11,8 @@ from lightning_dd.data.cache import content_key
 from lightning_dd.data.cached import CachedData
 from lightning_dd.data.classes import Classes, choose_classes
 from lightning_dd.data.decode import Allocate, check_image_size, decode_images, new_pixels
-from lightning_dd.data.splits import RawSplit
-from lightning_dd.errors import UserError
+from lightning_dd.data.images import RawSplit
+from lightning_dd.utils.errors import UserError
 
 EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"})
 """Files that count as images, whatever the case of their letters; all others are passed over."""

@@ -14,9 +14,9 @@ from lightning_dd.data.cached import CachedData
 from lightning_dd.data.classes import CLASS_GROUPS, Classes, choose_classes
 from lightning_dd.data.decode import Allocate, check_image_size, new_pixels
 from lightning_dd.data.folder import ImageFolder
+from lightning_dd.data.images import RawSplit
 from lightning_dd.data.parquet import ParquetImages
-from lightning_dd.data.splits import RawSplit
-from lightning_dd.errors import UserError
+from lightning_dd.utils.errors import UserError
 
 
 class _FromImageNet(CachedData):

@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 
 from lightning_dd.data.cache import load_split, split_content, split_path
 from lightning_dd.data.decode import Allocate, PixelArray
-from lightning_dd.data.splits import RawSplit
-from lightning_dd.errors import UserError
-from lightning_dd.files import require_writable, write_atomically
+from lightning_dd.data.images import RawSplit
+from lightning_dd.utils.errors import UserError
+from lightning_dd.utils.files import require_writable, write_atomically
 
 _HEADER = 2**20  # bytes before the labels: room for thousands of class names, known only after the decoding
 

@@ -9,7 +9,7 @@ from sklearn.model_selection import train_test_split
 from lightning_dd.data.cache import content_key
 from lightning_dd.data.cached import CachedData
 from lightning_dd.data.decode import Allocate, new_pixels
-from lightning_dd.data.splits import RawSplit
+from lightning_dd.data.images import RawSplit
 
 TEST_SIZE = 1000
 """Images of the test split, 100 of each digit."""
@@ -28,6 +28,7 @@ class MNIST5k(CachedData):
         **kwargs: the arguments of :class:`~lightning_dd.data.base.RealData`.
     """
 
+    can_be_mirrored = False
     channel_mean: Sequence[float] | None = (0.1307,)
     channel_std: Sequence[float] | None = (0.3081,)
 

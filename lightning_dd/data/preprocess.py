@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_dd.errors import UserError
+from lightning_dd.utils.errors import UserError
 
 KINDS = ("standardise", "zca")
 LARGEST_BLOCK = 64

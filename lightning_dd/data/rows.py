@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from lightning_dd.data.base import RealData
-from lightning_dd.data.splits import RawSplit
+from lightning_dd.data.images import RawSplit
 from lightning_dd.data.subset import data_set
-from lightning_dd.errors import UserError
-from lightning_dd.seeding import make_generator
+from lightning_dd.utils.errors import UserError
+from lightning_dd.utils.seeding import make_generator
 
 
 class RealRows(RealData):
@@ -58,6 +58,7 @@ class RealRows(RealData):
             )
         self.source = data_set(source, source_args, root)
         self.name = source
+        self.mirror = self.source.mirror
         # Statistics are the class's elsewhere; a part takes those of whatever it is a part of.
         vars(self).update(channel_mean=self.source.channel_mean, channel_std=self.source.channel_std)
         self.rows, self.chunk, self.held_out, self.half, self.rows_seed = rows, chunk, held_out, half, rows_seed

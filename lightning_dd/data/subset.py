@@ -8,10 +8,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from lightning_dd.data.base import RealData
+from lightning_dd.data.images import RawSplit
 from lightning_dd.data.preprocess import Preprocessing
-from lightning_dd.data.splits import RawSplit
-from lightning_dd.errors import UserError, unknown_name
-from lightning_dd.files import write_atomically
+from lightning_dd.utils.errors import UserError, unknown_name
+from lightning_dd.utils.files import write_atomically
 
 
 class ClassSubset(RealData):
@@ -55,6 +55,7 @@ class ClassSubset(RealData):
             raise UserError(f"classes must be different labels, at least one, got {list(classes)}")
         self.source, self.classes = whole, list(classes)
         self.name = source
+        self.mirror = whole.mirror
         # Statistics are the class's elsewhere; a part takes those of whatever it is a part of.
         vars(self).update(channel_mean=whole.channel_mean, channel_std=whole.channel_std)
         if preprocessing_file is not None:

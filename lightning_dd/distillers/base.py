@@ -7,22 +7,24 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lightning_dd.checkpoint import check_data, check_settings, gather_ranks, public_settings, take_rank
-from lightning_dd.data.augment import default_strategy
-from lightning_dd.data.base import DataFacts, ImageTensors, RealData
-from lightning_dd.data.distilled import DistilledSet, library_versions
+from lightning_dd.augment.frepo import default_strategy
+from lightning_dd.data.base import RealData
+from lightning_dd.data.facts import DataFacts
+from lightning_dd.data.images import Batch, Split
 from lightning_dd.data.preprocess import Preprocessing
-from lightning_dd.data.stream import ClassBlocks, ShuffledStream, next_batch
-from lightning_dd.errors import UserError
+from lightning_dd.data.sampling import ClassBlocks, ShuffledStream, next_batch
+from lightning_dd.distilled.set import DistilledSet, library_versions
 from lightning_dd.models.factory import build_network
 from lightning_dd.models.interface import Network
 from lightning_dd.pretrained.generator import prepare_generator
-from lightning_dd.recipe import Recipe, train_student
-from lightning_dd.scoring import ScoredModule
-from lightning_dd.seeding import derive_seed, make_generator
+from lightning_dd.students.recipe import Recipe, train_student
 from lightning_dd.synthetic.latents import build_synthetic
 from lightning_dd.synthetic.parameterisation import parse_parameterisation
 from lightning_dd.synthetic.pixels import LABEL_KINDS, SyntheticSet, check_synthetic
+from lightning_dd.utils.checkpoint import check_data, check_settings, gather_ranks, public_settings, take_rank
+from lightning_dd.utils.errors import UserError
+from lightning_dd.utils.scoring import ScoredModule
+from lightning_dd.utils.seeding import derive_seed, make_generator
 
 ExtraLoss = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]]
 """From all synthetic images and labels and the loss so far, with graph, to that loss and terms added to it."""
@@ -133,12 +135,12 @@ class Distiller(ScoredModule):
         """
         raise UserError(f"{type(self).__name__} has no network of its own to ask for a prediction")
 
-    def draw_real(self) -> ImageTensors:
+    def draw_real(self) -> Batch:
         """Draw the next ``real_batch_size`` training images of a shuffled stream: ``(B, C, H, W)``, and classes."""
         assert self._real_stream is not None
         return next_batch(self._train(), self._real_stream, self.device)
 
-    def draw_real_per_class(self, count: int) -> ImageTensors:
+    def draw_real_per_class(self, count: int) -> Batch:
         """Draw ``count`` training images of every class (at most the smallest class), in blocks by class."""
         train = self._train()
         if self._class_blocks is None:
@@ -257,7 +259,7 @@ class Distiller(ScoredModule):
         Every validation starts from the same weights and order, so scores of one run compare.
         """
         seed = derive_seed(self.seed, "probe")
-        strategy = default_strategy(self.require_facts().name)
+        strategy = default_strategy(self.require_facts().mirror)
         with torch.inference_mode(mode=False):  # Lightning is in it already, and parameters made in it cannot learn
             probe = self.build_network(seed, self.student_architecture).to(self.device)
             train_student(probe, self.distilled_set(), self.probe_recipe, strategy, seed)
@@ -303,7 +305,7 @@ class Distiller(ScoredModule):
             if state["method"] != type(self).__name__:
                 raise UserError(f"the checkpoint was written by {state['method']}, this run is {type(self).__name__}")
             check_settings(public_settings(checkpoint["hyper_parameters"]), public_settings(self.hparams))
-            check_data(facts, self.facts)
+            check_data(facts.to_dict(), self.facts.to_dict())
         self.facts = facts
         self.preprocessing = Preprocessing.from_state_dict(state["preprocessing"])
         self.data_spec = state["data_spec"]
@@ -312,10 +314,10 @@ class Distiller(ScoredModule):
         if self._is_fitting():
             self.load_rank_state(take_rank(state["ranks"], self.trainer.global_rank, self.trainer.world_size))
 
-    def initialise(self, train: ImageTensors) -> None:
+    def initialise(self, train: Split) -> None:
         """Fill the new synthetic set for a first fit; every rank draws the same."""
         prepare_generator(self.require_synthetic(), self.real_data(), self.trainer, self.train_missing)
-        self.require_synthetic().start(self.init, train.images, train.labels, make_generator(self.seed, "init"))
+        self.require_synthetic().start(self.init, train, make_generator(self.seed, "init"))
 
     def real_data(self) -> RealData:
         """Return the run's DataModule.
@@ -336,7 +338,7 @@ class Distiller(ScoredModule):
     def _is_fitting(self) -> bool:
         return self._real_stream is not None
 
-    def _train(self) -> ImageTensors:
+    def _train(self) -> Split:
         train = self.real_data().train
         assert train is not None
         return train

@@ -3,22 +3,22 @@
 import torch
 from torch import Tensor
 
-from lightning_dd.data.base import ImageTensors
+from lightning_dd.data.images import Split
+from lightning_dd.data.sampling import draw_per_class
 from lightning_dd.distillers.selection import SelectionDistiller
 from lightning_dd.losses.coresets import herding, k_center
 from lightning_dd.models.features import features_in_slices
-from lightning_dd.seeding import make_generator
-from lightning_dd.synthetic.pixels import draw_per_class
+from lightning_dd.utils.seeding import make_generator
 
 
 class Random(SelectionDistiller):
     """Real images drawn uniformly, ``ipc`` per class without replacement."""
 
-    def select(self, train: ImageTensors) -> Tensor:
+    def select(self, train: Split) -> Tensor:
         """Draw by the run's seed."""
         facts = self.require_facts()
         rows = draw_per_class(train.labels, self.ipc, facts.num_classes, make_generator(self.seed, "init"))
-        return train.images[rows.to(train.images.device)]
+        return train.take(rows).images
 
 
 class _FeatureCoreset(SelectionDistiller):
@@ -27,18 +27,17 @@ class _FeatureCoreset(SelectionDistiller):
     Features are the teacher's penultimate ones, scaled to unit length.
     """
 
-    def select(self, train: ImageTensors) -> Tensor:
+    def select(self, train: Split) -> Tensor:
         """Choose rows of every class."""
         facts = self.require_facts()
         draw_per_class(train.labels, self.ipc, facts.num_classes, make_generator(0))  # refuses an ipc too large
         chosen = []
         for label in range(facts.num_classes):
             rows = (train.labels == label).nonzero().flatten()
-            images = train.images[rows].to(self.trainer.strategy.root_device)
-            features = features_in_slices(self.network, images)
+            features = features_in_slices(self.network, train.take(rows, self.trainer.strategy.root_device).images)
             features = torch.nn.functional.normalize(features.flatten(1).float(), dim=1)
             chosen.append(rows[self.choose(features).to(rows.device)])
-        return train.images[torch.cat(chosen)]
+        return train.take(torch.cat(chosen)).images
 
     def choose(self, features: Tensor) -> Tensor:
         """Return ``ipc`` row indices of features ``(N, p)`` of one class."""

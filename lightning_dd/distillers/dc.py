@@ -8,16 +8,16 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import one_hot
 
-from lightning_dd.data.augment import Draw, apply
-from lightning_dd.data.base import ImageTensors
+from lightning_dd.augment.frepo import Draw, apply
+from lightning_dd.data.images import Batch
 from lightning_dd.distillers.matching import ClassMatching, measure_batch_statistics
-from lightning_dd.errors import UserError
 from lightning_dd.losses.attach import attach_gradients
 from lightning_dd.losses.krr import centred_one_hot
 from lightning_dd.losses.matching import gradient_distance
 from lightning_dd.models.interface import Network
 from lightning_dd.models.pool import ModelPool
-from lightning_dd.recipe import student_loss
+from lightning_dd.students.recipe import student_loss
+from lightning_dd.utils.errors import UserError
 
 LOOPS = {1: (1, 1), 10: (10, 50), 20: (20, 25), 30: (30, 20), 40: (40, 15), 50: (50, 10)}
 """Published by images per class: outer steps a network serves, and passes over the synthetic set between two."""
@@ -109,7 +109,7 @@ class DC(ClassMatching):
                     f"{self.inner_steps}: leave the callback's out, or set model.inner_steps"
                 )
 
-    def outer_loss(self, network: Network, images: Tensor, labels: Tensor, real: ImageTensors) -> dict[str, Tensor]:
+    def outer_loss(self, network: Network, images: Tensor, labels: Tensor, real: Batch) -> dict[str, Tensor]:
         """Return the distance of gradients, summed over classes; its own gradient is gathered class by class."""
         num_classes = labels.shape[1]
         measure_batch_statistics(network, real.images, num_classes)

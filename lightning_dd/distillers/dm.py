@@ -5,8 +5,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lightning_dd.data.augment import apply
-from lightning_dd.data.base import ImageTensors
+from lightning_dd.augment.frepo import apply
+from lightning_dd.data.images import Batch
 from lightning_dd.distillers.matching import ClassMatching, batch_statistics
 from lightning_dd.losses.matching import class_mean_distance
 from lightning_dd.models.features import features_in_slices, network_features
@@ -68,7 +68,7 @@ class DM(ClassMatching):
             **kwargs,
         )
 
-    def outer_loss(self, network: Network, images: Tensor, labels: Tensor, real: ImageTensors) -> dict[str, Tensor]:
+    def outer_loss(self, network: Network, images: Tensor, labels: Tensor, real: Batch) -> dict[str, Tensor]:
         """Return the squared distance of mean features, summed over classes; without graph to the labels."""
         num_classes = labels.shape[1]
         draws = self.draw_siamese(num_classes)

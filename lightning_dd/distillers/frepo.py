@@ -6,7 +6,7 @@ import torch
 from timm.optim.lamb import Lamb
 from torch import Tensor
 
-from lightning_dd.data.base import ImageTensors
+from lightning_dd.data.images import Batch
 from lightning_dd.distillers.pooled import PoolDistiller
 from lightning_dd.losses.krr import (
     RIDGE,
@@ -19,7 +19,7 @@ from lightning_dd.losses.krr import (
 from lightning_dd.models.factory import ArchitectureSpec
 from lightning_dd.models.features import Features, features_in_slices, network_features
 from lightning_dd.models.interface import Network
-from lightning_dd.recipe import warmup_cosine
+from lightning_dd.students.recipe import warmup_cosine
 
 
 class FRePo(PoolDistiller):
@@ -60,7 +60,7 @@ class FRePo(PoolDistiller):
         self.ridge = ridge
         self.features: Features = torch.compile(network_features, dynamic=False) if compiled else network_features
 
-    def outer_loss(self, network: Network, images: Tensor, labels: Tensor, real: ImageTensors) -> dict[str, Tensor]:
+    def outer_loss(self, network: Network, images: Tensor, labels: Tensor, real: Batch) -> dict[str, Tensor]:
         """Half the squared error of the ridge prediction, and the margin term of learned labels."""
         targets = centred_one_hot(real.labels, labels.shape[1])
         support, support_labels = images, labels

@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 
-from lightning_dd.data.distilled import DistilledSet
+from lightning_dd.distilled.set import DistilledSet
 from lightning_dd.distillers.base import STATE_KEY, Distiller
-from lightning_dd.errors import UserError
+from lightning_dd.utils.errors import UserError
 
 
 def distilled_from_checkpoint(path: Path | str) -> DistilledSet:

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_dd.data.augment import Draw
-from lightning_dd.data.base import ImageTensors
-from lightning_dd.data.siamese import siamese, siamese_strategy
+from lightning_dd.augment.frepo import Draw
+from lightning_dd.augment.siamese import siamese, siamese_strategy
+from lightning_dd.data.images import Batch
 from lightning_dd.distillers.pooled import PoolDistiller
-from lightning_dd.errors import UserError
 from lightning_dd.models.interface import Network
+from lightning_dd.utils.errors import UserError
 
 
 class ClassMatching(PoolDistiller):
@@ -44,9 +44,9 @@ class ClassMatching(PoolDistiller):
         """Take the augmentation for this data, too."""
         super().setup(stage)
         if self.augment == "auto":
-            self._use_strategy(siamese_strategy(self.require_facts().name))
+            self._use_strategy(siamese_strategy(self.require_facts().mirror))
 
-    def draw_real(self) -> ImageTensors:
+    def draw_real(self) -> Batch:
         """Draw real images in blocks by class: ``(num_classes * real_per_class, C, H, W)``, and classes."""
         return self.draw_real_per_class(self.real_per_class)
 

@@ -8,17 +8,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import vector_to_parameters
 
-from lightning_dd.data.distilled import DistilledSet
-from lightning_dd.data.siamese import apply, siamese, siamese_strategy
-from lightning_dd.data.stream import ShuffledStream
+from lightning_dd.augment.siamese import apply, siamese, siamese_strategy
+from lightning_dd.data.sampling import ShuffledStream
+from lightning_dd.distilled.set import DistilledSet
 from lightning_dd.distillers.base import Distiller
-from lightning_dd.errors import UserError
 from lightning_dd.losses import trajectory
 from lightning_dd.losses.trajectory import InnerStep, functional_loss
 from lightning_dd.models.interface import Network
 from lightning_dd.models.pool import rest
 from lightning_dd.pretrained.experts import ExpertRecipe, Trajectories, expert_files, refuse_batch_statistics
-from lightning_dd.recipe import student_loss
+from lightning_dd.students.recipe import student_loss
+from lightning_dd.utils.errors import UserError
 
 LEAST_STEP_SIZE = 0.01
 """The learned step size is kept at or above this share of its first value: below 0 it would climb the loss."""
@@ -54,8 +54,8 @@ class MTT(Distiller):
         expert_lr: learning rate of the experts' SGD.
         expert_batch_size: real images per step of an expert.
         expert_seed: of the experts; kept apart from the run's seed, so that seeds of a run share them.
-        augment: operations of :mod:`lightning_dd.data.siamese` for experts and inner steps, drawn anew for every step;
-            ``auto`` takes the data set's, ``none`` none.
+        augment: operations of :mod:`lightning_dd.augment.siamese` for experts and inner steps, drawn anew for every
+            step; ``auto`` takes the data set's, ``none`` none.
         constant_memory: hold the graph of one inner step instead of all N. The gradient is equal; it costs up to a
             quarter more time where few images are distilled.
         **kwargs: see :class:`Distiller`.
@@ -132,7 +132,7 @@ class MTT(Distiller):
         rest(network)
         self._student = (network,)
         if self.augment == "auto":
-            self.expert_recipe = replace(self.expert_recipe, augment=siamese_strategy(facts.name))
+            self.expert_recipe = replace(self.expert_recipe, augment=siamese_strategy(facts.mirror))
         self._augmentation = siamese(self.expert_recipe.augment, shared=False)
         train = self.real_data().train
         assert train is not None

@@ -6,13 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_dd.data.base import ImageTensors
+from lightning_dd.data.images import Batch
 from lightning_dd.distillers.base import Distiller
-from lightning_dd.errors import UserError
 from lightning_dd.models.interface import Network
 from lightning_dd.models.pool import ModelPool
-from lightning_dd.recipe import student_loss
-from lightning_dd.seeding import make_generator
+from lightning_dd.students.recipe import student_loss
+from lightning_dd.utils.errors import UserError
+from lightning_dd.utils.seeding import make_generator
 
 
 class PoolDistiller(Distiller):
@@ -54,7 +54,7 @@ class PoolDistiller(Distiller):
         self.pool: ModelPool | None = None
 
     @abstractmethod
-    def outer_loss(self, network: Network, images: Tensor, labels: Tensor, real: ImageTensors) -> dict[str, Tensor]:
+    def outer_loss(self, network: Network, images: Tensor, labels: Tensor, real: Batch) -> dict[str, Tensor]:
         """Return the named terms whose sum an outer step minimises.
 
         Args:

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_dd.data.base import ImageTensors
-from lightning_dd.data.views import draw_crops, resample
+from lightning_dd.augment.crops import draw_crops, resample
+from lightning_dd.data.images import Split
 from lightning_dd.distillers.relabel import teacher_logits
 from lightning_dd.distillers.selection import SelectionDistiller
-from lightning_dd.errors import UserError
-from lightning_dd.seeding import make_generator
+from lightning_dd.utils.errors import UserError
+from lightning_dd.utils.seeding import make_generator
 
 
 class RDED(SelectionDistiller):
@@ -60,7 +60,7 @@ class RDED(SelectionDistiller):
             raise UserError(f"crop_min_scale must be in (0, 1], got {crop_min_scale}")
         self.candidates, self.crops, self.patches, self.crop_min_scale = candidates, crops, patches, crop_min_scale
 
-    def select(self, train: ImageTensors) -> Tensor:
+    def select(self, train: Split) -> Tensor:
         """Choose the surest crops of every class and tile them."""
         facts = self.require_facts()
         if any(side % self.patches for side in facts.image_shape[1:]):
@@ -78,8 +78,8 @@ class RDED(SelectionDistiller):
                     f"{label} has {len(order)}"
                 )
             boxes = draw_crops(len(order) * self.crops, self.crop_min_scale, generator, ratio=1.0)
-            real = train.images[rows[order.to(rows.device)]].to(self.trainer.strategy.root_device)
-            made.append(self.best_crops(self.preprocessing.inverse(real), boxes.to(real.device), label, needed))
+            pixels = train.pixels(rows[order.to(rows.device)]).to(self.trainer.strategy.root_device)
+            made.append(self.best_crops(pixels, boxes.to(pixels.device), label, needed))
         tiled = torch.cat([tile(pixels, self.patches) for pixels in made])
         return self.preprocessing(tiled)
 

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_dd.data.views import SoftViews, draw_views
-from lightning_dd.errors import UserError
+from lightning_dd.distilled.views import SoftViews, draw_views
 from lightning_dd.models.interface import Network
+from lightning_dd.utils.errors import UserError
 
 _ROWS = 512
 """Views in one forward pass of the teacher."""

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lightning_dd.data.base import ImageTensors
+from lightning_dd.data.images import Split
 from lightning_dd.distillers.teacher import TeacherDistiller
 
 
@@ -27,14 +27,14 @@ class SelectionDistiller(TeacherDistiller):
     learns: ClassVar[bool] = False
 
     @abstractmethod
-    def select(self, train: ImageTensors) -> Tensor:
+    def select(self, train: Split) -> Tensor:
         """Return the images ``(num_classes * ipc, C, H, W)``, normalised, in blocks of ``ipc`` by class.
 
         Args:
             train: all training images, normalised, and their classes.
         """
 
-    def initialise(self, train: ImageTensors) -> None:
+    def initialise(self, train: Split) -> None:
         """Fill the synthetic set with the selection; every rank selects the same."""
         selected = self.select(train)  # may train the teacher, which needs gradients
         with torch.no_grad():

@@ -6,16 +6,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_dd.data.augment import DIGITS
-from lightning_dd.data.base import ImageTensors
+from lightning_dd.augment.crops import draw_crops, resample
+from lightning_dd.data.images import Split
 from lightning_dd.data.preprocess import Preprocessing
-from lightning_dd.data.views import draw_crops, resample
 from lightning_dd.distillers.teacher import TeacherDistiller
-from lightning_dd.errors import UserError
 from lightning_dd.losses.attach import attach_gradients
 from lightning_dd.losses.batchnorm import StatisticsDistance, batch_norm_layers
 from lightning_dd.losses.cam import no_float16
-from lightning_dd.recipe import warmup_cosine
+from lightning_dd.students.recipe import warmup_cosine
+from lightning_dd.utils.errors import UserError
 
 _CLASSES = 100
 """Classes in a recovery group at most, as in the paper's code."""
@@ -87,7 +86,7 @@ class SRe2L(TeacherDistiller):
         self.bn_weight, self.first_bn_weight = bn_weight, first_bn_weight
         self.min_scale, self.jitter = min_scale, jitter
 
-    def initialise(self, train: ImageTensors) -> None:
+    def initialise(self, train: Split) -> None:
         """Refuse a teacher without batch normalisation before it is trained; then start from noise."""
         if not batch_norm_layers(self.build_network(0, self.teacher_architecture)):
             raise UserError(
@@ -140,7 +139,7 @@ class SRe2L(TeacherDistiller):
         """Draw this step's windows, one of every group."""
         groups = self.ipc * len(recovery_groups(self.require_facts().num_classes, self.ipc))
         generator = self.step_generator("windows")
-        mirrors = 0.0 if self.require_facts().name in DIGITS else 0.5
+        mirrors = 0.5 if self.require_facts().mirror else 0.0
         return Windows(
             crops=draw_crops(groups, self.min_scale, generator),
             flips=torch.rand(groups, generator=generator) < mirrors,

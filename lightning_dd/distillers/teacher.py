@@ -6,17 +6,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lightning_dd.data.augment import DIGITS
-from lightning_dd.data.base import ImageTensors
-from lightning_dd.data.distilled import DistilledSet
-from lightning_dd.data.views import SoftViews
+from lightning_dd.data.images import PixelRows, Split
+from lightning_dd.distilled.set import DistilledSet
+from lightning_dd.distilled.views import SoftViews
 from lightning_dd.distillers.base import Distiller
 from lightning_dd.distillers.relabel import SoftLabels, labelled_views, teacher_logits
-from lightning_dd.errors import UserError
 from lightning_dd.models.interface import Network
 from lightning_dd.pretrained import ArchitectureRecipe, accelerator_of, first_process_first, trained_architecture
-from lightning_dd.seeding import make_generator
 from lightning_dd.synthetic.pixels import LABEL_KINDS
+from lightning_dd.utils.errors import UserError
+from lightning_dd.utils.seeding import make_generator
 
 
 class TeacherDistiller(Distiller):
@@ -86,7 +85,9 @@ class TeacherDistiller(Distiller):
         """
         if not self._teacher:
             if self._trainer is None:
-                nothing = ImageTensors(torch.empty(0), torch.empty(0))
+                nothing = Split(
+                    PixelRows(torch.empty(0, *self.require_facts().image_shape), torch.arange(0)), torch.empty(0)
+                )
                 self._teacher = (self._find_teacher(nothing, nothing, "cpu", train_missing=False),)
             else:
                 data = self.real_data()
@@ -115,14 +116,14 @@ class TeacherDistiller(Distiller):
         """Return the teacher's logits of the images and, if asked for, of their views; all on the CPU."""
         assert self.soft is not None
         teacher = self.network
-        flip = self.require_facts().name not in DIGITS
+        flip = self.require_facts().mirror
         with torch.inference_mode(mode=False):  # for a student may be trained on them
             here = images.to(next(teacher.parameters()).device)
             generator = make_generator(self.seed, "views")
             labelled = labelled_views(teacher, here, self.soft, flip, generator) if views else None
             return teacher_logits(teacher, here).cpu(), labelled
 
-    def _find_teacher(self, train: ImageTensors, val: ImageTensors, accelerator: str, train_missing: bool) -> Network:
+    def _find_teacher(self, train: Split, val: Split, accelerator: str, train_missing: bool) -> Network:
         facts = self.require_facts()
         return trained_architecture(
             self.teacher_architecture,

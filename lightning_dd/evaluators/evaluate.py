@@ -7,15 +7,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from lightning_dd.checkpoint import public_settings
-from lightning_dd.data.distilled import DistilledSet
-from lightning_dd.errors import UserError
+from lightning_dd.distilled.set import DistilledSet
 from lightning_dd.evaluators.matrix import Hardware, Row, cells_of
 from lightning_dd.evaluators.report import markdown, write_report
 from lightning_dd.evaluators.schedule import Bench, Job, train_students
-from lightning_dd.files import require_writable
-from lightning_dd.quiet import quieten
-from lightning_dd.recipe import Recipe
+from lightning_dd.students.recipe import Recipe
+from lightning_dd.utils.checkpoint import public_settings
+from lightning_dd.utils.errors import UserError
+from lightning_dd.utils.files import require_writable
+from lightning_dd.utils.silence import quieten
 
 
 def evaluate_files(

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_dd.files import write_text
+from lightning_dd.utils.files import write_text
 
 
 def tensor_digest(tensors: Mapping[str, Tensor]) -> str:

@@ -11,12 +11,12 @@ from pytorch_lightning.callbacks import EMAWeightAveraging
 from pytorch_lightning.loggers import TensorBoardLogger
 
 from lightning_dd.data import RealData
-from lightning_dd.data.distilled import DistilledSet
-from lightning_dd.evaluators.data import DistilledData
+from lightning_dd.distilled.datamodule import DistilledData
+from lightning_dd.distilled.set import DistilledSet
 from lightning_dd.evaluators.sources import DISTILLED, RANDOM_REAL, SOURCES
-from lightning_dd.evaluators.student import Student
 from lightning_dd.models.factory import ArchitectureSpec
-from lightning_dd.recipe import Recipe
+from lightning_dd.students.recipe import Recipe
+from lightning_dd.students.student import Student
 
 
 @dataclass(frozen=True)

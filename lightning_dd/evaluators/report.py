@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 
 from lightning_dd.evaluators.matrix import Row
 from lightning_dd.evaluators.sources import DISTILLED, RANDOM_REAL
-from lightning_dd.evaluators.statistics import (
+from lightning_dd.report import markdown_table, write_results
+from lightning_dd.statistics import (
     Difference,
     Nested,
     Score,
@@ -20,7 +21,6 @@ from lightning_dd.evaluators.statistics import (
     nested_score,
     paired_difference,
 )
-from lightning_dd.results import markdown_table, write_results
 
 
 @dataclass(frozen=True)

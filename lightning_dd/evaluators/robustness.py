@@ -18,16 +18,16 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from lightning_dd.data.distilled import DistilledSet
-from lightning_dd.errors import UserError
+from lightning_dd.distilled.set import DistilledSet
 from lightning_dd.evaluators.evaluate import named
 from lightning_dd.evaluators.matrix import Cell, Hardware
 from lightning_dd.evaluators.schedule import Bench, Job, train_students
 from lightning_dd.evaluators.sources import ALL_REAL, DISTILLED, HARD_LABELS, RANDOM_REAL, SAME_LABELS, WITHOUT_VIEWS
-from lightning_dd.files import require_writable
-from lightning_dd.quiet import quieten
-from lightning_dd.recipe import Recipe
-from lightning_dd.results import markdown_table, write_results
+from lightning_dd.report import markdown_table, write_results
+from lightning_dd.students.recipe import Recipe
+from lightning_dd.utils.errors import UserError
+from lightning_dd.utils.files import require_writable
+from lightning_dd.utils.silence import quieten
 
 _OWN, _PLAIN, _FULL, _CONTROL = "own", "plain", "full", "control"
 

@@ -19,15 +19,15 @@ from pytorch_lightning.utilities import rank_zero_only
 from tqdm import tqdm
 
 from lightning_dd.data.base import RealData
-from lightning_dd.data.distilled import DistilledSet, library_versions
-from lightning_dd.evaluators.data import check_match, real_data_of
+from lightning_dd.distilled.datamodule import check_match, real_data_of
+from lightning_dd.distilled.set import DistilledSet, library_versions
 from lightning_dd.evaluators.ledger import Ledger, tensor_digest
 from lightning_dd.evaluators.matrix import Cell, Hardware, Row, run_cell
 from lightning_dd.evaluators.sources import ALL_REAL, DISTILLED, RANDOM_REAL
 from lightning_dd.models.factory import build_network
 from lightning_dd.models.zoo import expand
-from lightning_dd.quiet import quieten
-from lightning_dd.recipe import Recipe
+from lightning_dd.students.recipe import Recipe
+from lightning_dd.utils.silence import quieten
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from lightning_dd.data import RealData
-from lightning_dd.data.distilled import DistilledSet
-from lightning_dd.errors import UserError
-from lightning_dd.seeding import make_generator
-from lightning_dd.synthetic.pixels import draw_per_class, initial_labels
+from lightning_dd.data.sampling import draw_per_class
+from lightning_dd.distilled.set import DistilledSet
+from lightning_dd.synthetic.pixels import initial_labels
+from lightning_dd.utils.errors import UserError
+from lightning_dd.utils.seeding import make_generator
 
 DISTILLED, RANDOM_REAL = "distilled", "random-real"
 HARD_LABELS, SAME_LABELS, WITHOUT_VIEWS, ALL_REAL = "hard-labels", "random-same-labels", "without-views", "all-real"
@@ -26,8 +27,7 @@ def random_real(distilled: DistilledSet, real: RealData, seed: int) -> Distilled
     label_kind = "hard" if distilled.label_kind == "soft" else distilled.label_kind
     rows = draw_per_class(real.train.labels, distilled.ipc, distilled.num_classes, make_generator(seed, "random-real"))
     classes = torch.arange(distilled.num_classes).repeat_interleave(distilled.ipc)
-    images = real.train.images[rows.to(real.train.images.device)]
-    return _real_set(distilled, images, classes, label_kind, RANDOM_REAL)
+    return _real_set(distilled, real.train.take(rows).images, classes, label_kind, RANDOM_REAL)
 
 
 def random_same_labels(distilled: DistilledSet, real: RealData, seed: int) -> DistilledSet:
@@ -62,9 +62,10 @@ def all_real(distilled: DistilledSet, real: RealData, seed: int) -> DistilledSet
     """
     train = real.train
     assert train is not None
-    if not isinstance(train.images, Tensor):
+    if real.on_disk:
         raise UserError(f"{real.name} is read from disk: training on all of it needs it in memory (data.on_disk false)")
-    return _real_set(distilled, train.images, train.labels.cpu(), "hard", ALL_REAL)
+    images, labels = train.everything()
+    return _real_set(distilled, images, labels.cpu(), "hard", ALL_REAL)
 
 
 def _real_set(distilled: DistilledSet, images: Tensor, classes: Tensor, label_kind: str, method: str) -> DistilledSet:

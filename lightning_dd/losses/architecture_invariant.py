@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_dd.errors import unknown_name
 from lightning_dd.losses.cam import wide
+from lightning_dd.utils.errors import unknown_name
 
 KL_DIRECTIONS = ("reverse", "forward")
 _LABEL_KINDS = ("learned", "centred", "hard")

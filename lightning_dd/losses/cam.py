@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lightning_dd.errors import UserError, unknown_name
 from lightning_dd.losses.cam_layers import as_map, check_layer, find_layer, frame_of, title, token_grid
 from lightning_dd.models.interface import Network
+from lightning_dd.utils.errors import UserError, unknown_name
 
 CamKind = Literal["auto", "gradcam", "attention"]
 """``gradcam``: Grad-CAM of the last map or tokens; ``attention``: see :func:`attention_map`; ``auto``: ``gradcam``."""

@@ -11,8 +11,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from lightning_dd.errors import UserError
 from lightning_dd.models.interface import Network
+from lightning_dd.utils.errors import UserError
 
 _MOST_EXTRA_TOKENS = 16
 _FOUND: "WeakKeyDictionary[Network, dict[tuple[Any, ...], str]]" = WeakKeyDictionary()

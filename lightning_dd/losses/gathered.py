@@ -14,7 +14,6 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from lightning_dd.errors import UserError
 from lightning_dd.losses.architecture_invariant import (
     agreement_kl,
     architecture_cross_entropy,
@@ -27,6 +26,7 @@ from lightning_dd.losses.architecture_invariant import (
 from lightning_dd.losses.attach import attach_gradients
 from lightning_dd.losses.cam import class_activation_map, no_float16, normalise_maps
 from lightning_dd.losses.meta_options import Architecture, MetaOptions
+from lightning_dd.utils.errors import UserError
 
 
 class MetaLoss(NamedTuple):

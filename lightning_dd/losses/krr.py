@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_dd.errors import UserError
+from lightning_dd.utils.errors import UserError
 
 RIDGE = 1e-6
 """FRePo's ridge, relative to the mean diagonal of the kernel."""

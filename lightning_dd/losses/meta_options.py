@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lightning_dd.errors import UserError, unknown_name
 from lightning_dd.losses.architecture_invariant import KL_DIRECTIONS
 from lightning_dd.losses.cam import CAM_KINDS
 from lightning_dd.models.checks import check_count
 from lightning_dd.models.interface import Network
+from lightning_dd.utils.errors import UserError, unknown_name
 
 CONSENSUS = ("ensemble", "distiller")
 

@@ -4,9 +4,9 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from lightning_dd.errors import UserError
 from lightning_dd.models.checks import check_count, check_images
 from lightning_dd.models.interface import Network
+from lightning_dd.utils.errors import UserError
 
 _WIDTHS = (128, 192, 256, 192, 192)
 _BASE = _WIDTHS[0]

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from lightning_dd.errors import UserError
+from lightning_dd.utils.errors import UserError
 
 
 def check_images(images: Tensor, in_channels: int) -> None:

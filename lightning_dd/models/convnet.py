@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_dd.errors import UserError, unknown_name
 from lightning_dd.models.checks import check_count, check_images
 from lightning_dd.models.interface import Network
+from lightning_dd.utils.errors import UserError, unknown_name
 
 NORMS = ("batch", "instance", "group", "layer", "none")
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_dd.errors import UserError
-from lightning_dd.seeding import make_generator
+from lightning_dd.utils.errors import UserError
+from lightning_dd.utils.seeding import make_generator
 
 _RANGE_SLACK = 1e-3
 

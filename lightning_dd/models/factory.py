@@ -10,12 +10,12 @@ from typing import Any
 
 import yaml
 
-from lightning_dd.errors import UserError, unknown_name
 from lightning_dd.models.alexnet import AlexNet
 from lightning_dd.models.checks import check_count
 from lightning_dd.models.convnet import ConvNet, FRePoConv
 from lightning_dd.models.interface import Network
-from lightning_dd.seeding import seeded
+from lightning_dd.utils.errors import UserError, unknown_name
+from lightning_dd.utils.seeding import seeded
 
 _OWN: dict[str, type[FRePoConv] | type[ConvNet] | type[AlexNet]] = {
     "alexnet": AlexNet,

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from torch import nn
 
-from lightning_dd.errors import UserError
+from lightning_dd.utils.errors import UserError
 
 BASE_WIDTH = 64
 """Channels of the first convolution of VGG and GoogLeNet as published; option ``width`` scales the others with it."""

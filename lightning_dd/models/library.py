@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_dd.errors import UserError
 from lightning_dd.models.checks import check_images
 from lightning_dd.models.families import BASE_WIDTH, googlenet, mixer_builder, take_width
 from lightning_dd.models.interface import Network
 from lightning_dd.models.norms import exchange_batch_norm
 from lightning_dd.models.stems import LARGEST_SMALL_SIDE, fit_stem
+from lightning_dd.utils.errors import UserError
 
 ImageShape = tuple[int, int, int]
 

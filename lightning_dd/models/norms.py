@@ -5,8 +5,8 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from lightning_dd.errors import UserError, unknown_name
 from lightning_dd.models.convnet import NORMS, make_norm
+from lightning_dd.utils.errors import UserError, unknown_name
 
 _GROUPS = 32
 

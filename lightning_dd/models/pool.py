@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_dd.errors import UserError
 from lightning_dd.models.interface import Network
+from lightning_dd.utils.errors import UserError
 
 BuildNetwork = Callable[[int], Network]
 BuildOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]

@@ -16,8 +16,8 @@ import math
 from collections.abc import Sequence
 from difflib import get_close_matches
 
-from lightning_dd.errors import UserError
 from lightning_dd.models.factory import ArchitectureSpec, check_known
+from lightning_dd.utils.errors import UserError
 
 _RESNET = "zero_init_last=false,norm=layer"
 _TINY_RESNET = f"layers=[1,1,1,1],channels=[8,16,32,64],{_RESNET}"

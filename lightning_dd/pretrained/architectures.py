@@ -12,18 +12,19 @@ from pytorch_lightning.callbacks import TQDMProgressBar
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from lightning_dd.data.augment import default_strategy
-from lightning_dd.data.base import DataFacts, ImageTensors
+from lightning_dd.augment.frepo import default_strategy
 from lightning_dd.data.cache import cache_folder
-from lightning_dd.data.stream import EvalBatches, StepCounter, pass_through
-from lightning_dd.errors import UserError
-from lightning_dd.files import write_atomically
+from lightning_dd.data.facts import DataFacts
+from lightning_dd.data.images import Split
+from lightning_dd.data.sampling import EvalBatches, StepCounter, pass_through
 from lightning_dd.models.factory import build_network
 from lightning_dd.models.interface import Network
 from lightning_dd.models.pool import rest
 from lightning_dd.pretrained.classifier import RealClassifier
-from lightning_dd.quiet import wants_bars
-from lightning_dd.seeding import derive_seed
+from lightning_dd.utils.errors import UserError
+from lightning_dd.utils.files import write_atomically
+from lightning_dd.utils.seeding import derive_seed
+from lightning_dd.utils.silence import wants_bars
 
 _log = logging.getLogger(__name__)
 _HEADER = "lightning_dd_architecture"
@@ -68,8 +69,8 @@ class Trained:
 
 def trained_architecture(
     architecture: str,
-    train: ImageTensors,
-    val: ImageTensors,
+    train: Split,
+    val: Split,
     facts: DataFacts,
     recipe: ArchitectureRecipe,
     seed: int,
@@ -151,8 +152,8 @@ def _keep(path: Path, network: Network, header: dict[str, Any]) -> None:
 def _train(
     architecture: str,
     network: Network,
-    train: ImageTensors,
-    val: ImageTensors,
+    train: Split,
+    val: Split,
     facts: DataFacts,
     recipe: ArchitectureRecipe,
     seed: int,
@@ -165,7 +166,7 @@ def _train(
         recipe.lr,
         recipe.weight_decay,
         recipe.batch_size,
-        default_strategy(facts.name),
+        default_strategy(facts.mirror),
         derive_seed(seed, "classifier", architecture),
     )
     trainer = Trainer(
@@ -183,7 +184,7 @@ def _train(
     trainer.fit(classifier, pass_through(StepCounter(recipe.steps)))
     scores = Trainer(
         accelerator=accelerator, devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False
-    ).validate(classifier, pass_through(EvalBatches(val.images, val.labels, 500)), verbose=False)
+    ).validate(classifier, pass_through(EvalBatches(val, 500)), verbose=False)
     classifier.cpu()
     rest(network)
     return float(scores[0]["val/accuracy"])

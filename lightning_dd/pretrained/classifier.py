@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_dd.data.augment import Augmentation
-from lightning_dd.data.base import ImageTensors
-from lightning_dd.data.stream import ShuffledStream, next_batch
+from lightning_dd.augment.frepo import Augmentation
+from lightning_dd.data.images import Split
+from lightning_dd.data.sampling import ShuffledStream, next_batch
 from lightning_dd.models.interface import Network
-from lightning_dd.recipe import warmup_cosine
-from lightning_dd.scoring import ScoredModule
-from lightning_dd.seeding import derive_seed, make_generator, seeded
+from lightning_dd.students.recipe import warmup_cosine
+from lightning_dd.utils.scoring import ScoredModule
+from lightning_dd.utils.seeding import derive_seed, make_generator, seeded
 
 
 class RealClassifier(ScoredModule):
@@ -31,7 +31,7 @@ class RealClassifier(ScoredModule):
     def __init__(
         self,
         network: Network,
-        train: ImageTensors,
+        train: Split,
         lr: float,
         weight_decay: float,
         batch_size: int,

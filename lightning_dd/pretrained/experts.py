@@ -20,21 +20,22 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lightning_dd.data.base import DataFacts, ImageTensors
+from lightning_dd.augment.siamese import siamese
 from lightning_dd.data.cache import cache_folder
-from lightning_dd.data.siamese import siamese
-from lightning_dd.data.stream import ShuffledStream, StepCounter, pass_through
-from lightning_dd.errors import UserError
-from lightning_dd.files import write_atomically
+from lightning_dd.data.facts import DataFacts
+from lightning_dd.data.images import Split
+from lightning_dd.data.sampling import ShuffledStream, StepCounter, pass_through
 from lightning_dd.losses.krr import centred_one_hot
 from lightning_dd.losses.trajectory import parameter_vector
 from lightning_dd.models.factory import build_network
 from lightning_dd.models.interface import Network
 from lightning_dd.pretrained.architectures import NamedBar
 from lightning_dd.pretrained.turns import accelerator_of, first_process_first
-from lightning_dd.recipe import student_loss
-from lightning_dd.seeding import derive_seed, make_generator
+from lightning_dd.students.recipe import student_loss
 from lightning_dd.synthetic.pixels import initial_labels
+from lightning_dd.utils.errors import UserError
+from lightning_dd.utils.files import write_atomically
+from lightning_dd.utils.seeding import derive_seed, make_generator
 
 _log = logging.getLogger(__name__)
 _HEADER = "lightning_dd_expert"
@@ -46,7 +47,7 @@ class ExpertRecipe:
     """How an expert is trained: SGD without momentum, decay or schedule.
 
     Args:
-        augment: operations of :mod:`lightning_dd.data.siamese`, each image with numbers of its own; ``none`` for none.
+        augment: operations of :mod:`lightning_dd.augment.siamese`, each image with its own numbers; ``none`` for none.
         epochs: passes over the training split; the last, incomplete batch of a pass is dropped.
         lr: learning rate.
         batch_size: images per step, at most the whole split.
@@ -93,7 +94,7 @@ def expert_files(trainer: Trainer, count: int, **settings: Any) -> list[Path]:
 
 def expert_file(
     architecture: str,
-    train: ImageTensors,
+    train: Split,
     facts: DataFacts,
     recipe: ExpertRecipe,
     seed: int,
@@ -186,7 +187,7 @@ def refuse_batch_statistics(architecture: str, network: Network) -> None:
 
 
 def _train(
-    title: str, network: Network, train: ImageTensors, recipe: ExpertRecipe, seed: int, accelerator: str
+    title: str, network: Network, train: Split, recipe: ExpertRecipe, seed: int, accelerator: str
 ) -> list[Tensor]:
     """Train by an ordinary Lightning fit and return the snapshots, on the CPU."""
     expert = _Expert(network, train, recipe, seed)
@@ -209,7 +210,7 @@ def _train(
 class _Expert(LightningModule):
     """A network on real batches of its own. It stays in inference mode, as the student's steps do: no dropout."""
 
-    def __init__(self, network: Network, train: ImageTensors, recipe: ExpertRecipe, seed: int) -> None:
+    def __init__(self, network: Network, train: Split, recipe: ExpertRecipe, seed: int) -> None:
         super().__init__()
         self.network = network
         self.recipe, self.seed = recipe, seed
@@ -227,10 +228,9 @@ class _Expert(LightningModule):
 
     def training_step(self, batch: int, batch_idx: int) -> Tensor:
         """One step on a batch of its own; ``batch`` only counts."""
-        rows = self._stream.next()
-        images = self._train.images[rows].to(self.device)
+        images, classes = self._train.take(self._stream.next(), self.device)
         images = self._augment(images, make_generator(self.seed, "augment", batch_idx))
-        classes, count = self._train.labels[rows].to(self.device), self.network.num_classes
+        count = self.network.num_classes
         hard = self.recipe.labels == "hard"
         targets = initial_labels(classes, count, "hard") if hard else centred_one_hot(classes, count)
         loss = student_loss(self.network(images), targets, self.recipe.labels)

@@ -13,19 +13,21 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lightning_dd.data.base import DataFacts, ImageTensors, RealData
+from lightning_dd.data.base import RealData
 from lightning_dd.data.cache import cache_folder
+from lightning_dd.data.facts import DataFacts
+from lightning_dd.data.images import Split
 from lightning_dd.data.preprocess import Preprocessing
-from lightning_dd.data.stream import ShuffledStream, StepCounter, pass_through
-from lightning_dd.errors import UserError
-from lightning_dd.files import write_atomically
+from lightning_dd.data.sampling import ShuffledStream, StepCounter, pass_through
 from lightning_dd.models.generator import Generator, ImageEncoder
 from lightning_dd.pretrained.architectures import NamedBar
 from lightning_dd.pretrained.turns import accelerator_of, first_process_first
-from lightning_dd.recipe import warmup_cosine
-from lightning_dd.seeding import derive_seed, make_generator, seeded
+from lightning_dd.students.recipe import warmup_cosine
 from lightning_dd.synthetic.latents import LatentSet
 from lightning_dd.synthetic.pixels import SyntheticSet
+from lightning_dd.utils.errors import UserError
+from lightning_dd.utils.files import write_atomically
+from lightning_dd.utils.seeding import derive_seed, make_generator, seeded
 
 _log = logging.getLogger(__name__)
 _HEADER = "lightning_dd_generator"
@@ -110,7 +112,7 @@ class GeneratorTask(LightningModule):
     def __init__(
         self,
         generator: Generator,
-        train: ImageTensors,
+        train: Split,
         preprocessing: Preprocessing,
         facts: DataFacts,
         width: int,
@@ -122,14 +124,13 @@ class GeneratorTask(LightningModule):
         with seeded(derive_seed(seed, "encoder")):
             self.encoder = ImageEncoder(facts.num_classes, facts.image_shape, width, generator.latent_size)
         self._train = train  # a tuple: not a buffer, and not in the checkpoint
-        self._preprocessing = preprocessing.to(train.images.device)
         order = make_generator(seed, "order", device=train.labels.device)
         self._stream = ShuffledStream(len(train.labels), recipe.batch_size, order)
 
     def training_step(self, batch: int, batch_idx: int) -> Tensor:
         """One step on a batch of its own; ``batch`` only counts."""
         rows = self._stream.next()
-        pixels = self._preprocessing.inverse(self._train.images[rows]).clamp(0, 1).to(self.device)
+        pixels = self._train.pixels(rows).to(self.device)
         classes = self._train.labels[rows].to(self.device)
         mean, log_variance = self.encoder(pixels, classes)
         noise = torch.randn(mean.shape, generator=make_generator(self.seed, "latents", batch_idx)).to(self.device)

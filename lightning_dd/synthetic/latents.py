@@ -7,14 +7,15 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lightning_dd.data.base import DataFacts
+from lightning_dd.data.facts import DataFacts
+from lightning_dd.data.images import Split
 from lightning_dd.data.preprocess import Preprocessing
-from lightning_dd.errors import UserError
 from lightning_dd.models.exported import ExportedGenerator
 from lightning_dd.models.generator import Generator
-from lightning_dd.seeding import derive_seed, seeded
 from lightning_dd.synthetic.parameterisation import LatentOptions
 from lightning_dd.synthetic.pixels import SyntheticSet
+from lightning_dd.utils.errors import UserError
+from lightning_dd.utils.seeding import derive_seed, seeded
 
 _DEFAULT_LEVEL = 2
 _CLIP = 10.0
@@ -102,13 +103,12 @@ class LatentSet(SyntheticSet):
         ]
 
     @torch.no_grad()
-    def start(self, init: str, images: Tensor, labels: Tensor, generator: torch.Generator) -> None:
+    def start(self, init: str, train: Split, generator: torch.Generator) -> None:
         """Start from the generator's images of random z; ``init`` and the real images do not count.
 
         Args:
             init: ignored.
-            images: ignored.
-            labels: ignored.
+            train: ignored.
             generator: CPU generator of the draw.
 
         Raises:

@@ -3,9 +3,9 @@
 from dataclasses import dataclass, fields
 from typing import Any
 
-from lightning_dd.errors import UserError, unknown_name
 from lightning_dd.models.checks import check_count
 from lightning_dd.models.factory import ArchitectureSpec
+from lightning_dd.utils.errors import UserError, unknown_name
 
 PARAMETERISATIONS = ("pixels", "latents")
 

@@ -6,8 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_dd.errors import UserError
+from lightning_dd.data.images import Split
+from lightning_dd.data.sampling import draw_per_class
 from lightning_dd.losses.krr import centred_one_hot
+from lightning_dd.utils.errors import UserError
 
 LABEL_KINDS = ("learned", "centred", "hard")
 
@@ -80,37 +82,35 @@ class SyntheticSet(nn.Module):
         """
         return [{"params": [parameter for parameter in self.parameters() if parameter.requires_grad], "lr": lr}]
 
-    def start(self, init: str, images: Tensor, labels: Tensor, generator: torch.Generator) -> None:
+    def start(self, init: str, train: Split, generator: torch.Generator) -> None:
         """Fill the set for a first fit.
 
         Args:
             init: ``real`` for :meth:`init_real`, ``noise`` for :meth:`init_noise`.
-            images: normalised training images ``(N, C, H, W)``.
-            labels: their classes ``(N,)``.
+            train: the training images.
             generator: CPU generator of the draw.
 
         Raises:
             UserError: a class has fewer than ``ipc`` images.
         """
         if init == "real":
-            self.init_real(images, labels, generator)
+            self.init_real(train, generator)
         else:
             self.init_noise(generator)
 
     @torch.no_grad()
-    def init_real(self, images: Tensor, labels: Tensor, generator: torch.Generator) -> None:
+    def init_real(self, train: Split, generator: torch.Generator) -> None:
         """Start from real images: ``ipc`` per class, drawn without replacement.
 
         Args:
-            images: normalised training images ``(N, C, H, W)``.
-            labels: their classes ``(N,)``.
+            train: the training images.
             generator: CPU generator of the draw.
 
         Raises:
             UserError: a class has fewer than ``ipc`` images.
         """
-        rows = draw_per_class(labels, self.ipc, self.num_classes, generator)
-        self.images.copy_(images[rows.to(images.device)])
+        rows = draw_per_class(train.labels, self.ipc, self.num_classes, generator)
+        self.images.copy_(train.take(rows).images)
 
     @torch.no_grad()
     def init_noise(self, generator: torch.Generator) -> None:
@@ -141,31 +141,3 @@ def initial_labels(classes: Tensor, num_classes: int, label_kind: str) -> Tensor
         one_hot: Tensor = torch.eye(num_classes, device=classes.device)[classes]
         return one_hot
     return centred_one_hot(classes, num_classes) / math.sqrt(num_classes / 10)
-
-
-def draw_per_class(labels: Tensor, count: int, num_classes: int, generator: torch.Generator) -> Tensor:
-    """Draw ``count`` row indices of every class without replacement, in blocks by class.
-
-    Args:
-        labels: classes ``(N,)`` on any device.
-        count: rows per class.
-        num_classes: number of classes.
-        generator: CPU generator.
-
-    Returns:
-        ``(num_classes * count,)`` int64 indices on the CPU.
-
-    Raises:
-        UserError: a class has fewer than ``count`` rows.
-    """
-    shuffled = torch.randperm(len(labels), generator=generator)
-    by_class = shuffled[labels.cpu()[shuffled].argsort(stable=True)]
-    sizes = torch.bincount(labels.cpu(), minlength=num_classes)
-    smallest = int(sizes.argmin())
-    if int(sizes[smallest]) < count:
-        raise UserError(
-            f"ipc={count} is more than the {int(sizes[smallest])} training images of class {smallest}; "
-            f"the largest possible ipc is {int(sizes[smallest])}"
-        )
-    starts = sizes.cumsum(0) - sizes
-    return by_class[(starts[:, None] + torch.arange(count)).flatten()]

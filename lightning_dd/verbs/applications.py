@@ -59,9 +59,9 @@ def membership(
         accelerator: Lightning's Trainer argument.
         workers: processes of this machine that train and attack side by side.
     """
-    from lightning_dd.membership.experiment import ATTACKS, Experiment, Method
-    from lightning_dd.membership.run import run_membership
-    from lightning_dd.recipe import Recipe
+    from lightning_dd.applications.membership.experiment import ATTACKS, Experiment, Method
+    from lightning_dd.applications.membership.run import run_membership
+    from lightning_dd.students.recipe import Recipe
 
     settings = {name: value for name, value in locals().items() if name in inspect.signature(Experiment).parameters}
     settings |= {
@@ -122,8 +122,8 @@ def continual(
         joint_batch_size: their images per step.
         accelerator: Lightning's Trainer argument; ``auto`` leaves distillers what their configuration says.
     """
-    from lightning_dd.continual import Plan, parse_methods, run_continual
-    from lightning_dd.protocols import protocol as published
+    from lightning_dd.applications.continual import Plan, parse_methods, run_continual
+    from lightning_dd.students.protocols import protocol as published
 
     recipe = published(protocol, steps=student_steps, lr=lr, batch_size=batch_size, augment=augment)
     upper = published("frepo", steps=joint_steps, lr=joint_lr, batch_size=joint_batch_size, augment=augment)

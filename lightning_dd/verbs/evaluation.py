@@ -41,7 +41,7 @@ def evaluate(
     """
     from lightning_dd.evaluators.evaluate import evaluate_files
     from lightning_dd.evaluators.matrix import Hardware
-    from lightning_dd.protocols import protocol as published
+    from lightning_dd.students.protocols import protocol as published
 
     names = [protocol] if isinstance(protocol, str) else protocol
     changes = {"steps": steps, "lr": lr, "batch_size": batch_size, "augment": augment, "ema": ema}
@@ -90,7 +90,7 @@ def scores(
     """
     from lightning_dd.evaluators.matrix import Hardware
     from lightning_dd.evaluators.robustness import score_files
-    from lightning_dd.protocols import protocol as published
+    from lightning_dd.students.protocols import protocol as published
 
     recipe = published(protocol, steps=steps, lr=lr, batch_size=batch_size, augment=augment)
     full = published("frepo", steps=full_steps, lr=full_lr, batch_size=full_batch_size, augment=recipe.augment)

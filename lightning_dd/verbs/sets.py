@@ -54,7 +54,7 @@ def convert(
         root: folder of the data set.
         data_args: further arguments of the data set.
     """
-    from lightning_dd.data.convert import convert_set, summary
+    from lightning_dd.distilled.convert import convert_set, summary
 
     settings = {name: value for name, value in locals().items() if name in inspect.signature(convert_set).parameters}
     distilled = convert_set(**settings)

@@ -1,0 +1,1 @@
+"""Differentiable augmentation of batches of images. Plain torch."""

@@ -1,0 +1,211 @@
+"""Index streams: who sees which sample when, on the device and without a hidden random number."""
+
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+from lightning_dd.data.images import Batch, Split
+from lightning_dd.utils.errors import UserError
+
+Item = TypeVar("Item")
+
+
+class ShuffledStream:
+    """An endless stream of index batches: passes over ``range(size)``, each in a fresh order.
+
+    The last, incomplete batch of a pass is dropped, so every batch has the same shape. A batch size of the
+    whole set or more gives the whole set every time.
+
+    Args:
+        size: number of samples.
+        batch_size: indices per batch.
+        generator: source of the orders; its device is where the indices live.
+
+    Example:
+        >>> stream = ShuffledStream(4, 2, torch.Generator().manual_seed(0))
+        >>> sorted(torch.cat([stream.next(), stream.next()]).tolist())
+        [0, 1, 2, 3]
+    """
+
+    def __init__(self, size: int, batch_size: int, generator: torch.Generator) -> None:
+        self.size = size
+        self.batch_size = min(batch_size, size)
+        self.generator = generator
+        self._order = torch.empty(0, dtype=torch.int64, device=generator.device)
+        self._position = 0
+        self._peeked: tuple[Tensor, dict[str, Any]] | None = None
+
+    def next(self) -> Tensor:
+        """Return the next ``(batch_size,)`` int64 indices."""
+        if self._peeked is not None:
+            batch, self._peeked = self._peeked[0], None
+            return batch
+        return self._advance()
+
+    def peek(self) -> Tensor:
+        """Return what :meth:`next` is going to return, and leave the state as it is."""
+        if self._peeked is None:
+            state = self.state_dict()
+            self._peeked = self._advance(), state
+        return self._peeked[0]
+
+    def _advance(self) -> Tensor:
+        if self._position + self.batch_size > len(self._order):
+            self._order = torch.randperm(self.size, generator=self.generator, device=self.generator.device)
+            self._position = 0
+        batch = self._order[self._position : self._position + self.batch_size]
+        self._position += self.batch_size
+        return batch
+
+    def skip(self, batches: int) -> None:
+        """Advance as if ``batches`` batches had been drawn."""
+        for _ in range(batches):
+            self.next()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything a resumed stream needs to go on exactly."""
+        if self._peeked is not None:
+            return self._peeked[1]
+        return {
+            "order": self._order.cpu(),
+            "position": self._position,
+            "generator": self.generator.get_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from :meth:`state_dict`."""
+        self._peeked = None
+        self._order = state["order"].to(self.generator.device)
+        self._position = int(state["position"])
+        self.generator.set_state(state["generator"].cpu())
+
+
+def next_batch(split: Split, stream: ShuffledStream, device: torch.device | str) -> Batch:
+    """Return the stream's next batch of a split on ``device``; threads begin to read the one after.
+
+    Args:
+        split: the images and their classes.
+        stream: of rows of the split, on the labels' device.
+        device: where the batch shall be.
+    """
+    batch = split.take(stream.next(), device)
+    if split.threads:
+        split.read_ahead(stream.peek())
+    return batch
+
+
+class ClassBlocks:
+    """Draws as many images of every class, without replacement within a draw, without a loop over classes.
+
+    Args:
+        labels: classes ``(N,)`` on the device the rows should live on.
+        num_classes: number of classes C, each with at least one image.
+
+    Example:
+        >>> blocks = ClassBlocks(torch.tensor([0, 1, 0, 1, 1]), 2)
+        >>> torch.tensor([0, 1, 0, 1, 1])[blocks.draw(2, torch.Generator().manual_seed(0))]
+        tensor([0, 0, 1, 1])
+    """
+
+    def __init__(self, labels: Tensor, num_classes: int) -> None:
+        sizes = torch.bincount(labels, minlength=num_classes)
+        self.smallest = int(sizes.min())
+        """Images of the smallest class: the most that can be drawn of every class."""
+        places = torch.arange(int(sizes.max()), device=labels.device)
+        self._beyond = places >= sizes[:, None]
+        starts = sizes.cumsum(0) - sizes
+        order = labels.argsort(stable=True)
+        self._rows = order[(starts[:, None] + places).clamp(max=len(labels) - 1)]
+
+    def draw(self, count: int, generator: torch.Generator) -> Tensor:
+        """Draw ``min(count, smallest)`` rows of every class: int64 indices in blocks by class.
+
+        Args:
+            count: rows per class.
+            generator: on the labels' device.
+        """
+        keys = torch.rand(self._rows.shape, generator=generator, device=self._rows.device)
+        chosen = keys.masked_fill_(self._beyond, 2.0).topk(min(count, self.smallest), largest=False).indices
+        return self._rows.gather(1, chosen).flatten()
+
+
+def draw_per_class(labels: Tensor, count: int, num_classes: int, generator: torch.Generator) -> Tensor:
+    """Draw ``count`` row indices of every class without replacement, in blocks by class.
+
+    Args:
+        labels: classes ``(N,)`` on any device.
+        count: rows per class.
+        num_classes: number of classes.
+        generator: CPU generator.
+
+    Returns:
+        ``(num_classes * count,)`` int64 indices on the CPU.
+
+    Raises:
+        UserError: a class has fewer than ``count`` rows.
+    """
+    shuffled = torch.randperm(len(labels), generator=generator)
+    by_class = shuffled[labels.cpu()[shuffled].argsort(stable=True)]
+    sizes = torch.bincount(labels.cpu(), minlength=num_classes)
+    smallest = int(sizes.argmin())
+    if int(sizes[smallest]) < count:
+        raise UserError(
+            f"ipc={count} is more than the {int(sizes[smallest])} training images of class {smallest}; "
+            f"the largest possible ipc is {int(sizes[smallest])}"
+        )
+    starts = sizes.cumsum(0) - sizes
+    return by_class[(starts[:, None] + torch.arange(count)).flatten()]
+
+
+class EvalBatches(IterableDataset[Batch]):
+    """Batches of a split for evaluation, each sample on exactly one rank.
+
+    A ``DistributedSampler`` pads the last round with repeated samples, which biases accuracy; here rank r of w
+    sees samples r, r + w, r + 2w, ... and nothing is repeated.
+
+    Args:
+        split: images and classes.
+        batch_size: samples per batch.
+        rank: this process.
+        world_size: number of processes.
+    """
+
+    def __init__(self, split: Split, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
+        self.split = split
+        starts = range(rank, len(split), batch_size * world_size)
+        self._batches = [slice(start, start + batch_size * world_size, world_size) for start in starts]
+
+    def __iter__(self) -> Iterator[Batch]:
+        for place, rows in enumerate(self._batches, start=1):
+            batch = self.split.take(rows)
+            if place < len(self._batches):
+                self.split.read_ahead(self._batches[place])
+            yield batch
+
+
+class StepCounter(IterableDataset[int]):
+    """The train loader of a module that draws its own batches: it only counts steps.
+
+    Args:
+        steps: length of an epoch in steps.
+    """
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.steps))
+
+    def __len__(self) -> int:
+        return self.steps
+
+
+def pass_through(batches: IterableDataset[Item]) -> DataLoader[Item]:
+    """Return a loader that hands ready-made batches to Lightning unchanged.
+
+    It has a generator of its own: a DataLoader otherwise takes a number from the global one at each pass.
+    """
+    return DataLoader(batches, batch_size=None, generator=torch.Generator())

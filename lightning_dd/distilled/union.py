@@ -1,0 +1,191 @@
+"""One distilled set from several: what a learner keeps after some steps of class-incremental learning.
+
+Each step distils its k classes alone, with labels ``(n, k)``. The union has the columns of all C classes, so every
+row needs values for classes its step knew nothing of. They are chosen so that a row says of a foreign class exactly
+what it says, on average, of a wrong class of its own step (:func:`embed_labels`).
+"""
+
+import hashlib
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_dd.distilled.set import DistilledSet, library_versions
+from lightning_dd.distilled.views import SoftViews
+from lightning_dd.synthetic.pixels import initial_labels
+from lightning_dd.utils.errors import UserError
+
+_NEVER = 30.0
+"""Logits (in units of the temperature) by which a foreign class lies below the best own one: a chance of 1e-13."""
+
+
+def union(sets: Sequence[DistilledSet]) -> DistilledSet:
+    """Unite distilled sets of different classes of one data set; the classes keep the order of the sets.
+
+    Args:
+        sets: at least one; distilled from :class:`~lightning_dd.data.ClassSubset` of one data set.
+
+    Returns:
+        A set whose ``data`` names all the classes, so that it can be scored like any other.
+
+    Raises:
+        UserError: there is none, two hold the same class, or data, preprocessing, image shape, images per class, form
+            of labels, temperature or stored views disagree.
+    """
+    if not sets:
+        raise UserError("a union needs at least one distilled set")
+    names = tuple(name for part in sets for name in part.class_names)
+    first, total = sets[0], len(names)
+    _check_alike(sets, names)
+    starts = [sum(part.num_classes for part in sets[:index]) for index in range(len(sets))]
+    placed = list(zip(sets, starts, strict=True))
+    methods = list(dict.fromkeys(part.method for part in sets))
+    return DistilledSet(
+        images=torch.cat([part.images for part in sets]),
+        labels=torch.cat(
+            [_embedded(part, part.labels, start, total) for part, start in zip(sets, starts, strict=True)]
+        ),
+        classes=torch.cat([part.classes + start for part, start in placed]),
+        label_kind=first.label_kind,
+        class_names=names,
+        preprocessing=first.preprocessing,
+        data=_united_data(sets),
+        method="+".join(methods),
+        config=first.config,
+        training={"united": [part.training for part in sets], "versions": library_versions()},
+        temperature=first.temperature,
+        views=_united_views(sets, starts, total),
+    )
+
+
+def embed_labels(
+    labels: Tensor, classes: Tensor, label_kind: str, start: int, total: int, temperature: float = 1.0
+) -> Tensor:
+    """Place labels of k classes among those of ``total`` classes.
+
+    * ``hard``: one-hot rows get zeros.
+    * ``centred``: the fixed values of FRePo for ``total`` classes, ``(onehot - 1/C) / sqrt(C/10)``.
+    * ``learned``: regression targets ``y = a (p - 1/k)`` of what FRePo starts from with ``p`` one-hot and
+      ``a = 1/sqrt(k/10)``; learning changes both. The amplitude ``a`` of a set is measured as the mean gap between a
+      row's own class and its other k - 1 ones; then ``p = y/a + 1/k`` is on average one-hot, foreign classes get
+      ``p = 0``, and the row becomes ``(p - 1/C) / sqrt(C/10)``. Start values thus become the start values of C classes,
+      an average wrong class of the own step and a foreign one get the same value ``-1/C`` (scaled), and sets that
+      learned other amplitudes are brought to one, so that none drowns the others.
+    * ``soft``: a teacher's logits; foreign ones lie 30 temperatures below the row's best, which leaves the softmax
+      over the own classes as it was.
+
+    FRePo's code (Zhou et al. 2022) gives every step all C label columns instead; its targets for a foreign class are
+    the constant ``-1/C``, which is what this embedding writes there without knowing C while distilling.
+
+    Args:
+        labels: ``(n, k)``, or ``(E, n, k)`` for the logits of views.
+        classes: ``(n,)`` int64 in ``[0, k)``.
+        label_kind: form of the labels.
+        start: column of the first of the k classes.
+        total: number of columns C.
+        temperature: of soft labels.
+
+    Returns:
+        ``(n, total)`` or ``(E, n, total)``.
+
+    Raises:
+        UserError: learned labels do not tell their own class from the others.
+    """
+    own = labels.shape[-1]
+    if label_kind == "centred":
+        return initial_labels(classes + start, total, "centred")
+    columns = slice(start, start + own)
+    if label_kind == "soft":
+        foreign = labels.max(-1, keepdim=True).values - _NEVER * temperature
+        rows = foreign.expand(*labels.shape[:-1], total).clone()
+        rows[..., columns] = labels
+        return rows
+    rows = labels.new_zeros(*labels.shape[:-1], total)
+    if label_kind == "hard":
+        rows[..., columns] = labels
+        return rows
+    rows[..., columns] = labels / _amplitude(labels, classes) + 1 / own
+    return (rows - 1 / total) / math.sqrt(total / 10)
+
+
+def _amplitude(labels: Tensor, classes: Tensor) -> float:
+    """Mean gap between a row's own class and the mean of its others."""
+    count = labels.shape[1]
+    if count < 2:
+        raise UserError("learned labels of one class cannot be united: a step needs at least 2 classes")
+    right = labels.gather(1, classes[:, None]).squeeze(1)
+    gap = float((right - (labels.sum(1) - right) / (count - 1)).mean())
+    if gap <= 0:
+        raise UserError(
+            f"learned labels that do not tell their classes apart cannot be united (mean gap {gap:g}): "
+            "a smaller learning rate may help"
+        )
+    return gap
+
+
+def _embedded(part: DistilledSet, labels: Tensor, start: int, total: int) -> Tensor:
+    return embed_labels(labels, part.classes, part.label_kind, start, total, part.temperature)
+
+
+def _united_data(sets: Sequence[DistilledSet]) -> dict[str, Any]:
+    """Name the data set and all the classes."""
+    data = sets[0].data
+    classes = [label for part in sets for label in part.data["spec"]["classes"]]
+    digest = hashlib.blake2b("/".join(part.data["fingerprint"] for part in sets).encode(), digest_size=16)
+    return {**data, "spec": {**data["spec"], "classes": classes}, "fingerprint": digest.hexdigest()}
+
+
+def _united_views(sets: Sequence[DistilledSet], starts: Sequence[int], total: int) -> SoftViews | None:
+    """Put the views of all rows side by side; mixtures stay within a set."""
+    views = [part.views for part in sets if part.views is not None]
+    if not views:
+        return None
+    before = [sum(len(part) for part in sets[:index]) for index in range(len(sets))]
+    logits = [
+        _embedded(part, view.logits.float(), start, total).half()
+        for part, view, start in zip(sets, views, starts, strict=True)
+    ]
+    return SoftViews(
+        crops=torch.cat([view.crops for view in views], 1),
+        flips=torch.cat([view.flips for view in views], 1),
+        partners=torch.cat([view.partners + rows for view, rows in zip(views, before, strict=True)], 1),
+        pastes=torch.cat([view.pastes for view in views], 1),
+        logits=torch.cat(logits, 1),
+    )
+
+
+def _check_alike(sets: Sequence[DistilledSet], names: Sequence[str]) -> None:
+    """Refuse sets that cannot be united, naming the first reason."""
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"two sets hold the class '{name}': a union takes each class once")
+    first = sets[0]
+    for part in sets:
+        if "classes" not in part.data.get("spec", {}):
+            raise UserError("a union takes sets distilled from ClassSubset data, which remember their classes")
+        for what, ours, theirs in _facts(first, part):
+            if ours != theirs:
+                raise UserError(f"sets to be united have different {what}: {ours} and {theirs}")
+        mine, other = (kept.preprocessing.state_dict() for kept in (first, part))
+        if mine.keys() != other.keys() or not all(torch.equal(mine[name], other[name]) for name in mine):
+            raise UserError("sets to be united have different preprocessing: later steps must reuse the first one's")
+
+
+def _facts(first: DistilledSet, part: DistilledSet) -> list[tuple[str, Any, Any]]:
+    def of(one: DistilledSet) -> dict[str, Any]:
+        """What must be equal, by the name a message gives it."""
+        settings = {key: value for key, value in one.data["spec"].items() if key != "classes"}
+        return {
+            "data": (one.data.get("name"), settings),
+            "image shapes": one.image_shape,
+            "images per class": one.ipc,
+            "forms of labels": one.label_kind,
+            "temperatures": one.temperature,
+            "numbers of stored views": one.views.epochs if one.views is not None else 0,
+        }
+
+    ours, theirs = of(first), of(part)
+    return [(what, ours[what], theirs[what]) for what in ours]

@@ -1,0 +1,163 @@
+"""Stored views of a distilled set: what the teacher saw, epoch by epoch, and what it said. Plain torch.
+
+SRe2L (Yin et al. 2023, arXiv 2306.13092) and RDED (Sun et al. 2024, arXiv 2312.03526) train students on crops and
+CutMix mixtures that the teacher labelled one by one (Shen & Xing 2022, arXiv 2112.01528). A view is kept as the
+numbers that make it, so the student's batch size is free and any machine can make the view again.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from lightning_dd.augment.crops import draw_crops, resample
+from lightning_dd.utils.errors import UserError
+
+_DTYPES = {"crops": torch.float32, "flips": torch.bool, "partners": torch.int32, "pastes": torch.int16}
+
+
+@dataclass(frozen=True)
+class SoftViews:
+    """E epochs of views of n images, and the teacher's logits of each.
+
+    A view is a crop brought back to full size, perhaps mirrored, with a box of another image's view pasted in
+    (CutMix, Yun et al. 2019). Views are made in normalised space.
+
+    Args:
+        crops: ``(E, n, 4)`` float32: left, top, width, height as shares of the sides.
+        flips: ``(E, n)`` bool: mirrored left to right after the crop.
+        partners: ``(E, n)`` int32: the row whose view of the same epoch is pasted in.
+        pastes: ``(E, n, 4)`` int16: left, top, right, bottom of the box in pixels, the last two excluded; nothing is
+            pasted where the box is empty.
+        logits: ``(E, n, num_classes)`` float16: the teacher's answers.
+
+    Raises:
+        UserError: shapes or types disagree, or a number is not finite or out of range.
+    """
+
+    crops: Tensor
+    flips: Tensor
+    partners: Tensor
+    pastes: Tensor
+    logits: Tensor
+
+    def __post_init__(self) -> None:
+        _check_views(self)
+
+    @property
+    def epochs(self) -> int:
+        """Stored epochs E; later ones start over."""
+        return len(self.crops)
+
+    def __len__(self) -> int:
+        """Images n."""
+        return self.crops.shape[1]
+
+    def replay(self, images: Tensor, epoch: int | Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Make views again, with what the teacher said of them.
+
+        Args:
+            images: all images ``(n, C, H, W)``, normalised, on the views' device.
+            epoch: counted from 0, modulo E; a tensor ``(B,)`` gives every row its own.
+            rows: ``(B,)`` int64.
+
+        Returns:
+            Views ``(B, C, H, W)`` and logits ``(B, num_classes)`` float32.
+        """
+        return self.look(images, epoch, rows), self.logits[epoch % self.epochs, rows].float()
+
+    def look(self, images: Tensor, epoch: int | Tensor, rows: Tensor) -> Tensor:
+        """Make views ``(B, C, H, W)`` again; arguments as for :meth:`replay`."""
+        epoch = epoch % self.epochs
+        others = self.partners[epoch, rows].long()
+        own, pasted = (
+            resample(images[index], self.crops[epoch, index], self.flips[epoch, index]) for index in (rows, others)
+        )
+        left, top, right, bottom = (side.view(-1, 1, 1) for side in self.pastes[epoch, rows].unbind(1))
+        down = torch.arange(images.shape[2], device=images.device)[:, None]
+        across = torch.arange(images.shape[3], device=images.device)
+        inside = (across >= left) & (across < right) & (down >= top) & (down < bottom)
+        return torch.where(inside[:, None], pasted, own)
+
+    def to(self, device: torch.device | str) -> "SoftViews":
+        """Return the views on a device."""
+        return SoftViews(**{name: value.to(device) for name, value in self.state_dict().items()})
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the tensors by name."""
+        return {item.name: getattr(self, item.name) for item in fields(self)}
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Tensor]) -> "SoftViews":
+        """Rebuild from :meth:`state_dict`.
+
+        Raises:
+            UserError: a tensor is missing, unknown or unusable.
+        """
+        names = {item.name for item in fields(cls)}
+        if set(state) != names:
+            raise UserError(f"views: expected the tensors {', '.join(sorted(names))}, got {', '.join(sorted(state))}")
+        return cls(**dict(state))
+
+
+def draw_views(
+    epochs: int,
+    image_shape: tuple[int, int, int],
+    rows: int,
+    num_classes: int,
+    generator: torch.Generator,
+    min_scale: float = 0.08,
+    flip: bool = True,
+) -> SoftViews:
+    """Draw views with zeros for logits.
+
+    Every image gets a random resized crop and is mixed with another one by CutMix; its box covers a share of the
+    image that is uniform in [0, 1] before it is cut off at the border (alpha = 1).
+
+    Args:
+        epochs: E.
+        image_shape: ``(C, H, W)``.
+        rows: n.
+        num_classes: logits per view.
+        generator: CPU generator.
+        min_scale: smallest area of a crop as a share of the image's.
+        flip: mirror with probability 1/2.
+    """
+    height, width = image_shape[1:]
+    crops = draw_crops(epochs * rows, min_scale, generator).view(epochs, rows, 4)
+    flips = torch.rand(epochs, rows, generator=generator) < (0.5 if flip else 0.0)
+    partners = torch.rand(epochs, rows, generator=generator).argsort(1)  # a permutation of the rows in each epoch
+    share = torch.rand(epochs, rows, generator=generator).sqrt()
+    sides = []
+    for side in (width, height):
+        half = (share * side).int() // 2
+        centre = (torch.rand(epochs, rows, generator=generator) * side).int()
+        sides.append(((centre - half).clamp(min=0), (centre + half).clamp(max=side)))
+    (left, right), (top, bottom) = sides
+    return SoftViews(
+        crops=crops,
+        flips=flips,
+        partners=partners.int(),
+        pastes=torch.stack([left, top, right, bottom], 2).to(torch.int16),
+        logits=torch.zeros(epochs, rows, num_classes, dtype=torch.float16),
+    )
+
+
+def _check_views(views: SoftViews) -> None:
+    crops, logits = views.crops, views.logits
+    if crops.ndim != 3 or len(crops) == 0 or logits.ndim != 3:
+        raise UserError(f"views: shapes disagree: crops {tuple(crops.shape)}, logits {tuple(logits.shape)}")
+    place = tuple(crops.shape[:2])
+    shapes = {"crops": (*place, 4), "flips": place, "partners": place, "pastes": (*place, 4)}
+    for name, value in views.state_dict().items():
+        shape = shapes.get(name, (*place, logits.shape[2]))
+        dtype = _DTYPES.get(name, torch.float16)
+        if value.shape != shape or value.dtype != dtype:
+            raise UserError(f"views: {name} must be {shape} {dtype}, got {tuple(value.shape)} {value.dtype}")
+    if not bool(torch.isfinite(crops).all() and torch.isfinite(logits).all()):
+        raise UserError("views: crops or logits hold NaN or infinite values")
+    if bool((crops < 0).any() or (crops[..., 2:] <= 0).any() or (crops[..., :2] + crops[..., 2:] > 1.001).any()):
+        raise UserError("views: a crop lies outside its image")
+    if bool((views.partners < 0).any() or (views.partners >= place[1]).any()):
+        raise UserError(f"views: a partner is none of the {place[1]} rows")

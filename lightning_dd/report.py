@@ -1,0 +1,60 @@
+"""The four files every experiment ends in: one table for programs, spreadsheets and readers, and one figure."""
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from lightning_dd.utils.files import write_atomically, write_text
+
+
+def write_results(
+    folder: Path,
+    records: Sequence[Mapping[str, Any]],
+    markdown: str,
+    figure: Figure,
+    flat: Sequence[Mapping[str, Any]] | None = None,
+) -> dict[str, Path]:
+    """Write ``results.json``, ``results.csv``, ``results.md`` and ``results.png``, each atomically.
+
+    Args:
+        folder: made where it is missing.
+        records: at least one, all with the same names.
+        markdown: the table for readers.
+        figure: the picture.
+        flat: the records without nested values, where a spreadsheet cannot hold them.
+
+    Returns:
+        The paths by suffix.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    lines = records if flat is None else flat
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(lines[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    return {
+        "json": write_text(folder / "results.json", json.dumps(records, indent=1) + "\n"),
+        "csv": write_text(folder / "results.csv", text.getvalue()),
+        "md": write_text(folder / "results.md", markdown),
+        "png": write_atomically(folder / "results.png", lambda path: figure.savefig(path, dpi=120)),
+    }
+
+
+def markdown_table(cells: Sequence[Sequence[str]]) -> str:
+    """Render rows of cells, the first of them the heading.
+
+    Example:
+        >>> print(markdown_table([["a", "b"], ["1", "2"]]))
+        | a | b |
+        | --- | --- |
+        | 1 | 2 |
+    """
+    rows = [cells[0], ["---"] * len(cells[0]), *cells[1:]]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)

@@ -1,0 +1,255 @@
+"""The student recipe: how a network is trained on a synthetic set. Plain torch.
+
+One object says loss, optimizer, schedule, length and augmentation, so that the score a distiller watches while it
+runs and the score the evaluation reports come from the same recipe.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_dd.augment.frepo import Augmentation, default_strategy
+from lightning_dd.augment.siamese import siamese, siamese_strategy
+from lightning_dd.data.sampling import ShuffledStream
+from lightning_dd.distilled.set import DistilledSet
+from lightning_dd.losses.krr import half_squared_error
+from lightning_dd.models.interface import Network
+from lightning_dd.utils.errors import UserError, unknown_name
+from lightning_dd.utils.seeding import derive_seed, make_generator, seeded
+
+_FREPO_STEPS = {10: 1000, 100: 2000, 200: 20000, 400: 5000, 500: 5000, 1000: 10000, 2000: 40000, 5000: 40000}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a student is trained. The defaults are FRePo's evaluation (Zhou et al. 2022, code).
+
+    Regression labels are fitted with half the squared error, hard labels with cross-entropy, soft ones with a
+    divergence (:func:`student_loss`). The learning rate warms up linearly from 0 over ``warmup`` steps (at most half
+    the run) and then follows ``schedule``. Published protocols are in :mod:`lightning_dd.students.protocols`.
+
+    Args:
+        steps: training steps; ``None`` takes ``epochs``, or without those FRePo's table by the number of images.
+        epochs: passes over the set, in place of steps.
+        lr: peak learning rate.
+        warmup: steps spent warming up.
+        final_lr: last learning rate of the cosine relative to the peak.
+        batch_size: images per step, at most the whole set.
+        augment: operations joined by ``_``; ``auto`` is FRePo's family for the data, ``siamese`` that of DSA, ``none``
+            is none.
+        ema: decay of an exponential moving average of the weights that is tested instead; 0 for none.
+        optimizer: ``adam``, ``adamw`` or ``sgd``.
+        momentum: of SGD.
+        weight_decay: of AdamW (decoupled) or SGD.
+        schedule: ``cosine`` to ``final_lr``, ``half_cosine`` (RDED's, ends at a half), ``step`` for a tenth from half
+            of the run on, or ``constant``.
+        lr_of: other peak learning rates, by the start of an architecture's name: ``(("vgg", 1e-4),)``.
+        learned_lr: take the learning rate a method learned with the set, where there is one (MTT's step size).
+
+    Raises:
+        UserError: a number is out of range or a name is unknown.
+    """
+
+    steps: int | None = None
+    lr: float = 3e-4
+    warmup: int = 500
+    final_lr: float = 0.01
+    batch_size: int = 500
+    augment: str = "auto"
+    ema: float = 0.0
+    epochs: int | None = None
+    optimizer: str = "adam"
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    schedule: str = "cosine"
+    lr_of: tuple[tuple[str, float], ...] = ()
+    learned_lr: bool = False
+
+    def __post_init__(self) -> None:
+        for name, known in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
+            if getattr(self, name) not in known:
+                raise unknown_name(f"recipe.{name}", str(getattr(self, name)), known)
+        if self.epochs is not None and self.epochs < 1:
+            raise UserError(f"recipe.epochs must be at least 1, got {self.epochs}")
+        if not 0 <= self.momentum < 1:
+            raise UserError(f"recipe.momentum must be in [0, 1), got {self.momentum}")
+        if self.weight_decay < 0:
+            raise UserError(f"recipe.weight_decay must be at least 0, got {self.weight_decay}")
+        if self.steps is not None and self.steps < 1:
+            raise UserError(f"recipe.steps must be at least 1, got {self.steps}")
+        if self.lr <= 0:
+            raise UserError(f"recipe.lr must be positive, got {self.lr}")
+        if self.warmup < 0:
+            raise UserError(f"recipe.warmup must be at least 0 steps, got {self.warmup}")
+        if not 0 <= self.final_lr <= 1:
+            raise UserError(f"recipe.final_lr must be in [0, 1], got {self.final_lr}")
+        if not 0 <= self.ema < 1:
+            raise UserError(f"recipe.ema must be in [0, 1), got {self.ema}")
+        if self.batch_size < 1:
+            raise UserError(f"recipe.batch_size must be at least 1, got {self.batch_size}")
+
+    def steps_for(self, rows: int) -> int:
+        """Training steps for a set of ``rows`` images: ``steps``, ``epochs``, or FRePo's table (next larger entry).
+
+        Example:
+            >>> Recipe().steps_for(10), Recipe().steps_for(90), Recipe(steps=7).steps_for(10)
+            (1000, 2000, 7)
+            >>> Recipe(epochs=300, batch_size=256).steps_for(500)
+            600
+        """
+        if self.steps is not None:
+            return self.steps
+        if self.epochs is not None:
+            return self.epochs * math.ceil(rows / self.batch_size)
+        return _FREPO_STEPS[min((n for n in _FREPO_STEPS if n >= rows), default=max(_FREPO_STEPS))]
+
+    def suited_to(self, architecture: str, learned_lr: float | None = None) -> "Recipe":
+        """Return the recipe with the learning rate for one architecture and one distilled set.
+
+        Args:
+            architecture: of the student.
+            learned_lr: the rate that came with the set, if any.
+
+        Example:
+            >>> recipe = Recipe(lr=1e-3, lr_of=(("vgg", 1e-4),))
+            >>> recipe.suited_to("vgg11:width=16").lr, recipe.suited_to("resnet18").lr
+            (0.0001, 0.001)
+        """
+        lr = next((rate for start, rate in self.lr_of if architecture.startswith(start)), self.lr)
+        return replace(self, lr=learned_lr if self.learned_lr and learned_lr else lr)
+
+    def augmentation(self, mirror: bool) -> Augmentation:
+        """Return the augmentation of images that may, or may not, be mirrored.
+
+        Raises:
+            UserError: an operation is unknown.
+        """
+        if self.augment == "siamese":
+            return siamese(siamese_strategy(mirror), shared=False)
+        return Augmentation(default_strategy(mirror) if self.augment == "auto" else self.augment)
+
+    def build_optimizer(self, network: nn.Module) -> torch.optim.Optimizer:
+        """Return the optimizer of the network's parameters."""
+        settings: dict[str, Any] = {"lr": self.lr, "fused": True}
+        if self.optimizer == "sgd":
+            settings |= {"momentum": self.momentum, "weight_decay": self.weight_decay}
+        elif self.optimizer == "adamw":
+            settings["weight_decay"] = self.weight_decay
+        return OPTIMIZERS[self.optimizer](network.parameters(), **settings)
+
+    def scheduler(self, optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
+        """Return the schedule over ``steps`` steps."""
+        return torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: SCHEDULES[self.schedule](step, steps, self.warmup, self.final_lr)
+        )
+
+
+def warmup_step(step: int, steps: int, warmup: int = 0, final: float = 0.0) -> float:
+    """Learning-rate factor: linear from 0 over ``warmup`` steps, then 1, and a tenth from ``steps / 2`` on."""
+    return warmup_constant(step, steps, warmup) * (0.1 if step >= steps // 2 else 1.0)
+
+
+def warmup_constant(step: int, steps: int, warmup: int = 0, final: float = 0.0) -> float:
+    """Learning-rate factor: linear from 0 over ``warmup`` steps (at most half of all), then 1."""
+    rise = min(warmup, steps // 2)
+    return step / rise if step < rise else 1.0
+
+
+def warmup_half_cosine(step: int, steps: int, warmup: int = 0, final: float = 0.0) -> float:
+    """Learning-rate factor of RDED: ``(1 + cos(pi t / (2 T))) / 2``, which ends at a half."""
+    return warmup_constant(step, steps, warmup) * 0.5 * (1 + math.cos(math.pi * step / (2 * steps)))
+
+
+def warmup_cosine(step: int, steps: int, warmup: int = 0, final: float = 0.0) -> float:
+    """Learning-rate factor: linear from 0 over ``warmup`` steps, then a cosine from 1 to ``final`` at ``steps``.
+
+    The warm-up takes at most half the steps.
+
+    Example:
+        >>> [round(warmup_cosine(step, 10, warmup=2, final=0.1), 2) for step in (0, 1, 2, 6, 10)]
+        [0.0, 0.5, 1.0, 0.55, 0.1]
+    """
+    rise = min(warmup, steps // 2)
+    if step < rise:
+        return step / rise
+    progress = min(1.0, (step - rise) / max(1, steps - rise))
+    return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+    "sgd": torch.optim.SGD,
+}
+SCHEDULES: dict[str, Callable[[int, int, int, float], float]] = {
+    "cosine": warmup_cosine,
+    "half_cosine": warmup_half_cosine,
+    "step": warmup_step,
+    "constant": warmup_constant,
+}
+
+
+def student_loss(logits: Tensor, labels: Tensor, label_kind: str, temperature: float = 1.0) -> Tensor:
+    """Loss of a student: half squared error for regression labels, cross-entropy for hard ones, KL for soft ones.
+
+    Soft labels are a teacher's logits: the loss is the mean over rows of
+    ``KL(softmax(labels / T) || softmax(logits / T))``, *without* the factor ``T^2`` of Hinton et al. (2015), as
+    SRe2L and RDED train their students.
+
+    Args:
+        logits: ``(N, C)``.
+        labels: ``(N, C)`` in the form named by ``label_kind``.
+        label_kind: ``learned``, ``centred``, ``hard`` or ``soft``.
+        temperature: T, for soft labels.
+
+    Example:
+        >>> student_loss(torch.zeros(1, 2), torch.tensor([[3.0, 3.0]]), "soft", temperature=20.0)
+        tensor(0.)
+    """
+    if label_kind == "hard":
+        return F.cross_entropy(logits.float(), labels)
+    if label_kind == "soft":
+        own, target = (F.log_softmax(rows.float() / temperature, dim=1) for rows in (logits, labels))
+        return F.kl_div(own, target, reduction="batchmean", log_target=True)
+    return half_squared_error(logits, labels)
+
+
+def train_student(network: Network, distilled: DistilledSet, recipe: Recipe, augment: str, seed: int) -> Network:
+    """Train a network on a synthetic set in a bare loop, for scores watched while distilling.
+
+    Views stored with the set are its augmentation: then there is no other.
+
+    Args:
+        network: trained in place, on its device, and returned in inference mode.
+        distilled: images, labels and what goes with them.
+        recipe: how.
+        augment: the strategy that ``recipe.augment`` stands for.
+        seed: of batch order and augmentation.
+    """
+    device = next(network.parameters()).device
+    images, labels = distilled.images.to(device), distilled.labels.to(device)
+    views = distilled.views and distilled.views.to(device)
+    steps = recipe.steps_for(len(images))
+    optimizer = recipe.build_optimizer(network)
+    scheduler = recipe.scheduler(optimizer, steps)
+    stream = ShuffledStream(len(images), recipe.batch_size, make_generator(seed, "order", device=device))
+    augmentation, draws = Augmentation(augment), make_generator(seed, "augment")
+    network.train().requires_grad_(True)
+    with torch.enable_grad(), seeded(derive_seed(seed, "dropout")):
+        for step in range(steps):
+            rows = stream.next()
+            if views is None:
+                batch, targets = augmentation(images[rows], draws), labels[rows]
+            else:
+                batch, targets = views.replay(images, step // (stream.size // stream.batch_size), rows)
+            loss = student_loss(network(batch), targets, distilled.label_kind, distilled.temperature)
+            torch.autograd.backward(loss)
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad(set_to_none=True)
+    return network.eval().requires_grad_(False)

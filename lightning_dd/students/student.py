@@ -1,0 +1,141 @@
+"""A student: any architecture trained on a distilled set."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_dd.augment.frepo import Augmentation
+from lightning_dd.distilled.datamodule import DistilledData
+from lightning_dd.models.factory import build_network
+from lightning_dd.students.protocols import protocol as published
+from lightning_dd.students.recipe import Recipe, student_loss
+from lightning_dd.utils.checkpoint import check_settings, public_settings
+from lightning_dd.utils.errors import UserError
+from lightning_dd.utils.scoring import ScoredModule
+from lightning_dd.utils.seeding import derive_seed, make_generator, seeded
+
+_STATE = "lightning_dd_student"
+
+
+class Student(ScoredModule):
+    """Train one architecture on a distilled set, with FRePo's evaluation protocol (Zhou et al. 2022) as default.
+
+    It knows nothing of distillers: everything it needs comes from :class:`~lightning_dd.evaluators.DistilledData`.
+    Its length is the Trainer's ``max_steps``. For a moving average of the weights add Lightning's
+    ``EMAWeightAveraging`` callback.
+
+    Args:
+        architecture: any name of the factory, with options as ``name:option=value,...``.
+        protocol: a published recipe (:data:`~lightning_dd.students.protocols.PROTOCOLS`); the settings below replace
+            its own.
+        lr: peak learning rate.
+        warmup: steps of linear warm-up, at most half the run.
+        final_lr: last learning rate relative to the peak.
+        augment: operations joined by ``_``; ``auto`` is FRePo's family for the data, ``siamese`` that of DSA, ``none``
+            is none. A set with views is not augmented again.
+        seed: of weights, dropout and augmentation.
+
+    Raises:
+        UserError: a number is out of range, or the network cannot take the data's images.
+    """
+
+    def __init__(
+        self,
+        architecture: str = "conv:norm=none",
+        protocol: str = "frepo",
+        lr: float | None = None,
+        warmup: int | None = None,
+        final_lr: float | None = None,
+        augment: str | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.architecture = architecture
+        self.recipe = published(protocol, lr=lr, warmup=warmup, final_lr=final_lr, augment=augment)
+        self.seed = seed
+
+    @classmethod
+    def with_recipe(cls, architecture: str, recipe: Recipe, seed: int) -> "Student":
+        """Build a student with any recipe, published or not; a checkpoint of it does not remember the recipe."""
+        student = cls(architecture, seed=seed)
+        student.recipe = recipe
+        return student
+
+    def configure_model(self) -> None:
+        """Build the network for the data's classes and image shape.
+
+        Here and not in ``setup``: callbacks that copy the module (a moving average) are set up before it.
+
+        Raises:
+            UserError: the data is not ``DistilledData``, or the network cannot take its images.
+        """
+        if self._trainer is not None:
+            distilled = self._distilled_data().distilled
+            self._build(distilled.num_classes, distilled.image_shape)
+
+    def setup(self, stage: str) -> None:
+        """Take the form of the labels and the augmentation from the data; views that come with a set are its own."""
+        data = self._distilled_data()
+        self.label_kind, self.temperature = data.distilled.label_kind, data.distilled.temperature
+        learned: float | None = data.distilled.training.get("step_size")
+        self.recipe = self.recipe.suited_to(self.architecture, learned)
+        replayed = data.distilled.views is not None
+        self.augmentation = Augmentation("none") if replayed else self.recipe.augmentation(data.real.mirror)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map normalised images ``(N, C, H, W)`` to logits ``(N, num_classes)``."""
+        logits: Tensor = self.network(images)
+        return logits
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Fit one batch; randomness depends on seed, rank and step alone, so a resumed run is exact."""
+        images, labels = batch
+        place = (self.global_rank, self.trainer.fit_loop.total_batch_idx)
+        images = self.augmentation(images, make_generator(self.seed, "augment", *place))
+        with seeded(derive_seed(self.seed, "dropout", *place)):
+            loss = student_loss(self(images), labels, self.label_kind, self.temperature)
+        self.log("student/loss", loss.detach(), prog_bar=True)
+        return loss
+
+    def scored_logits(self, images: Tensor) -> Tensor:
+        """Return the network's logits."""
+        logits: Tensor = self(images)
+        return logits
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what it takes to rebuild the network without its data."""
+        checkpoint[_STATE] = {"num_classes": self.num_classes, "image_shape": list(self.image_shape)}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Rebuild the network, or refuse a checkpoint of another configuration.
+
+        Raises:
+            UserError: the checkpoint is not a student's, or its settings differ.
+        """
+        if _STATE not in checkpoint:
+            raise UserError("the checkpoint was not written by a lightning_dd student")
+        check_settings(public_settings(checkpoint["hyper_parameters"]), public_settings(self.hparams))
+        channels, height, width = checkpoint[_STATE]["image_shape"]
+        self._build(checkpoint[_STATE]["num_classes"], (channels, height, width))
+
+    def _distilled_data(self) -> DistilledData:
+        data = getattr(self.trainer, "datamodule", None)
+        if not isinstance(data, DistilledData):
+            raise UserError(f"a Student needs DistilledData as its data, got {type(data).__name__}")
+        return data
+
+    def _build(self, num_classes: int, image_shape: tuple[int, int, int]) -> None:
+        if hasattr(self, "network"):
+            return
+        self.num_classes, self.image_shape = num_classes, image_shape
+        network = build_network(self.architecture, num_classes, image_shape, self.seed)
+        self.network = network.to(memory_format=torch.channels_last)  # pooling is several times faster so on a CPU
+        self.make_accuracy(num_classes)
+
+    def configure_optimizers(self) -> Any:
+        """Return Adam with warm-up and cosine over the Trainer's ``max_steps``."""
+        optimizer = self.recipe.build_optimizer(self.network)
+        schedule = self.recipe.scheduler(optimizer, max(1, self.trainer.max_steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

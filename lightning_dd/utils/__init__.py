@@ -1,0 +1,1 @@
+"""Small tools with no knowledge of the project: errors, files, seeds."""

@@ -1,0 +1,64 @@
+"""What a checkpoint holds beyond parameters, and who may continue from it."""
+
+from typing import Any
+
+import torch
+
+from lightning_dd.utils.errors import UserError
+
+
+def gather_ranks(own: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return every rank's state, in rank order; each rank calls this and each gets the whole list."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return [own]
+    states: list[dict[str, Any]] = [{}] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(states, own)
+    return states
+
+
+def take_rank(states: list[dict[str, Any]], rank: int, world_size: int) -> dict[str, Any]:
+    """Return this rank's part of a checkpoint.
+
+    Raises:
+        UserError: the checkpoint was written by another number of processes, or outside a fit.
+    """
+    if len(states) != world_size:
+        raise UserError(
+            f"the checkpoint was written by {len(states)} process(es) and this run has {world_size}: every process "
+            f"continues its own model pool, so set trainer.devices and num_nodes to give {len(states)}"
+        )
+    if not states[rank]:
+        raise UserError("the checkpoint holds no model pool: it was not written while fitting")
+    return states[rank]
+
+
+def public_settings(hparams: Any) -> dict[str, Any]:
+    """Return hyper-parameters without the entries Lightning's command line adds for itself."""
+    return {name: value for name, value in dict(hparams).items() if not name.startswith("_")}
+
+
+def check_settings(saved: dict[str, Any], here: dict[str, Any]) -> None:
+    """Refuse to continue a checkpoint of another configuration, naming the first difference.
+
+    Raises:
+        UserError: a setting differs.
+    """
+    for name in sorted(saved.keys() | here.keys()):
+        if saved.get(name) != here.get(name):
+            raise UserError(
+                f"the checkpoint is of another configuration: {name} is {saved.get(name)!r} there "
+                f"and {here.get(name)!r} here"
+            )
+
+
+def check_data(saved: dict[str, Any], here: dict[str, Any]) -> None:
+    """Refuse to continue a checkpoint of other data, naming the first difference.
+
+    Raises:
+        UserError: a fact differs.
+    """
+    for name in saved:
+        if saved[name] != here.get(name):
+            raise UserError(
+                f"the checkpoint is of other data: {name} is {saved[name]!r} there and {here.get(name)!r} here"
+            )
