@@ -10,6 +10,7 @@ from pytorch_lightning.utilities import rank_zero_only
 
 from lightning_dd.data import DATA_SETS, MNIST5k
 from lightning_dd.data.preprocess import Preprocessing
+from lightning_dd.data.registry import DataChoice
 from lightning_dd.distilled import DistilledData
 from lightning_dd.distilled.datamodule import SyntheticBatches, real_data_of
 from lightning_dd.distilled.set import DistilledSet
@@ -132,7 +133,17 @@ def test_a_file_that_disagrees_with_its_data_is_refused():
     with pytest.raises(UserError, match="class names or their order disagree"):
         DistilledData.from_set(make_distilled(class_names=("x", "y", "z")), TinyData()).setup("fit")
     with pytest.raises(UserError, match=r"made from 'os\.system', which is none of"):
-        real_data_of(make_distilled(data_name="os.system"))
+        real_data_of(make_distilled(data={"name": "os.system", "spec": {}, "fingerprint": "never seen"}))
+
+
+def test_the_machine_remembers_how_data_was_found_and_a_file_does_not_say():
+    distilled = make_distilled()
+    assert type(real_data_of(distilled)) is TinyData  # a class of nobody's list, named by the note alone
+    assert "helpers" not in json.dumps(distilled.data)
+    given = real_data_of(distilled, DataChoice("helpers.TinyData", {"val_fraction": 0.25}))
+    assert given.val_fraction == 0.25
+    with pytest.raises(UserError, match="unknown data set 'NoData'"):
+        real_data_of(distilled, DataChoice("NoData"))
 
 
 def test_random_real_draws_anew_for_each_seed_in_the_same_form():

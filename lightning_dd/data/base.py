@@ -15,14 +15,16 @@ from torch.utils.data import DataLoader
 from lightning_dd.data.cache import cached_tensors, content_key
 from lightning_dd.data.facts import DataFacts
 from lightning_dd.data.images import Batch, PixelRows, RawSplit, Split
+from lightning_dd.data.memory import remember
 from lightning_dd.data.preprocess import KINDS, RIDGE, Preprocessing, block_stride, fit_preprocessing
 from lightning_dd.data.sampling import EvalBatches, StepCounter, pass_through
+from lightning_dd.utils.arguments import RemembersArguments
 from lightning_dd.utils.errors import UserError
 
 _BLOCK = 4096  # images hashed at a time
 
 
-class RealData(LightningDataModule, ABC):
+class RealData(RemembersArguments, LightningDataModule, ABC):
     """A real image-classification set, decoded once and kept as one tensor per split, or streamed.
 
     A subclass says how to read a split (:meth:`read`), and may give published channel statistics. A stratified
@@ -130,6 +132,15 @@ class RealData(LightningDataModule, ABC):
             spec["zca_block"] = self.zca_block
         return spec if self.mirror == self.can_be_mirrored else spec | {"mirror": self.mirror}
 
+    def origin(self) -> dict[str, Any]:
+        """Return what a distilled set keeps of its data: name, arguments without paths, fingerprint, mirror."""
+        return {
+            "name": self.name,
+            "spec": self.spec(),
+            "fingerprint": self.facts.fingerprint,
+            "mirror": self.mirror,
+        }
+
     @property
     def facts(self) -> DataFacts:
         """Classes, image shape and fingerprint; available after ``setup``."""
@@ -174,6 +185,7 @@ class RealData(LightningDataModule, ABC):
             fingerprint=fingerprint,
             mirror=self.mirror,
         )
+        remember(fingerprint, self.recipe())
 
     def _split(self, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Return sorted train and validation indices, stratified by class."""

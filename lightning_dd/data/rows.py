@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lightning_dd.data.base import RealData
 from lightning_dd.data.images import RawSplit
-from lightning_dd.data.subset import data_set
+from lightning_dd.data.registry import build_data
 from lightning_dd.utils.errors import UserError
 from lightning_dd.utils.seeding import make_generator
 
@@ -56,7 +56,7 @@ class RealRows(RealData):
                 "a part of a data set needs rows >= 1 and chunk, held_out and half >= 0, got "
                 f"{rows}, {chunk}, {held_out} and {half}"
             )
-        self.source = data_set(source, source_args, root)
+        self.source = build_data(source, source_args, root)
         self.name = source
         self.mirror = self.source.mirror
         # Statistics are the class's elsewhere; a part takes those of whatever it is a part of.
@@ -76,8 +76,8 @@ class RealRows(RealData):
         train = self.source.read(train=True)
         chunk, held_out = self._cut(len(train.labels))
         if self.held_out:
-            return _take(train, torch.cat([chunk, held_out]))
-        members, test = _take(train, chunk), self.source.read(train=False)
+            return train.take(torch.cat([chunk, held_out]))
+        members, test = train.take(chunk), self.source.read(train=False)
         return RawSplit(
             torch.cat([members.images, test.images]), torch.cat([members.labels, test.labels]), test.class_names
         )
@@ -92,10 +92,10 @@ class RealRows(RealData):
         """
         if train and self.half is None:
             whole = self.source.read(train=True)
-            return _take(whole, self._cut(len(whole.labels))[0])
+            return whole.take(self._cut(len(whole.labels))[0])
         pool = self.pool()
         size = len(pool.labels)
-        return _take(pool, self._training_rows(size) if train else torch.arange(self.rows, size))
+        return pool.take(self._training_rows(size) if train else torch.arange(self.rows, size))
 
     def trained_on(self, labels: Tensor) -> Tensor:
         """Return which images of the pool are training data, once validation images are cut off: ``(P,)`` bool.
@@ -142,7 +142,3 @@ class RealRows(RealData):
         order = torch.randperm(size, generator=make_generator(self.rows_seed, "half", self.half // 2))
         middle = size // 2
         return (order[:middle] if self.half % 2 == 0 else order[middle:]).sort().values
-
-
-def _take(split: RawSplit, rows: Tensor) -> RawSplit:
-    return RawSplit(split.images[rows], split.labels[rows], split.class_names)

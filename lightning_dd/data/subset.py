@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from lightning_dd.data.base import RealData
 from lightning_dd.data.images import RawSplit
 from lightning_dd.data.preprocess import Preprocessing
-from lightning_dd.utils.errors import UserError, unknown_name
+from lightning_dd.data.registry import build_data
+from lightning_dd.utils.errors import UserError
 from lightning_dd.utils.files import write_atomically
 
 
@@ -40,7 +41,7 @@ class ClassSubset(RealData):
         preprocessing_file: str | None = None,
         root: str | None = None,
     ) -> None:
-        whole = data_set(source, source_args, root)
+        whole = build_data(source, source_args, root)
         super().__init__(
             root=whole.root,
             preprocessing=whole.preprocessing_kind,
@@ -88,28 +89,6 @@ class ClassSubset(RealData):
             "classes": self.classes,
             "source_args": self.source.spec(),
         }
-
-
-def data_set(name: str, arguments: dict[str, Any] | None = None, root: str | None = None) -> RealData:
-    """Build one of the project's data sets.
-
-    Args:
-        name: its class name.
-        arguments: its arguments other than ``root``.
-        root: its folder; ``None`` is its default.
-
-    Raises:
-        UserError: there is no such data set, or the arguments do not fit it.
-    """
-    from lightning_dd.data import DATA_SETS
-
-    if name not in DATA_SETS:
-        raise unknown_name("data set", name, DATA_SETS)
-    place: dict[str, Any] = {} if root is None else {"root": root}
-    try:
-        return DATA_SETS[name](**(arguments or {}), **place)
-    except TypeError as error:
-        raise UserError(f"the arguments do not fit data set '{name}': {error}") from None
 
 
 def save_preprocessing(preprocessing: Preprocessing, path: Path | str) -> Path:

@@ -101,7 +101,7 @@ def convert_set(
         label_kind=found.label_kind,
         class_names=facts.class_names,
         preprocessing=into,
-        data={"name": facts.name, "spec": real.spec(), "fingerprint": facts.fingerprint},
+        data=real.origin(),
         method=method or METHODS[layout],
         config={"architecture": architecture} if architecture else {},
         training={"converted_from": layout, "preprocessing": preprocessing, "versions": library_versions()},

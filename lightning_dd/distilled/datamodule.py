@@ -8,6 +8,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_dd.data import DATA_PARTS, DATA_SETS, RealData
+from lightning_dd.data.memory import recall
+from lightning_dd.data.registry import DataChoice, build_data
 from lightning_dd.data.sampling import ShuffledStream, pass_through
 from lightning_dd.distilled.set import DistilledSet
 from lightning_dd.distilled.views import SoftViews
@@ -152,31 +154,36 @@ class DistilledData(LightningDataModule):
         return self.real.test_dataloader()
 
 
-def real_data_of(distilled: DistilledSet, root: str | None = None) -> RealData:
-    """Rebuild the real data a distilled set was made from.
+def real_data_of(distilled: DistilledSet, choice: DataChoice = DataChoice()) -> RealData:  # noqa: B008  (frozen)
+    """Build the real data that a distilled set stands for.
 
-    Only the project's own data sets are built from a file's word; another one has to be given.
+    What the user chose comes first, then what this machine remembers of data with the set's fingerprint, then what the
+    set says of itself. From a file's word only the project's own data sets are built, and no path is taken.
 
     Args:
         distilled: the set.
-        root: folder of the data on this machine.
+        choice: what the user said of the data.
 
     Raises:
-        UserError: the file names no data set of this project, or one that needs more arguments.
+        UserError: nothing says how to build it, or the arguments do not fit.
     """
-    name = distilled.data.get("name", "nothing")
-    if name not in DATA_SETS:
+    origin = distilled.data
+    arguments = {key: value for key, value in origin.get("spec", {}).items() if key not in ("preprocessing", "part")}
+    if choice.name is not None:
+        return build_data(choice.name, choice.arguments, choice.root)
+    note = None if choice.root else recall(str(origin.get("fingerprint")))
+    if note is not None:
+        return build_data(note["class_path"], {**note["init_args"], **choice.arguments})
+    name, part = origin.get("name", "nothing"), origin.get("spec", {}).get("part")
+    if name not in DATA_SETS or part not in (None, *DATA_PARTS):
         raise UserError(
             f"the distilled set was made from '{name}', which is none of {', '.join(sorted(DATA_SETS))}: "
-            "say which real data to score on"
+            "say which real data to score on (--data and --root)"
         )
-    spec = {key: value for key, value in distilled.data.get("spec", {}).items() if key != "preprocessing"}
-    place: dict[str, Any] = {} if root is None else {"root": root}
-    part = spec.pop("part", None)
     try:
-        return (DATA_SETS[name] if part is None else DATA_PARTS[part])(**place, **spec)
-    except (TypeError, KeyError) as error:
-        raise UserError(f"the distilled set's data '{name}' cannot be rebuilt from the file alone ({error})") from None
+        return build_data(part or name, {**arguments, **choice.arguments}, choice.root)
+    except UserError as error:
+        raise UserError(f"the distilled set's data cannot be rebuilt from the file alone: {error}") from None
 
 
 def check_match(distilled: DistilledSet, real: RealData) -> None:

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
+from lightning_dd.data import DATA_SETS
 from lightning_dd.data.preprocess import Preprocessing
 from lightning_dd.distilled.views import SoftViews
 from lightning_dd.utils.errors import UserError
@@ -43,7 +44,7 @@ class DistilledSet:
             teacher's logits of the images).
         class_names: one per class, in label order.
         preprocessing: the map test images must go through.
-        data: where it came from: ``{"name", "spec", "fingerprint"}``.
+        data: where it came from, as :meth:`~lightning_dd.data.RealData.origin` says it.
         method: name of the distiller, or ``random-real``.
         config: the distiller's whole configuration, plain values.
         training: outer step, validation score, seed and library versions at the time of writing.
@@ -121,6 +122,12 @@ class DistilledSet:
     def architecture(self) -> str | None:
         """The architecture it was distilled with, if any."""
         return self.config.get("architecture")
+
+    @property
+    def mirror(self) -> bool:
+        """Whether its images keep their meaning when they are mirrored left to right."""
+        known = DATA_SETS.get(str(self.data.get("name")))  # of a file from before it was kept
+        return bool(self.data.get("mirror", known.can_be_mirrored if known else True))
 
     @property
     def dataset(self) -> TensorDataset:

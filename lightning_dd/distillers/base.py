@@ -202,7 +202,7 @@ class Distiller(ScoredModule):
             label_kind=self.label_kind,
             class_names=facts.class_names,
             preprocessing=self.preprocessing,
-            data={"name": facts.name, "spec": self.data_spec, "fingerprint": facts.fingerprint},
+            data={"name": facts.name, "spec": self.data_spec, "fingerprint": facts.fingerprint, "mirror": facts.mirror},
             method=type(self).__name__,
             config={**public_settings(self.hparams), "student_architecture": self.student_architecture},
             training={"seed": self.seed, "versions": library_versions(), **training},

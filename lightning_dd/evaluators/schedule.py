@@ -19,6 +19,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from tqdm import tqdm
 
 from lightning_dd.data.base import RealData
+from lightning_dd.data.registry import DataChoice
 from lightning_dd.distilled.datamodule import check_match, real_data_of
 from lightning_dd.distilled.set import DistilledSet, library_versions
 from lightning_dd.evaluators.ledger import Ledger, tensor_digest
@@ -141,7 +142,7 @@ class Bench:
             alike = self._preprocessing[other] == self._preprocessing[name]
             if alike and self.sets[other].data == distilled.data:
                 return real
-        real = real_data_of(distilled, self.job.root)
+        real = real_data_of(distilled, DataChoice(root=self.job.root))
         real.use_preprocessing(distilled.preprocessing)
         real.prepare_data()
         real.setup("test")

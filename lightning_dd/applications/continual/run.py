@@ -13,7 +13,7 @@ from lightning_dd.applications.continual.course import Course
 from lightning_dd.applications.continual.plan import JOINT, Method, Plan
 from lightning_dd.applications.continual.report import Row, forgetting, markdown, write_report
 from lightning_dd.applications.continual.students import score_student
-from lightning_dd.data.subset import data_set
+from lightning_dd.data.registry import build_data
 from lightning_dd.distilled.set import DistilledSet, library_versions
 from lightning_dd.distilled.union import union
 from lightning_dd.evaluators.ledger import Ledger
@@ -166,7 +166,7 @@ def _check_data(plan: Plan) -> int:
     Raises:
         UserError: they do not.
     """
-    source = data_set(plan.data, plan.data_args, plan.root)
+    source = build_data(plan.data, plan.data_args, plan.root)
     source.prepare_data()
     images, labels, names = source.read(train=True)
     kept, _ = source._split(labels)

@@ -1,0 +1,98 @@
+"""Objects that know the arguments they were made with, and classes found by name or by path."""
+
+import importlib
+import inspect
+import sys
+from collections.abc import Iterator
+from typing import Any, Self, TypeVar
+
+from lightning_dd.utils.errors import UserError, unknown_name
+
+Kind = TypeVar("Kind")
+
+
+class RemembersArguments:
+    """Mixin: the arguments of the constructor are kept in :attr:`init_args`, so that a file can say how to make it.
+
+    Example:
+        >>> class Shape(RemembersArguments):
+        ...     def __init__(self, sides: int, **more: float) -> None: ...
+        >>> Shape(3, area=1.5).init_args
+        {'sides': 3, 'area': 1.5}
+    """
+
+    init_args: dict[str, Any]
+    """Those that were given, by name."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:  # noqa: D102
+        made = super().__new__(cls)
+        bound = inspect.signature(cls.__init__).bind_partial(made, *args, **kwargs)
+        given = dict(list(bound.arguments.items())[1:])
+        for parameter in bound.signature.parameters.values():
+            if parameter.kind is parameter.VAR_KEYWORD:
+                given |= given.pop(parameter.name, {})
+        object.__setattr__(made, "init_args", given)  # before a module's own constructor has run
+        return made
+
+    def recipe(self) -> dict[str, Any]:
+        """Return ``{"class_path": ..., "init_args": ...}``, which makes an equal object."""
+        return {"class_path": class_path(type(self)), "init_args": dict(self.init_args)}
+
+
+def class_path(cls: type) -> str:
+    """Return where a class is defined: ``package.module.Class``.
+
+    Example:
+        >>> class_path(UserError)
+        'lightning_dd.utils.errors.UserError'
+    """
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def subclasses(base: type[Kind]) -> Iterator[type[Kind]]:
+    """Yield every class below ``base`` that has been imported, abstract and private ones left out."""
+    for child in base.__subclasses__():
+        if not inspect.isabstract(child) and not child.__name__.startswith("_"):
+            yield child
+        yield from subclasses(child)
+
+
+def known_class(name: str, base: type[Kind], what: str) -> type[Kind]:
+    """Return the imported subclass of ``base`` with this name or path; nothing is imported for it.
+
+    This is how a name from a file is looked up.
+
+    Raises:
+        UserError: there is none.
+
+    Example:
+        >>> known_class("UserError", ValueError, "error")
+        <class 'lightning_dd.utils.errors.UserError'>
+    """
+    found = {cls.__name__: cls for cls in subclasses(base)} | {class_path(cls): cls for cls in subclasses(base)}
+    if name not in found:
+        raise unknown_name(what, name, (cls.__name__ for cls in subclasses(base)))
+    return found[name]
+
+
+def find_class(name: str, base: type[Kind], what: str) -> type[Kind]:
+    """Return a class by name, or by a path that is imported now. For what the user wrote, never for what a file says.
+
+    Raises:
+        UserError: there is no such class, or it is no subclass of ``base``.
+    """
+    module, dot, attribute = name.rpartition(".")
+    if not dot:
+        return known_class(name, base, what)
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"{what} '{name}' cannot be imported: {error}") from None
+    if not (inspect.isclass(found) and issubclass(found, base)):
+        raise UserError(f"{what} '{name}' is no subclass of {class_path(base)}")
+    return found
+
+
+def is_imported(name: str) -> bool:
+    """Tell whether the module that a path ``package.module.Class`` names has been imported."""
+    return name.rpartition(".")[0] in sys.modules
