@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -133,7 +134,7 @@ def test_a_file_that_disagrees_with_its_data_is_refused():
     with pytest.raises(UserError, match="class names or their order disagree"):
         DistilledData.from_set(make_distilled(class_names=("x", "y", "z")), TinyData()).setup("fit")
     with pytest.raises(UserError, match=r"made from 'os\.system', which is none of"):
-        real_data_of(make_distilled(data={"name": "os.system", "spec": {}, "fingerprint": "never seen"}))
+        real_data_of(replace(make_distilled(), data={"name": "os.system", "spec": {}, "fingerprint": "unseen"}))
 
 
 def test_the_machine_remembers_how_data_was_found_and_a_file_does_not_say():
