@@ -34,7 +34,7 @@ from lightning_dd.distilled.datamodule import real_data_of
 from lightning_dd.distillers import FRePo
 from lightning_dd.experiment import distil
 from lightning_dd.students.recipe import Recipe
-from lightning_dd.synthetic.pixels import initial_labels
+from lightning_dd.losses.labels import initial_labels
 from lightning_dd.utils.errors import UserError
 
 SMALL = "conv:width=4,depth=2,norm=none"

@@ -21,7 +21,7 @@ from lightning_dd.losses.architecture_invariant import (
 from lightning_dd.losses.gathered import gathered_loss, naive_loss
 from lightning_dd.losses.meta_options import Architecture, MetaOptions
 from lightning_dd.models import build_network
-from lightning_dd.synthetic.pixels import initial_labels
+from lightning_dd.losses.labels import initial_labels
 from lightning_dd.utils.errors import UserError
 
 ROWS, CLASSES = 4, 10

@@ -5,7 +5,7 @@ import torch
 from helpers import split_of
 
 from lightning_dd.data.sampling import draw_per_class
-from lightning_dd.synthetic.pixels import SyntheticSet, initial_labels
+from lightning_dd.losses.labels import SyntheticSet, initial_labels
 from lightning_dd.utils.errors import UserError
 
 

@@ -57,7 +57,7 @@ class MetaFeatureImages(Callback):
         if not isinstance(pl_module, Distiller) or not trainer.is_global_zero:
             return
         with torch.no_grad():
-            images, labels = pl_module.require_synthetic()()
+            images, labels = pl_module.synthetic()
             result = metadd.measure(images, labels, pl_module.label_kind, labels)
         pixels = pl_module.distilled_set().pixels()
         figure = feature_figure(pixels, result.maps.cpu(), metadd.names, metadd.options.threshold)

@@ -105,6 +105,13 @@ class Preprocessing:
                 images = (rows + self.zca_mean.to(images.device)).view_as(images)
         return images * self._channels(self.std, images) + self._channels(self.mean, images)
 
+    def clipped(self, images: Tensor) -> Tensor:
+        """Return normalised images ``(N, C, H, W)`` whose pixels are clipped to [0, 1]."""
+        if self.kind == "zca":
+            return self(self.inverse(images).clamp(0, 1))
+        mean, std = (self._channels(values, images) for values in (self.mean, self.std))
+        return images.clamp(-mean / std, (1 - mean) / std)
+
     def to(self, device: torch.device | str) -> "Preprocessing":
         """Return the same map with its tensors on a device, for many small batches there."""
         return Preprocessing(**{name: value.to(device) for name, value in self.state_dict().items()})

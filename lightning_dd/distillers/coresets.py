@@ -16,8 +16,7 @@ class Random(SelectionDistiller):
 
     def select(self, train: Split) -> Tensor:
         """Draw by the run's seed."""
-        facts = self.require_facts()
-        rows = draw_per_class(train.labels, self.ipc, facts.num_classes, make_generator(self.seed, "init"))
+        rows = draw_per_class(train.labels, self.ipc, self.facts.num_classes, make_generator(self.seed, "init"))
         return train.take(rows).images
 
 
@@ -29,12 +28,11 @@ class _FeatureCoreset(SelectionDistiller):
 
     def select(self, train: Split) -> Tensor:
         """Choose rows of every class."""
-        facts = self.require_facts()
-        draw_per_class(train.labels, self.ipc, facts.num_classes, make_generator(0))  # refuses an ipc too large
+        draw_per_class(train.labels, self.ipc, self.facts.num_classes, make_generator(0))  # refuses an ipc too large
         chosen = []
-        for label in range(facts.num_classes):
+        for label in range(self.facts.num_classes):
             rows = (train.labels == label).nonzero().flatten()
-            features = features_in_slices(self.network, train.take(rows, self.trainer.strategy.root_device).images)
+            features = features_in_slices(self.network, train.take(rows, self.task.device).images)
             features = torch.nn.functional.normalize(features.flatten(1).float(), dim=1)
             chosen.append(rows[self.choose(features).to(rows.device)])
         return train.take(torch.cat(chosen)).images

@@ -89,7 +89,7 @@ class DC(ClassMatching):
     @property
     def inner_steps(self) -> int:
         """Inner steps after an outer step: as many as were asked for, or the published passes over the set."""
-        batches = -(-len(self.require_synthetic()) // self.inner_batch_size)
+        batches = -(-len(self.synthetic) // self.inner_batch_size)
         return self._given_steps or self.inner_loop * batches
 
     def configure_pool(self, generator: torch.Generator, device: torch.device) -> ModelPool:

@@ -85,7 +85,7 @@ class FRePo(PoolDistiller):
     def configure_optimizers(self) -> Any:
         """Return LAMB as the paper's code runs it (no decay, no clipping), with a cosine to 10 % over the run."""
         optimizer = Lamb(
-            self.require_synthetic().parameter_groups(self.lr),
+            self.synthetic.parameter_groups(self.lr),
             weight_decay=0.0,
             always_adapt=True,  # timm skips the trust ratio where there is no weight decay
             max_grad_norm=None,

@@ -6,27 +6,30 @@ from typing import Any
 import torch
 
 from lightning_dd.distilled.set import DistilledSet
-from lightning_dd.distillers.base import STATE_KEY, Distiller
+from lightning_dd.distillers.base import Distiller
+from lightning_dd.distillers.resume import read_state
+from lightning_dd.utils.arguments import RemembersArguments, known_class
+from lightning_dd.utils.checkpoint import public_settings
 from lightning_dd.utils.errors import UserError
 
 
 def distilled_from_checkpoint(path: Path | str) -> DistilledSet:
     """Load a distiller's checkpoint and return its synthetic set.
 
+    Classes that the checkpoint names are looked up among those that have been imported; nothing is imported for it.
+
     Raises:
-        UserError: the file is missing, is no distiller's checkpoint, or its method is not known here.
+        UserError: the file is missing, is no distiller's checkpoint, or names a class that is not known here.
     """
     checkpoint = read_checkpoint(path)
-    if STATE_KEY not in checkpoint:
-        raise UserError(f"checkpoint '{path}': not written by a lightning_dd distiller")
-    method = checkpoint[STATE_KEY]["method"]
-    known = {found.__name__: found for found in _subclasses(Distiller)}  # type: ignore[type-abstract]
-    if method not in known:
-        raise UserError(
-            f"checkpoint '{path}' was written by '{method}', which is none of {', '.join(sorted(known))}: in Python, "
-            f"use {method}.load_from_checkpoint(path).distilled_set().save(output)"
-        )
-    distiller = known[method].load_from_checkpoint(path, map_location="cpu", weights_only=True)
+    try:
+        state = read_state(checkpoint)
+        cls: type[Distiller] = known_class(state["method"], Distiller, "method")  # type: ignore[type-abstract]
+        distiller = cls(**_revived(public_settings(checkpoint["hyper_parameters"])))
+    except (UserError, TypeError) as error:
+        raise UserError(f"checkpoint '{path}': {error}") from None
+    distiller.on_load_checkpoint(checkpoint)
+    distiller.load_state_dict(checkpoint["state_dict"])
     return distiller.distilled_set(outer_step=int(checkpoint["global_step"]))
 
 
@@ -48,5 +51,11 @@ def read_checkpoint(path: Path | str) -> dict[str, Any]:
     return content
 
 
-def _subclasses(cls: type[Distiller]) -> list[type[Distiller]]:
-    return [found for child in cls.__subclasses__() for found in (child, *_subclasses(child))]
+def _revived(settings: Any) -> Any:
+    """Make the objects that plain settings name by ``class_path`` and ``init_args``."""
+    if isinstance(settings, dict) and "class_path" in settings:
+        cls = known_class(settings["class_path"], RemembersArguments, "class")
+        return cls(**_revived(settings.get("init_args") or {}))
+    if isinstance(settings, dict):
+        return {name: _revived(value) for name, value in settings.items()}
+    return settings

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lightning_dd.augment.frepo import Draw
 from lightning_dd.augment.siamese import siamese, siamese_strategy
 from lightning_dd.data.images import Batch
+from lightning_dd.data.sampling import ClassBlocks
 from lightning_dd.distillers.pooled import PoolDistiller
 from lightning_dd.models.interface import Network
 from lightning_dd.utils.errors import UserError
@@ -44,11 +45,15 @@ class ClassMatching(PoolDistiller):
         """Take the augmentation for this data, too."""
         super().setup(stage)
         if self.augment == "auto":
-            self._use_strategy(siamese_strategy(self.require_facts().mirror))
+            self._use_strategy(siamese_strategy(self.facts.mirror))
+        if stage == "fit":
+            self._class_blocks = ClassBlocks(self.task.train.labels, self.facts.num_classes)
 
     def draw_real(self) -> Batch:
         """Draw real images in blocks by class: ``(num_classes * real_per_class, C, H, W)``, and classes."""
-        return self.draw_real_per_class(self.real_per_class)
+        train = self.task.train
+        generator = self.step_generator("class blocks", device=train.labels.device)
+        return train.take(self._class_blocks.draw(self.real_per_class, generator), self.device)
 
     def draw_siamese(self, num_classes: int) -> list[Draw]:
         """Draw what happens to the real and synthetic images of each class in this outer step."""
@@ -60,12 +65,12 @@ class ClassMatching(PoolDistiller):
     def draw_synthetic(self) -> tuple[Tensor, Tensor]:
         """Draw synthetic images for an inner step, augmented each with its own numbers, and labels."""
         images, labels = super().draw_synthetic()
-        generator = self.step_generator("inner augmentation", self.require_pool().current.age)
+        generator = self.step_generator("inner augmentation", self.pool.current.age)
         return self.inner_augmentation(images, generator), labels
 
     def configure_optimizers(self) -> Any:
         """Return SGD with momentum 0.5 on whatever the synthetic set learns."""
-        return torch.optim.SGD(self.require_synthetic().parameter_groups(self.lr), momentum=0.5)
+        return torch.optim.SGD(self.synthetic.parameter_groups(self.lr), momentum=0.5)
 
     def configure_inner_optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
         """Return SGD without momentum."""

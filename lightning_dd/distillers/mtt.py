@@ -119,29 +119,26 @@ class MTT(Distiller):
         self.step_size_lr, self.least_step_size = step_size_lr, LEAST_STEP_SIZE * step_size
         self.match = trajectory.constant_memory if constant_memory else trajectory.unrolled
         self._student: tuple[Network, ...] = ()  # in a tuple: a registered network would enter the checkpoint
-        self._trajectories: Trajectories | None = None
 
     def setup(self, stage: str) -> None:
         """Build the network of the inner steps as well, and train or find the experts."""
         super().setup(stage)
-        if stage != "fit" or self._trajectories is not None:
+        if stage != "fit" or hasattr(self, "_trajectories"):
             return
-        facts, device = self.require_facts(), self.trainer.strategy.root_device
+        device = self.task.device
         network = self.build_network(self.expert_seed).to(device)
         refuse_batch_statistics(self.architecture, network)
         rest(network)
         self._student = (network,)
         if self.augment == "auto":
-            self.expert_recipe = replace(self.expert_recipe, augment=siamese_strategy(facts.mirror))
+            self.expert_recipe = replace(self.expert_recipe, augment=siamese_strategy(self.facts.mirror))
         self._augmentation = siamese(self.expert_recipe.augment, shared=False)
-        train = self.real_data().train
-        assert train is not None
         files = expert_files(
             self.trainer,
             self.experts,
             architecture=self.architecture,
-            train=train,
-            facts=facts,
+            train=self.task.train,
+            facts=self.facts,
             recipe=self.expert_recipe,
             seed=self.expert_seed,
             train_missing=self.train_missing,
@@ -154,7 +151,6 @@ class MTT(Distiller):
         expert, epoch = (
             int(torch.randint(count, (), generator=generator)) for count in (self.experts, self.max_start_epoch)
         )
-        assert self._trajectories is not None
         start, target = (self._trajectories.snapshot(expert, at) for at in (epoch, epoch + self.expert_epochs))
         vector_to_parameters(start, self.network.parameters())
         steps = self._inner_steps(len(images), generator)
@@ -169,15 +165,9 @@ class MTT(Distiller):
 
     def configure_optimizers(self) -> Any:
         """Return SGD with momentum 0.5, with a learning rate each for images, labels and step size."""
-        synthetic = self.require_synthetic()
-        learned = [{"params": [synthetic.labels], "lr": self.label_lr}] if self.label_kind == "learned" else []
-        groups = [
-            {**group, "params": [part for part in group["params"] if part is not synthetic.labels]}
-            for group in synthetic.parameter_groups(self.lr)
-        ]
-        groups = [group for group in groups if group["params"]]
         own = {"params": [self.step_size], "lr": self.step_size_lr}
-        return torch.optim.SGD([*groups, *learned, own], lr=self.lr, momentum=0.5)
+        groups = self.synthetic.parameter_groups(self.lr, self.label_lr)
+        return torch.optim.SGD([*groups, own], lr=self.lr, momentum=0.5)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Keep the step size positive."""

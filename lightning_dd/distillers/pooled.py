@@ -4,9 +4,12 @@ from abc import abstractmethod
 from typing import Any
 
 import torch
+from pytorch_lightning import Callback
 from torch import Tensor
 
 from lightning_dd.data.images import Batch
+from lightning_dd.data.sampling import ShuffledStream, next_batch
+from lightning_dd.distillers.alternation import PoolAlternation
 from lightning_dd.distillers.base import Distiller
 from lightning_dd.models.interface import Network
 from lightning_dd.models.pool import ModelPool
@@ -18,13 +21,15 @@ from lightning_dd.utils.seeding import make_generator
 class PoolDistiller(Distiller):
     """A distiller with a pool of networks, which are trained between outer steps.
 
-    A :class:`~lightning_dd.callbacks.PoolAlternation` callback owns the clock of the inner steps. The networks are in
-    the checkpoint but not in the module tree, so DDP leaves every rank its own.
+    A :class:`~lightning_dd.callbacks.PoolAlternation` callback owns the clock of the inner steps; it is there by itself
+    unless the Trainer was given one. The networks are in the checkpoint but not in the module tree, so DDP leaves every
+    rank its own.
 
     A subclass must answer :meth:`outer_loss`; it may override :meth:`draw_real`, :meth:`inner_loss` and
     :meth:`configure_pool`.
 
     Args:
+        real_batch_size: real images per outer step.
         pool_size: networks in the pool.
         lifetime: inner steps a network takes before it is replaced; 0 gives every outer step a fresh one. (FRePo's
             code replaces a network whose age exceeds 100.)
@@ -32,12 +37,18 @@ class PoolDistiller(Distiller):
         inner_batch_size: synthetic images per inner step, at most all of them.
         **kwargs: see :class:`Distiller`.
 
+    Attributes:
+        pool: the model pool; there while fitting.
+
     Raises:
         UserError: an argument is out of range.
     """
 
+    pool: ModelPool
+
     def __init__(
         self,
+        real_batch_size: int = 1024,
         pool_size: int = 10,
         lifetime: int = 101,
         inner_lr: float = 3e-4,
@@ -45,13 +56,14 @@ class PoolDistiller(Distiller):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        if real_batch_size < 1:
+            raise UserError(f"real_batch_size must be at least 1, got {real_batch_size}")
         if inner_lr <= 0:
             raise UserError(f"inner_lr must be positive, got {inner_lr}")
         if inner_batch_size < 1:
             raise UserError(f"inner_batch_size must be at least 1, got {inner_batch_size}")
-        self.pool_size, self.lifetime = pool_size, lifetime
+        self.real_batch_size, self.pool_size, self.lifetime = real_batch_size, pool_size, lifetime
         self.inner_lr, self.inner_batch_size = inner_lr, inner_batch_size
-        self.pool: ModelPool | None = None
 
     @abstractmethod
     def outer_loss(self, network: Network, images: Tensor, labels: Tensor, real: Batch) -> dict[str, Tensor]:
@@ -66,8 +78,12 @@ class PoolDistiller(Distiller):
 
     def outer_terms(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Return :meth:`outer_loss` on the current network and a real batch."""
-        self.watch(**{"pool/age": torch.tensor(float(self.require_pool().current.age))})
+        self.watch(**{"pool/age": torch.tensor(float(self.pool.current.age))})
         return self.outer_loss(self.network, images, labels, self.draw_real())
+
+    def draw_real(self) -> Batch:
+        """Draw the next ``real_batch_size`` training images of a shuffled stream: ``(B, C, H, W)``, and classes."""
+        return next_batch(self.task.train, self._real_stream, self.device)
 
     def inner_loss(self, network: Network) -> Tensor:
         """Return the loss of one inner step: by default the network learns the current synthetic set.
@@ -79,12 +95,11 @@ class PoolDistiller(Distiller):
 
     def draw_synthetic(self) -> tuple[Tensor, Tensor]:
         """Draw ``inner_batch_size`` synthetic images and their labels, without graph."""
-        synthetic = self.require_synthetic()
         with torch.no_grad():  # a generator's graph would be for nothing
-            images, labels = (part.detach() for part in synthetic())
-        if self.inner_batch_size >= len(synthetic):
+            images, labels = (part.detach() for part in self.synthetic())
+        if self.inner_batch_size >= len(images):
             return images, labels
-        rows = torch.randperm(len(synthetic), generator=self._inner_generator, device=images.device)
+        rows = torch.randperm(len(images), generator=self._inner_generator, device=images.device)
         rows = rows[: self.inner_batch_size]
         return images[rows], labels[rows]
 
@@ -111,30 +126,24 @@ class PoolDistiller(Distiller):
     @property
     def network(self) -> Network:
         """The pool's current network."""
-        return self.require_pool().network
+        return self.pool.network
 
-    def require_pool(self) -> ModelPool:
-        """Return the model pool, which exists while fitting."""
-        if self.pool is None:
-            raise RuntimeError("the model pool exists only while fitting")
-        return self.pool
+    def configure_callbacks(self) -> list[Callback]:
+        """Bring the clock of the inner steps, unless the Trainer has one."""
+        own = any(isinstance(callback, PoolAlternation) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
+        return [] if own else [PoolAlternation()]
 
     def setup(self, stage: str) -> None:
         """Build the pool as well."""
         super().setup(stage)
         if stage != "fit":
             return
-        rank, device = self.trainer.global_rank, self.trainer.strategy.root_device
-        if self.pool is None:
+        rank, device, labels = self.trainer.global_rank, self.task.device, self.task.train.labels
+        order = make_generator(self.seed, "real", rank, device=labels.device)
+        self._real_stream = ShuffledStream(len(labels), self.real_batch_size, order)
+        if not hasattr(self, "pool"):
             self.pool = self.configure_pool(make_generator(self.seed, "pool", rank), device)
         self._inner_generator = make_generator(self.seed, "inner", rank, device=device)
-
-    def on_fit_start(self) -> None:
-        """Refuse a Trainer whose pool would never be trained."""
-        if not any(hasattr(callback, "inner_steps_at") for callback in self.trainer.callbacks):  # type: ignore[attr-defined]
-            raise UserError(
-                f"{type(self).__name__} needs PoolAlternation() (from lightning_dd.callbacks) among trainer.callbacks"
-            )
 
     def inner_step(self) -> bool:
         """One inner step of the current network; called by the callback that owns the clock.
@@ -143,18 +152,20 @@ class PoolDistiller(Distiller):
             Whether the network was trained; otherwise it was too old and a fresh one stands in its place.
         """
         with self.trainer.precision_plugin.train_step_context():
-            return self.require_pool().advance(self.inner_loss)
+            return self.pool.advance(self.inner_loss)
 
     def rank_state(self) -> dict[str, Any]:
-        """Add the pool and the generator of the inner steps."""
+        """Add the real stream, the pool and the generator of the inner steps."""
         return {
             **super().rank_state(),
-            "pool": self.require_pool().state_dict(),
+            "real": self._real_stream.state_dict(),
+            "pool": self.pool.state_dict(),
             "inner": self._inner_generator.get_state(),
         }
 
     def load_rank_state(self, state: dict[str, Any]) -> None:
         """Restore them."""
         super().load_rank_state(state)
-        self.require_pool().load_state_dict(state["pool"])
+        self._real_stream.load_state_dict(state["real"])
+        self.pool.load_state_dict(state["pool"])
         self._inner_generator.set_state(state["inner"].cpu())

@@ -8,8 +8,8 @@ from torch.nn import functional as F
 
 from lightning_dd.augment.crops import draw_crops, resample
 from lightning_dd.data.images import Split
-from lightning_dd.distillers.relabel import teacher_logits
 from lightning_dd.distillers.selection import SelectionDistiller
+from lightning_dd.synthetic.labels import Labels
 from lightning_dd.utils.errors import UserError
 from lightning_dd.utils.seeding import make_generator
 
@@ -32,8 +32,7 @@ class RDED(SelectionDistiller):
         crops: random crops of each.
         patches: tiles along a side of an image: 1 for small images, 2 for large ones.
         crop_min_scale: smallest area of a crop as a share of the image's.
-        labels: ``soft``, ``hard`` or ``centred``.
-        soft_min_scale: smallest area of a view's crop as a share of the image's.
+        labels: ``soft`` for the teacher's, with views that are cropped to no less than a tile; ``hard`` or ``centred``.
         **kwargs: see :class:`TeacherDistiller`.
 
     Raises:
@@ -47,25 +46,28 @@ class RDED(SelectionDistiller):
         crops: int = 5,
         patches: int = 1,
         crop_min_scale: float = 0.08,
-        labels: str = "soft",
-        soft_min_scale: float = 0.5,
+        labels: str | Labels = "soft",
         **kwargs: Any,
     ) -> None:
-        super().__init__(ipc=ipc, labels=labels, soft_min_scale=soft_min_scale, **kwargs)
+        self.patches = patches
+        super().__init__(ipc=ipc, labels=labels, **kwargs)
         if candidates < 1 or crops < 1 or patches < 1:
             raise UserError(
                 f"RDED needs candidates, crops and patches of at least 1, got {candidates}, {crops} and {patches}"
             )
         if not 0 < crop_min_scale <= 1:
             raise UserError(f"crop_min_scale must be in (0, 1], got {crop_min_scale}")
-        self.candidates, self.crops, self.patches, self.crop_min_scale = candidates, crops, patches, crop_min_scale
+        self.candidates, self.crops, self.crop_min_scale = candidates, crops, crop_min_scale
+
+    def soft_labels(self) -> dict[str, Any]:
+        """Return the published views: whole images of one tile, crops of at least a tile of others."""
+        return {"min_scale": 1 / max(1, self.patches)}
 
     def select(self, train: Split) -> Tensor:
         """Choose the surest crops of every class and tile them."""
-        facts = self.require_facts()
+        facts = self.facts
         if any(side % self.patches for side in facts.image_shape[1:]):
             raise UserError(f"patches={self.patches} do not divide images of {facts.image_shape[1:]} pixels")
-        assert self.preprocessing is not None
         generator = make_generator(self.seed, "candidates")
         made = []
         for label in range(facts.num_classes):
@@ -78,10 +80,10 @@ class RDED(SelectionDistiller):
                     f"{label} has {len(order)}"
                 )
             boxes = draw_crops(len(order) * self.crops, self.crop_min_scale, generator, ratio=1.0)
-            pixels = train.pixels(rows[order.to(rows.device)]).to(self.trainer.strategy.root_device)
+            pixels = train.pixels(rows[order.to(rows.device)]).to(self.task.device)
             made.append(self.best_crops(pixels, boxes.to(pixels.device), label, needed))
         tiled = torch.cat([tile(pixels, self.patches) for pixels in made])
-        return self.preprocessing(tiled)
+        return self.task.preprocessing(tiled)
 
     def best_crops(self, pixels: Tensor, boxes: Tensor, label: int, count: int) -> Tensor:
         """Return the ``count`` surest crops of one class as pixels ``(count, C, H, W)``, the surest first.
@@ -92,9 +94,8 @@ class RDED(SelectionDistiller):
             label: their class.
             count: at most N.
         """
-        assert self.preprocessing is not None
         cut = resample(pixels.repeat_interleave(self.crops, 0), boxes, torch.zeros_like(boxes[:, 0], dtype=torch.bool))
-        logits = teacher_logits(self.network, self.preprocessing(cut))
+        logits = self.committee().logits(self.task.preprocessing(cut))
         target = torch.full((len(cut),), label, device=cut.device)
         losses = F.cross_entropy(logits, target, reduction="none").view(len(pixels), self.crops)
         best = losses.min(1)

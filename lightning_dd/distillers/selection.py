@@ -20,10 +20,10 @@ class SelectionDistiller(TeacherDistiller):
     :attr:`network`.
 
     Args:
-        **kwargs: see :class:`TeacherDistiller`; ``labels`` are fixed, or ``soft``.
+        **kwargs: see :class:`TeacherDistiller`.
     """
 
-    label_kinds: ClassVar[tuple[str, ...]] = ("hard", "centred", "soft")
+    label_kinds: ClassVar[tuple[str, ...]] = ("hard", "centred")
     learns: ClassVar[bool] = False
 
     @abstractmethod
@@ -38,7 +38,7 @@ class SelectionDistiller(TeacherDistiller):
         """Fill the synthetic set with the selection; every rank selects the same."""
         selected = self.select(train)  # may train the teacher, which needs gradients
         with torch.no_grad():
-            self.require_synthetic().images.copy_(selected)
+            self.synthetic.images.copy_(selected)
 
     def outer_terms(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Nothing is minimised."""
@@ -46,4 +46,4 @@ class SelectionDistiller(TeacherDistiller):
 
     def configure_optimizers(self) -> Any:
         """Return an optimizer that moves nothing."""
-        return torch.optim.SGD(self.require_synthetic().parameters(), lr=0.0)
+        return torch.optim.SGD(self.synthetic.parameters(), lr=0.0)

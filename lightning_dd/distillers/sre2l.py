@@ -8,12 +8,12 @@ from torch.nn import functional as F
 
 from lightning_dd.augment.crops import draw_crops, resample
 from lightning_dd.data.images import Split
-from lightning_dd.data.preprocess import Preprocessing
 from lightning_dd.distillers.teacher import TeacherDistiller
 from lightning_dd.losses.attach import attach_gradients
 from lightning_dd.losses.batchnorm import StatisticsDistance, batch_norm_layers
 from lightning_dd.losses.cam import no_float16
 from lightning_dd.students.recipe import warmup_cosine
+from lightning_dd.synthetic.labels import Labels
 from lightning_dd.utils.errors import UserError
 
 _CLASSES = 100
@@ -60,13 +60,13 @@ class SRe2L(TeacherDistiller):
         UserError: an argument is out of range, or the teacher has no batch normalisation.
     """
 
-    label_kinds: ClassVar[tuple[str, ...]] = ("soft", "hard")
+    label_kinds: ClassVar[tuple[str, ...]] = ("hard",)
 
     def __init__(
         self,
         ipc: int = 1,
         architecture: str = "resnet18",
-        labels: str = "soft",
+        labels: str | Labels = "soft",
         init: str = "noise",
         lr: float = 0.25,
         bn_weight: float = 0.01,
@@ -88,9 +88,11 @@ class SRe2L(TeacherDistiller):
 
     def initialise(self, train: Split) -> None:
         """Refuse a teacher without batch normalisation before it is trained; then start from noise."""
-        if not batch_norm_layers(self.build_network(0, self.teacher_architecture)):
+        for teacher in self.teacher.mixture(self.architecture).names:
+            if batch_norm_layers(self.build_network(0, teacher)):
+                continue
             raise UserError(
-                f"SRe2L recovers images from batch statistics, and its teacher '{self.teacher_architecture}' keeps "
+                f"SRe2L recovers images from batch statistics, and its teacher '{teacher}' keeps "
                 "none: choose one with batch normalisation, as convnet:norm=batch or resnet18"
             )
         super().initialise(train)
@@ -101,7 +103,7 @@ class SRe2L(TeacherDistiller):
         gathered = torch.zeros_like(images)
         total, losses = images.new_zeros(()), []
         start = 0
-        for block in recovery_groups(self.require_facts().num_classes, self.ipc):
+        for block in recovery_groups(self.facts.num_classes, self.ipc):
             for rows in torch.split(block, max(1, _ROWS // block.shape[1])):
                 part = Windows(*(drawn[start : start + len(rows)] for drawn in windows))
                 start += len(rows)
@@ -137,9 +139,9 @@ class SRe2L(TeacherDistiller):
 
     def draw_windows(self) -> Windows:
         """Draw this step's windows, one of every group."""
-        groups = self.ipc * len(recovery_groups(self.require_facts().num_classes, self.ipc))
+        groups = self.ipc * len(recovery_groups(self.facts.num_classes, self.ipc))
         generator = self.step_generator("windows")
-        mirrors = 0.5 if self.require_facts().mirror else 0.0
+        mirrors = 0.5 if self.facts.mirror else 0.0
         return Windows(
             crops=draw_crops(groups, self.min_scale, generator),
             flips=torch.rand(groups, generator=generator) < mirrors,
@@ -148,7 +150,7 @@ class SRe2L(TeacherDistiller):
 
     def configure_optimizers(self) -> Any:
         """Return Adam with betas 0.5 and 0.9, and a cosine to 0 over the run."""
-        optimizer = torch.optim.Adam(self.require_synthetic().parameter_groups(self.lr), betas=(0.5, 0.9))
+        optimizer = torch.optim.Adam(self.synthetic.parameter_groups(self.lr), betas=(0.5, 0.9))
         steps = max(1, self.trainer.max_steps)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
@@ -156,11 +158,7 @@ class SRe2L(TeacherDistiller):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step, and bring the images back to what pixels in [0, 1] can be."""
         super().optimizer_step(*args, **kwargs)
-        images = dict(self.require_synthetic().named_parameters()).get("images")
-        if images is not None:
-            assert self.preprocessing is not None
-            with torch.no_grad():
-                images.copy_(clip_to_pixels(images, self.preprocessing))
+        self.synthetic.parameterisation.clip(self.task.preprocessing)
 
 
 def recovery_groups(num_classes: int, ipc: int, largest: int = _CLASSES) -> list[Tensor]:
@@ -173,11 +171,3 @@ def recovery_groups(num_classes: int, ipc: int, largest: int = _CLASSES) -> list
     """
     blocks = torch.arange(num_classes).chunk(-(-num_classes // largest))
     return [torch.arange(ipc)[:, None] + ipc * block for block in blocks]
-
-
-def clip_to_pixels(images: Tensor, preprocessing: Preprocessing) -> Tensor:
-    """Return the normalised images ``(N, C, H, W)`` whose pixels are clipped to [0, 1]."""
-    if preprocessing.kind == "zca":
-        return preprocessing(preprocessing.inverse(images).clamp(0, 1))
-    mean, std = (values.to(images.device).view(1, -1, 1, 1) for values in (preprocessing.mean, preprocessing.std))
-    return images.clamp(-mean / std, (1 - mean) / std)

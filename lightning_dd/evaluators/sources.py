@@ -9,7 +9,7 @@ from torch import Tensor
 from lightning_dd.data import RealData
 from lightning_dd.data.sampling import draw_per_class
 from lightning_dd.distilled.set import DistilledSet
-from lightning_dd.synthetic.pixels import initial_labels
+from lightning_dd.losses.labels import initial_labels
 from lightning_dd.utils.errors import UserError
 from lightning_dd.utils.seeding import make_generator
 

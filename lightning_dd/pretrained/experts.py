@@ -26,13 +26,13 @@ from lightning_dd.data.facts import DataFacts
 from lightning_dd.data.images import Split
 from lightning_dd.data.sampling import ShuffledStream, StepCounter, pass_through
 from lightning_dd.losses.krr import centred_one_hot
+from lightning_dd.losses.labels import initial_labels
 from lightning_dd.losses.trajectory import parameter_vector
 from lightning_dd.models.factory import build_network
 from lightning_dd.models.interface import Network
 from lightning_dd.pretrained.architectures import NamedBar
 from lightning_dd.pretrained.turns import accelerator_of, first_process_first
 from lightning_dd.students.recipe import student_loss
-from lightning_dd.synthetic.pixels import initial_labels
 from lightning_dd.utils.errors import UserError
 from lightning_dd.utils.files import write_atomically
 from lightning_dd.utils.seeding import derive_seed, make_generator

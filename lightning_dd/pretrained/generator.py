@@ -13,18 +13,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lightning_dd.data.base import RealData
 from lightning_dd.data.cache import cache_folder
 from lightning_dd.data.facts import DataFacts
 from lightning_dd.data.images import Split
-from lightning_dd.data.preprocess import Preprocessing
 from lightning_dd.data.sampling import ShuffledStream, StepCounter, pass_through
 from lightning_dd.models.generator import Generator, ImageEncoder
 from lightning_dd.pretrained.architectures import NamedBar
-from lightning_dd.pretrained.turns import accelerator_of, first_process_first
+from lightning_dd.pretrained.task import Task
 from lightning_dd.students.recipe import warmup_cosine
-from lightning_dd.synthetic.latents import LatentSet
-from lightning_dd.synthetic.pixels import SyntheticSet
 from lightning_dd.utils.errors import UserError
 from lightning_dd.utils.files import write_atomically
 from lightning_dd.utils.seeding import derive_seed, make_generator, seeded
@@ -51,41 +47,36 @@ class GeneratorRecipe:
     batch_size: int = 64
 
 
-def prepare_generator(synthetic: SyntheticSet, data: RealData, trainer: Trainer, train_missing: bool = True) -> None:
-    """Give a latent set its trained generator, from the cache or trained now; any other set is left alone.
+def prepare_generator(generator: Generator, recipe: GeneratorRecipe, width: int, seed: int, task: Task) -> None:
+    """Give the small generator its weights, in place, from the cache or trained now.
 
     The first process trains, the others read. The cache's key covers data, preprocessing, the generator's sizes,
     recipe and seed.
 
     Args:
-        synthetic: whose generator gets its weights, in place.
-        data: the run's data, set up.
-        trainer: of the run, for its processes and accelerator.
-        train_missing: train what is not in the cache; otherwise refuse.
+        generator: gets the weights.
+        recipe: how it is trained.
+        width: channels of its last block.
+        seed: of the encoder's weights, batches and latents.
+        task: the run's data.
 
     Raises:
         UserError: nothing is in the cache and nothing may be trained, or the training diverged.
     """
-    if not isinstance(synthetic, LatentSet) or not isinstance(synthetic.generator, Generator):
-        return
-    options, generator = synthetic.options, synthetic.generator
-    recipe = GeneratorRecipe(steps=options.steps, lr=options.lr)
-    identity = _identity(data.facts, options.width, options.latent_size, recipe, options.seed)
+    identity = _identity(task.facts, width, generator.latent_size, recipe, seed)
     path = _cached(identity)
-    with first_process_first(trainer, "generator"):
+    with task.first_process_first("generator"):
         if _load(path, generator):
             return
-        if not train_missing:
+        if not task.train_missing:
             raise UserError(
                 "the generator of latents is not trained on this data yet, and train_missing is false: run the same "
                 "command with train_missing=true"
             )
-        assert data.train is not None
-        assert data.preprocessing is not None
-        task = GeneratorTask(generator, data.train, data.preprocessing, data.facts, options.width, recipe, options.seed)
-        _train(task, accelerator_of(trainer))
+        training = GeneratorTask(generator, task.train, task.facts, width, recipe, seed)
+        _train(training, task.accelerator)
         if not all(bool(torch.isfinite(value).all()) for value in generator.state_dict().values()):
-            raise UserError(f"training the generator of latents diverged: lower latents' lr, which is {options.lr}")
+            raise UserError(f"training the generator of latents diverged: lower latents' lr, which is {recipe.lr}")
         _keep(path, generator, identity)
 
 
@@ -102,7 +93,6 @@ class GeneratorTask(LightningModule):
     Args:
         generator: trained in place.
         train: normalised images and their classes.
-        preprocessing: their map from pixels.
         facts: what the data says of itself.
         width: channels of the encoder's first convolution.
         recipe: how.
@@ -113,7 +103,6 @@ class GeneratorTask(LightningModule):
         self,
         generator: Generator,
         train: Split,
-        preprocessing: Preprocessing,
         facts: DataFacts,
         width: int,
         recipe: GeneratorRecipe,

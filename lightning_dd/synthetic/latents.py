@@ -7,13 +7,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lightning_dd.data.facts import DataFacts
 from lightning_dd.data.images import Split
-from lightning_dd.data.preprocess import Preprocessing
+from lightning_dd.models.checks import check_count
 from lightning_dd.models.exported import ExportedGenerator
 from lightning_dd.models.generator import Generator
-from lightning_dd.synthetic.parameterisation import LatentOptions
-from lightning_dd.synthetic.pixels import SyntheticSet
+from lightning_dd.pretrained.generator import GeneratorRecipe, prepare_generator
+from lightning_dd.pretrained.task import Task
+from lightning_dd.synthetic.parameterisation import Parameterisation
 from lightning_dd.utils.errors import UserError
 from lightning_dd.utils.seeding import derive_seed, seeded
 
@@ -25,66 +25,91 @@ Render = Callable[..., Tensor]
 """From classes ``(n,)`` and latents ``(n, ...)`` to images ``(n, C, H, W)``, each row for itself."""
 
 
-class LatentSet(SyntheticSet):
-    """Images that a frozen generator makes of learnable latents; labels are those of any synthetic set.
+class Latents(Parameterisation):
+    """Images that a frozen generator makes of learnable latents.
 
-    The small generator is cut at a level L (GLaD's space ``wp``): the map fed into block L and the styles of the blocks
-    from L on are learned. Its pixels, in [0, 1], go through the data's preprocessing. A latent set starts from random
-    samples of the generator, class by class; ``init`` says nothing to it. The map is cleaned and clipped once, there.
+    The small generator (:class:`~lightning_dd.models.generator.Generator`) is trained on the run's data once and
+    cached. It is cut at a level L (GLaD's space ``wp``): the map fed into block L and the styles of the blocks from L
+    on are learned. Its pixels, in [0, 1], go through the data's preprocessing. Latents start from random samples of the
+    generator, class by class; ``init`` does not matter to them. The map is cleaned and clipped once, at the start.
 
-    Where there are more images than :attr:`LatentOptions.slice`, the generator runs without graph, and again slice by
-    slice when the gradient comes back: the same gradient, and the memory of one slice (GLaD's memory trick).
-
-    The small generator's weights are part of the state, so a checkpoint needs neither data nor training. It is built
-    untrained; :func:`~lightning_dd.pretrained.prepare_generator` trains it.
+    Where there are more images than ``slice``, the generator runs without graph, and again slice by slice when the
+    gradient comes back: the same gradient, and the memory of one slice (GLaD's memory trick). The small generator's
+    weights are part of the state, so a checkpoint needs neither data nor training.
 
     Args:
-        ipc: images per class.
-        num_classes: number of classes C.
-        image_shape: ``(channels, height, width)``.
-        label_kind: ``learned``, ``centred`` or ``hard``.
-        options: which generator, where it is cut, how fast latents learn.
-        preprocessing: the map from pixels to normalised space.
+        generator: a generator of your own (:class:`~lightning_dd.models.exported.ExportedGenerator`) in place of the
+            small one.
+        level: the block from which on the generator is used. 0 learns all styles and no map (of your own generator: its
+            z), and the highest level is the generator's last block. ``None`` is block 2, or what there is.
+        lr_features: learning rate of maps relative to the distiller's.
+        lr_styles: learning rate of styles, or z, relative to the distiller's: a style acts on whole maps, so its
+            gradient is larger than that of a map's entries (GLaD takes 0.001). Where styles are all that is learned and
+            steps do not grow with the gradient (Adam, LAMB), 1 is right.
+        slice: images per slice when the generator is run again for the gradient.
+        latent_size: entries of z.
+        width: channels of the small generator's last block.
+        steps: training steps of the small generator.
+        lr: their peak learning rate.
+        seed: of the small generator's weights and batches; kept apart from the run's seed, so that runs share it.
 
     Attributes:
-        generator: the frozen generator.
         features: ``(n, c, h, w)`` parameter, the map; absent at level 0.
-        styles: ``(n, blocks, 64)`` parameter; absent with a generator of the user's own.
-        z: ``(n, d)`` parameter; only with a generator of the user's own.
+        styles: ``(n, blocks, 64)`` parameter; absent with a generator of your own.
+        z: ``(n, d)`` parameter; only with a generator of your own.
 
     Raises:
-        UserError: an option does not fit the generator or the data.
+        UserError: a value is out of range, or (in :meth:`build`) does not fit the generator or the data.
     """
 
     generator: Generator | ExportedGenerator
+    classes: Tensor
 
     def __init__(
         self,
-        ipc: int,
-        num_classes: int,
-        image_shape: tuple[int, int, int],
-        label_kind: str,
-        options: LatentOptions,
-        preprocessing: Preprocessing,
+        generator: str | None = None,
+        level: int | None = None,
+        lr_features: float = 1.0,
+        lr_styles: float = 0.1,
+        slice: int = 50,
+        latent_size: int = 16,
+        width: int = 16,
+        steps: int = 2000,
+        lr: float = 2e-3,
+        seed: int = 0,
     ) -> None:
-        super().__init__(ipc, num_classes, image_shape, label_kind)
-        self.options = options
-        self._preprocessing = preprocessing
-        if options.generator is not None:
-            self.generator = ExportedGenerator(options.generator, num_classes, image_shape, options.latent_size)
-            self.level, shapes = 0, dict[str, tuple[int, ...]](z=(options.latent_size,))
+        super().__init__()
+        for name, count in (("slice", slice), ("latent_size", latent_size), ("width", width), ("steps", steps)):
+            check_count(f"latents: {name}", count)
+        for name, rate in (("lr_features", lr_features), ("lr_styles", lr_styles), ("lr", lr)):
+            if not 0 < rate < float("inf"):
+                raise UserError(f"latents: {name} must be a positive number, got {rate!r}")
+        if level is not None and level < 0:
+            raise UserError(f"latents: level must be a whole number of at least 0, got {level!r}")
+        if generator is not None and level:
+            raise UserError(f"latents: level must be 0 with a generator of your own, which cannot be cut, got {level}")
+        self.source, self.wanted_level, self.slice = generator, level, slice
+        self.latent_size, self.width, self.seed = latent_size, width, seed
+        self.lr_features, self.lr_styles = lr_features, lr_styles
+        self.generator_recipe = GeneratorRecipe(steps=steps, lr=lr)
+
+    def build(self, classes: Tensor, task: Task) -> None:
+        """Make the generator, untrained, and the latents, all zero."""
+        num_classes, image_shape = task.facts.num_classes, task.facts.image_shape
+        self.register_buffer("classes", classes, persistent=False)
+        self._preprocessing = task.preprocessing
+        if self.source is not None:
+            self.generator = ExportedGenerator(self.source, num_classes, image_shape, self.latent_size)
+            self.level, shapes = 0, dict[str, tuple[int, ...]](z=(self.latent_size,))
         else:
-            with seeded(derive_seed(options.seed, "generator")):
-                self.generator = Generator(num_classes, image_shape, options.width, options.latent_size)
-            self.level = _checked_level(options.level, self.generator)
+            with seeded(derive_seed(self.seed, "generator")):
+                self.generator = Generator(num_classes, image_shape, self.width, self.latent_size)
+            self.level = _checked_level(self.wanted_level, self.generator)
             shapes = self.generator.latent_shapes(self.level)
         self.generator.requires_grad_(False)
         self._names = tuple(shapes)
         for name, shape in shapes.items():
-            self.register_parameter(name, nn.Parameter(torch.zeros(len(self), *shape)))
-
-    def make_learnable(self) -> None:
-        """Leave it to the constructor, which knows the generator by then."""
+            self.register_parameter(name, nn.Parameter(torch.zeros(len(classes), *shape)))
 
     @property
     def latents(self) -> list[Tensor]:
@@ -92,41 +117,38 @@ class LatentSet(SyntheticSet):
         return [getattr(self, name) for name in self._names]
 
     def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
-        """Return a group for each kind of latents, at its multiple of ``lr``, and one for learned labels."""
-        options = self.options
-        scales = {"features": options.lr_features, "styles": options.lr_styles, "z": options.lr_styles, "labels": 1.0}
-        learned = {name: getattr(self, name) for name in (*self._names, "labels")}
-        return [
-            {"params": [tensor], "lr": lr * scales[name], "name": name}
-            for name, tensor in learned.items()
-            if tensor.requires_grad
-        ]
+        """Return a group for each kind of latents, at its multiple of ``lr``."""
+        scales = {"features": self.lr_features, "styles": self.lr_styles, "z": self.lr_styles}
+        return [{"params": [getattr(self, name)], "lr": lr * scales[name], "name": name} for name in self._names]
+
+    def prepare(self, task: Task) -> None:
+        """Give the small generator its weights, from the cache or trained now.
+
+        Raises:
+            UserError: it is in no cache and may not be trained, or its training diverged.
+        """
+        if isinstance(self.generator, Generator):
+            prepare_generator(self.generator, self.generator_recipe, self.width, self.seed, task)
 
     @torch.no_grad()
-    def start(self, init: str, train: Split, generator: torch.Generator) -> None:
-        """Start from the generator's images of random z; ``init`` and the real images do not count.
-
-        Args:
-            init: ignored.
-            train: ignored.
-            generator: CPU generator of the draw.
+    def start(self, init: str, train: Split, ipc: int, generator: torch.Generator) -> None:
+        """Start from the generator's images of random z; neither ``init`` nor the real images matter.
 
         Raises:
             UserError: what the generator makes is not finite.
         """
-        z = torch.randn(len(self), self.options.latent_size, generator=generator).to(self.classes.device)
-        for rows in torch.split(torch.arange(len(self)), self.options.slice):
+        z = torch.randn(len(self.classes), self.latent_size, generator=generator).to(self.classes.device)
+        for rows in torch.split(torch.arange(len(z)), self.slice):
             for own, drawn in zip(self.latents, self._drawn(z[rows], self.classes[rows]), strict=True):
                 own[rows] = drawn
         if not bool(torch.isfinite(self.render()).all()):
             raise UserError("latents: the generator's images of random latents hold NaN or infinite values")
 
     def render(self) -> Tensor:
-        """Return the generator's images ``(n, C, H, W)`` in normalised space, with graph to the latents."""
-        latents, rows = self.latents, self.options.slice
-        if len(self) <= rows:
-            return self._images(self.classes, *latents)
-        images: Tensor = _InSlices.apply(self._images, rows, self.classes, *latents)
+        """Return the generator's images ``(n, C, H, W)``, normalised, with graph to the latents."""
+        if len(self.classes) <= self.slice:
+            return self._images(self.classes, *self.latents)
+        images: Tensor = _InSlices.apply(self._images, self.slice, self.classes, *self.latents)
         return images
 
     def _drawn(self, z: Tensor, classes: Tensor) -> list[Tensor]:
@@ -180,15 +202,6 @@ class _InSlices(torch.autograd.Function):
                 images = ctx.render(part[0], *leaves)
             found.append(torch.autograd.grad(images, leaves, slope))
         return None, None, None, *(torch.cat(parts) for parts in zip(*found, strict=True))
-
-
-def build_synthetic(
-    options: LatentOptions | None, ipc: int, facts: DataFacts, label_kind: str, preprocessing: Preprocessing
-) -> SyntheticSet:
-    """Return an empty set of pixels, or one of latents where there are options of latents; see :class:`LatentSet`."""
-    if options is None:
-        return SyntheticSet(ipc, facts.num_classes, facts.image_shape, label_kind)
-    return LatentSet(ipc, facts.num_classes, facts.image_shape, label_kind, options, preprocessing)
 
 
 def clean(features: Tensor) -> Tensor:

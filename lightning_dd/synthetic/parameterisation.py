@@ -1,99 +1,93 @@
-"""What the learnable tensors of a synthetic set are, said in one line: ``pixels`` or ``latents:level=2,...``."""
+"""What the images of a synthetic set are learned through: the base of every parameterisation, and pixels."""
 
-from dataclasses import dataclass, fields
+from abc import ABC, abstractmethod
 from typing import Any
 
-from lightning_dd.models.checks import check_count
-from lightning_dd.models.factory import ArchitectureSpec
-from lightning_dd.utils.errors import UserError, unknown_name
+import torch
+from torch import Tensor, nn
 
-PARAMETERISATIONS = ("pixels", "latents")
+from lightning_dd.data.images import Split
+from lightning_dd.data.preprocess import Preprocessing
+from lightning_dd.data.sampling import draw_per_class
+from lightning_dd.pretrained.task import Task
+from lightning_dd.utils.arguments import RemembersArguments
 
 
-@dataclass(frozen=True)
-class LatentOptions:
-    """Options of ``latents``: images are what a frozen generator makes of learnable latents (GLaD).
+class Parameterisation(RemembersArguments, nn.Module, ABC):
+    """The learnable tensors of a synthetic set, and the images they make.
 
-    Args:
-        generator: file of a generator of the user's own (:class:`~lightning_dd.models.exported.ExportedGenerator`);
-            ``None`` trains the small one (:class:`~lightning_dd.models.generator.Generator`) on the run's data.
-        level: the block from which on the generator is used: its input map and the styles from there on are learned.
-            0 learns all styles and no map (of a generator of the user's own: its z), and the highest level is the
-            generator's last block. ``None`` is block 2, or what there is.
-        lr_features: learning rate of maps relative to the distiller's.
-        lr_styles: learning rate of styles, or z, relative to the distiller's: a style acts on whole maps, so its
-            gradient is larger than that of a map's entries (GLaD takes 0.001). Where styles are all that is learned and
-            steps do not grow with the gradient (Adam, LAMB), 1 is right.
-        slice: images per slice when the generator is run again for the gradient; memory grows with it, not with the
-            size of the set.
-        latent_size: entries of z.
-        width: channels of the small generator's last block.
-        steps: training steps of the small generator.
-        lr: their peak learning rate.
-        seed: of the small generator's weights and batches; kept apart from the run's seed, so that runs share it.
-
-    Raises:
-        UserError: a value is out of range.
+    An object is made with its options alone, as in ``parameterisation: {class_path: Latents, init_args: {level: 2}}``.
+    Once the data is known, :meth:`build` makes the tensors; rows are in blocks of ``ipc`` by class. A subclass answers
+    :meth:`build`, :meth:`start` and :meth:`render`.
     """
 
-    generator: str | None = None
-    level: int | None = None
-    lr_features: float = 1.0
-    lr_styles: float = 0.1
-    slice: int = 50
-    latent_size: int = 16
-    width: int = 16
-    steps: int = 2000
-    lr: float = 2e-3
-    seed: int = 0
+    @abstractmethod
+    def build(self, classes: Tensor, task: Task) -> None:
+        """Make the learnable tensors, as parameters of this module.
 
-    def __post_init__(self) -> None:
-        if self.generator is not None and not isinstance(self.generator, str):
-            raise UserError(f"latents: generator must be the path of a file, got {self.generator!r}")
-        for name in ("slice", "latent_size", "width", "steps"):
-            check_count(f"latents: {name}", getattr(self, name))
-        for name in ("lr_features", "lr_styles", "lr"):
-            if not _is_number(getattr(self, name)) or getattr(self, name) <= 0:
-                raise UserError(f"latents: {name} must be a positive number, got {getattr(self, name)!r}")
-        if not _is_whole(self.seed):
-            raise UserError(f"latents: seed must be a whole number, got {self.seed!r}")
-        if self.level is not None and (not _is_whole(self.level) or self.level < 0):
-            raise UserError(f"latents: level must be a whole number of at least 0, got {self.level!r}")
-        if self.generator is not None and self.level:
-            raise UserError(
-                f"latents: level must be 0 with a generator of your own, which cannot be cut, got {self.level}"
-            )
+        Args:
+            classes: ``(n,)`` int64, the class of each image.
+            task: what is distilled: image shape, classes, preprocessing.
+        """
+
+    @abstractmethod
+    def start(self, init: str, train: Split, ipc: int, generator: torch.Generator) -> None:
+        """Fill the tensors for a first fit.
+
+        Args:
+            init: ``real`` or ``noise``.
+            train: the training images.
+            ipc: images per class.
+            generator: CPU generator of the draw.
+
+        Raises:
+            UserError: a class has fewer than ``ipc`` images.
+        """
+
+    @abstractmethod
+    def render(self) -> Tensor:
+        """Return the images ``(n, C, H, W)``, normalised, with graph to what is learned."""
+
+    def prepare(self, task: Task) -> None:
+        """Train or load what the images depend on, before :meth:`start`; by default there is nothing."""
+
+    def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
+        """Return all that is learned as an optimizer's parameter groups, each with its learning rate.
+
+        Args:
+            lr: the outer learning rate, of which a group may take a multiple.
+        """
+        return [{"params": [parameter for parameter in self.parameters() if parameter.requires_grad], "lr": lr}]
+
+    def clip(self, preprocessing: Preprocessing) -> None:
+        """Bring images back to what pixels in [0, 1] can be, where images are learned directly."""
 
 
-def parse_parameterisation(text: str) -> LatentOptions | None:
-    """Read ``pixels`` (``None``) or ``latents:option=value,...``.
+class Pixels(Parameterisation):
+    """The images themselves are learned, in normalised space; nothing clips them unless the method does.
 
-    Raises:
-        UserError: the parameterisation or one of its options is unknown, or a value is out of range.
-
-    Example:
-        >>> parse_parameterisation("pixels")
-        >>> parse_parameterisation("latents:level=1,steps=500").level
-        1
+    Attributes:
+        images: ``(n, C, H, W)`` parameter.
     """
-    try:
-        spec = ArchitectureSpec.parse(text)
-    except UserError:
-        raise UserError(
-            f"cannot read parameterisation '{text}': write pixels, latents or latents:option=value,option=value"
-        ) from None
-    if spec.name not in PARAMETERISATIONS:
-        raise unknown_name("parameterisation", spec.name, PARAMETERISATIONS)
-    accepted = [field.name for field in fields(LatentOptions)] if spec.name == "latents" else []
-    for option in spec.options:
-        if option not in accepted:
-            raise unknown_name(f"option of {spec.name}", option, accepted)
-    return LatentOptions(**spec.options) if spec.name == "latents" else None
 
+    def build(self, classes: Tensor, task: Task) -> None:
+        """Make the images, all zero."""
+        self.images = nn.Parameter(torch.zeros(len(classes), *task.facts.image_shape))
 
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    def start(self, init: str, train: Split, ipc: int, generator: torch.Generator) -> None:
+        """Start from ``ipc`` real images per class, drawn without replacement, or from standard normal noise."""
+        with torch.no_grad():
+            if init == "real":
+                num_classes = len(self.images) // ipc
+                self.images.copy_(train.take(draw_per_class(train.labels, ipc, num_classes, generator)).images)
+            else:
+                self.images.copy_(torch.randn(self.images.shape, generator=generator))
 
+    def render(self) -> Tensor:
+        """Return the images."""
+        return self.images
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    def clip(self, preprocessing: Preprocessing) -> None:
+        """Clip the pixels to [0, 1]; whitened images are un-whitened, clipped and whitened again."""
+        with torch.no_grad():
+            self.images.copy_(preprocessing.clipped(self.images))

@@ -1,9 +1,12 @@
 """What a checkpoint holds beyond parameters, and who may continue from it."""
 
+from collections.abc import Mapping
+from dataclasses import asdict, is_dataclass
 from typing import Any
 
 import torch
 
+from lightning_dd.utils.arguments import RemembersArguments
 from lightning_dd.utils.errors import UserError
 
 
@@ -35,6 +38,27 @@ def take_rank(states: list[dict[str, Any]], rank: int, world_size: int) -> dict[
 def public_settings(hparams: Any) -> dict[str, Any]:
     """Return hyper-parameters without the entries Lightning's command line adds for itself."""
     return {name: value for name, value in dict(hparams).items() if not name.startswith("_")}
+
+
+def plain_values(value: Any) -> Any:
+    """Return settings as plain values that a checkpoint can hold and a file can say.
+
+    Objects that remember their arguments become ``{"class_path": ..., "init_args": ...}``, dataclasses dictionaries,
+    tuples lists.
+
+    Example:
+        >>> plain_values({"sizes": (1, 2)})
+        {'sizes': [1, 2]}
+    """
+    if isinstance(value, RemembersArguments):
+        return plain_values(value.recipe())
+    if is_dataclass(value) and not isinstance(value, type):
+        return plain_values(asdict(value))
+    if isinstance(value, Mapping):
+        return {str(key): plain_values(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain_values(item) for item in value]
+    return value
 
 
 def check_settings(saved: dict[str, Any], here: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from lightning_dd.applications.continual.plan import Plan, class_order, split_cl
 from lightning_dd.data import ClassSubset
 from lightning_dd.data.subset import save_preprocessing
 from lightning_dd.distilled.set import DistilledSet
-from lightning_dd.synthetic.pixels import initial_labels
+from lightning_dd.losses.labels import initial_labels
 from lightning_dd.utils.seeding import derive_seed
 
 

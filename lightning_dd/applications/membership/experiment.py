@@ -18,8 +18,8 @@ from lightning_dd.distilled.datamodule import check_match
 from lightning_dd.distilled.set import library_versions
 from lightning_dd.evaluators.ledger import Ledger, tensor_digest
 from lightning_dd.experiment import distil
+from lightning_dd.losses.labels import initial_labels
 from lightning_dd.students.recipe import Recipe
-from lightning_dd.synthetic.pixels import initial_labels
 from lightning_dd.utils.errors import UserError, unknown_name
 from lightning_dd.utils.seeding import derive_seed, make_generator
 

@@ -17,10 +17,10 @@ from lightning_dd.applications.membership.attacks import Array, Scores
 from lightning_dd.augment.frepo import Augmentation
 from lightning_dd.data.sampling import ShuffledStream
 from lightning_dd.distilled.set import DistilledSet
+from lightning_dd.losses.labels import initial_labels
 from lightning_dd.models.factory import build_network
 from lightning_dd.models.interface import Network
 from lightning_dd.students.recipe import Recipe, student_loss
-from lightning_dd.synthetic.pixels import initial_labels
 from lightning_dd.utils.errors import UserError
 from lightning_dd.utils.files import write_atomically
 from lightning_dd.utils.seeding import derive_seed, make_generator, seeded

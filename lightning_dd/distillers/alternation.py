@@ -1,11 +1,25 @@
 """The clock that alternates outer steps with inner training of the model pool."""
 
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from pytorch_lightning import Callback, LightningModule, Trainer
 
-from lightning_dd.distillers.pooled import PoolDistiller
+from lightning_dd.models.pool import ModelPool
 from lightning_dd.utils.errors import UserError
+
+
+@runtime_checkable
+class HasPool(Protocol):
+    """A module whose pool this clock runs."""
+
+    pool: ModelPool
+
+    @property
+    def inner_steps(self) -> int:
+        """Inner steps that follow an outer step, for a clock that has no number of its own."""
+
+    def inner_step(self) -> bool:
+        """Run one inner step; return whether a network was trained."""
 
 
 class PoolAlternation(Callback):
@@ -40,17 +54,17 @@ class PoolAlternation(Callback):
         self._seen = trainer.global_step
         if self.inner_steps is not None:
             self._steps = self.inner_steps
-        elif isinstance(pl_module, PoolDistiller):
+        elif isinstance(pl_module, HasPool):
             self._steps = pl_module.inner_steps
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Run the inner steps due now; a batch that only accumulated gradients is no outer step."""
-        if not isinstance(pl_module, PoolDistiller) or trainer.global_step == self._seen:
+        if not isinstance(pl_module, HasPool) or trainer.global_step == self._seen:
             return
         self._seen = trainer.global_step
         for _ in range(self.inner_steps_at(self._seen)):
             if not pl_module.inner_step():  # a fresh network waits for its first outer step
                 break
-        pl_module.require_pool().select()
+        pl_module.pool.select()

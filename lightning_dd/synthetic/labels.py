@@ -1,0 +1,126 @@
+"""Labels that a finished set gets, whatever it was distilled with: a teacher's answers to it, and to views of it."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from lightning_dd.distilled.set import DistilledSet
+from lightning_dd.distilled.views import SoftViews, draw_views
+from lightning_dd.losses.labels import LABEL_KINDS
+from lightning_dd.pretrained.teacher import Committee, Teacher
+from lightning_dd.utils.arguments import RemembersArguments
+from lightning_dd.utils.errors import UserError
+from lightning_dd.utils.seeding import make_generator
+
+_ROWS = 512
+"""Views that are made at a time."""
+
+AskTeachers = Callable[[Teacher | None], Committee]
+"""From what a strategy says of its teachers (``None`` for the distiller's own) to the trained networks."""
+
+
+class Labels(RemembersArguments, ABC):
+    """A strategy for the labels of a finished set: one short class, named by its class path in ``labels``.
+
+    Args:
+        while_distilling: ``learned``, ``centred`` or ``hard``: the labels outer steps work with; ``None`` takes the
+            method's own.
+
+    Raises:
+        UserError: the kind is unknown.
+    """
+
+    form: str
+    """Form of the labels in the finished set, as :class:`~lightning_dd.distilled.DistilledSet` names it."""
+
+    def __init__(self, while_distilling: str | None = None) -> None:
+        if while_distilling is not None and while_distilling not in LABEL_KINDS:
+            raise UserError(f"labels.while_distilling must be one of {', '.join(LABEL_KINDS)}, got {while_distilling}")
+        self.while_distilling = while_distilling
+
+    @abstractmethod
+    def finish(self, distilled: DistilledSet, teachers: AskTeachers, seed: int, views: bool = True) -> DistilledSet:
+        """Return the set with its labels.
+
+        Args:
+            distilled: images, and the labels they were distilled with.
+            teachers: trains or reads the networks that are asked.
+            seed: of random numbers.
+            views: label stored views too; false for a look at the set.
+        """
+
+
+class TeacherLabels(Labels):
+    """Labels by a teacher or a committee: logits of the images, and of stored views of them for students to replay.
+
+    After SRe2L (Yin et al. 2023, arXiv 2306.13092) and FKD (Shen & Xing 2022, arXiv 2112.01528). A view is a random
+    resized crop, mirrored where images may be, mixed with another one by CutMix.
+
+    Args:
+        teacher: the networks that are asked; ``None`` takes the distiller's own teacher, or one of its architecture.
+        epochs: epochs of views that are labelled and stored; 0 labels the images only, and students then augment as
+            usual.
+        min_scale: smallest area of a view's crop as a share of the image's.
+        temperature: of the students' softmax.
+        while_distilling: see :class:`Labels`.
+
+    Raises:
+        UserError: a number is out of range.
+    """
+
+    form = "soft"
+
+    def __init__(
+        self,
+        teacher: Teacher | None = None,
+        epochs: int = 300,
+        min_scale: float = 0.08,
+        temperature: float = 20.0,
+        while_distilling: str | None = None,
+    ) -> None:
+        super().__init__(while_distilling)
+        if epochs < 0:
+            raise UserError(f"labels.epochs must be at least 0, got {epochs}")
+        if not 0 < min_scale <= 1:
+            raise UserError(f"labels.min_scale must be in (0, 1], got {min_scale}")
+        if not 0 < temperature < float("inf"):
+            raise UserError(f"labels.temperature must be positive, got {temperature}")
+        self.teacher = Teacher(**teacher) if isinstance(teacher, dict) else teacher
+        self.epochs, self.min_scale, self.temperature = epochs, min_scale, temperature
+        self._done: tuple[Tensor, DistilledSet] | None = None
+
+    def finish(self, distilled: DistilledSet, teachers: AskTeachers, seed: int, views: bool = True) -> DistilledSet:
+        """Label the images and their views; the same images are labelled once.
+
+        Raises:
+            UserError: a teacher cannot be had, or its logits do not fit half precision.
+        """
+        if self._done is not None and torch.equal(self._done[0], distilled.images):
+            return replace(self._done[1], training=distilled.training)
+        with torch.inference_mode(mode=False):  # for a student may be trained on them
+            committee = teachers(self.teacher)
+            labelled = self._views(committee, distilled, make_generator(seed, "views")) if views else None
+            labels = committee.logits(distilled.images).cpu()
+        done = replace(distilled, labels=labels, label_kind="soft", temperature=self.temperature, views=labelled)
+        if views:
+            self._done = (distilled.images, done)
+        return done
+
+    def _views(self, committee: Committee, distilled: DistilledSet, generator: torch.Generator) -> SoftViews | None:
+        """Draw the views and have each labelled; views of all epochs share the forward passes."""
+        if self.epochs == 0:
+            return None
+        count, shape, classes = len(distilled), distilled.image_shape, distilled.num_classes
+        drawn = draw_views(self.epochs, shape, count, classes, generator, self.min_scale, distilled.mirror)
+        device = next(committee.main.parameters()).device
+        images, here = distilled.images.to(device), drawn.to(device)
+        places = torch.arange(self.epochs * count, device=device)
+        parts = [
+            committee.logits(here.look(images, part // count, part % count)).half()
+            for part in torch.split(places, _ROWS)
+        ]
+        logits = torch.cat(parts).view(self.epochs, count, -1).cpu()
+        return SoftViews(**{**drawn.state_dict(), "logits": logits})
