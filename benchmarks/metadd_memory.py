@@ -33,10 +33,10 @@ def measure(
     import torch
 
     from lightning_dd.losses.gathered import gathered_loss, naive_loss
+    from lightning_dd.losses.labels import initial_labels
     from lightning_dd.losses.meta_options import Architecture, MetaOptions
     from lightning_dd.models import build_network
     from lightning_dd.models.pool import rest
-    from lightning_dd.losses.labels import initial_labels
 
     torch.set_num_threads(threads)
     architectures = []

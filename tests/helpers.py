@@ -11,8 +11,12 @@ from lightning_dd.callbacks import PoolAlternation
 from lightning_dd.data import RawSplit, RealData, Split
 from lightning_dd.data.images import PixelRows
 from lightning_dd.distilled.set import DistilledSet
+from lightning_dd.distillers.base import Probe
 from lightning_dd.models import Network
-from lightning_dd.synthetic.pixels import SyntheticSet
+from lightning_dd.models.mixture import NetworkMixture
+from lightning_dd.pretrained.task import Task
+from lightning_dd.pretrained.teacher import Committee, Teacher
+from lightning_dd.synthetic import Pixels, SyntheticSet
 
 
 class TinyData(RealData):
@@ -72,14 +76,19 @@ def split_of(images: Tensor, labels: Tensor) -> Split:
     return Split(PixelRows(images, torch.arange(len(images))), labels)
 
 
+def committee_of(network: Network) -> Committee:
+    """One teacher as a committee."""
+    return Committee([network], NetworkMixture.parse("one"))
+
+
 def make_distilled(
     ipc: int = 1, data: type[RealData] = TinyData, label_kind: str = "learned", data_name=None, **changes
 ):
     """A distilled set made of real images of ``data``, as if it had been distilled with ``conv``."""
     real = data()
     real.setup("fit")
-    synthetic = SyntheticSet(ipc, real.facts.num_classes, real.facts.image_shape, label_kind)
-    synthetic.init_real(real.train, torch.Generator().manual_seed(0))
+    synthetic = SyntheticSet(Pixels(), ipc, label_kind, Task.of(real))
+    synthetic.parameterisation.start("real", real.train, ipc, torch.Generator().manual_seed(0))
     settings = {
         "images": synthetic.images.detach(),
         "labels": synthetic.labels.detach(),
@@ -87,7 +96,7 @@ def make_distilled(
         "label_kind": label_kind,
         "class_names": real.facts.class_names,
         "preprocessing": real.preprocessing,
-        "data": {"name": data_name or real.name, "spec": real.spec(), "fingerprint": real.facts.fingerprint},
+        "data": real.origin() | {"name": data_name or real.name},
         "method": "Test",
         "config": {"architecture": "conv:width=4,depth=2"},
     }
@@ -98,12 +107,10 @@ TINY_SETTINGS = {
     "real_batch_size": 8,
     "pool_size": 1,
     "inner_batch_size": 4,
-    "probe_steps": 1,
-    "teacher_steps": 2,
-    "teacher": "convnet:width=4,depth=2,norm=batch",
+    "probe": Probe(steps=1),
+    "teacher": Teacher("convnet:width=4,depth=2,norm=batch", steps=2),
     "inner_steps": 2,
     "real_per_class": 6,
-    "soft_epochs": 1,
     "experts": 1,
     "trajectory_epochs": 2,
     "expert_epochs": 1,

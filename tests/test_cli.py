@@ -22,7 +22,7 @@ QUICK = [
     "--trainer.val_check_interval=2",
     "--trainer.enable_progress_bar=false",
     "--model.init_args.architecture=conv:width=4",
-    "--model.init_args.probe_steps=1",
+    "--model.init_args.probe.steps=1",
     "--model.init_args.real_batch_size=8",
 ]
 
@@ -110,11 +110,11 @@ def test_without_progress_bars_a_teacher_has_none_either(wanted, teacher_steps, 
         f"--config={config}",
         "--trainer.accelerator=cpu",
         f"--trainer.enable_progress_bar={wanted}",
-        "--model.init_args.teacher=convnet:width=8,norm=batch",
-        f"--model.init_args.teacher_steps={teacher_steps}",  # of its own, for a cached teacher is not trained
+        "--model.init_args.teacher.architecture=convnet:width=8,norm=batch",
+        f"--model.init_args.teacher.steps={teacher_steps}",  # of its own, for a cached teacher is not trained
         "--model.init_args.architecture=convnet:width=4",
         "--model.init_args.ipc=1",
-        "--model.init_args.probe_steps=1",
+        "--model.init_args.probe.steps=1",
     ]
     assert main(["fit", *arguments]) == 0
     printed = capsys.readouterr()

@@ -25,8 +25,8 @@ from lightning_dd.distilled import DistilledSet
 from lightning_dd.distilled.datamodule import check_match, real_data_of
 from lightning_dd.distilled.union import embed_labels
 from lightning_dd.distilled.views import draw_views
-from lightning_dd.students.recipe import Recipe
 from lightning_dd.losses.labels import initial_labels
+from lightning_dd.students.recipe import Recipe
 from lightning_dd.utils.errors import UserError
 
 STUDENT = "conv:width=4,depth=2,norm=none"

@@ -18,7 +18,9 @@ from lightning_dd.data.images import PixelRows, Split
 from lightning_dd.data.mapped import mapped_split
 from lightning_dd.data.sampling import EvalBatches, ShuffledStream, next_batch
 from lightning_dd.distillers import FRePo, Herding
+from lightning_dd.distillers.base import Probe
 from lightning_dd.evaluators.sources import random_real
+from lightning_dd.pretrained.teacher import Teacher
 from lightning_dd.utils.errors import UserError
 
 REAL_DATA = os.environ.get("LIGHTNING_DD_DATA")  # read before the fixture below hides it
@@ -212,7 +214,12 @@ class SaveHalfway(Callback):
 
 def run(folder: Path, storage: dict, ckpt: Path | None = None) -> torch.Tensor:
     model = FRePo(
-        architecture="conv:width=4,depth=2", pool_size=2, real_batch_size=8, inner_batch_size=3, probe_steps=2, lr=0.01
+        architecture="conv:width=4,depth=2",
+        pool_size=2,
+        real_batch_size=8,
+        inner_batch_size=3,
+        probe=Probe(steps=2),
+        lr=0.01,
     )
     callbacks = [PoolAlternation(), SaveHalfway(folder / "halfway.ckpt")]
     trainer = tiny_trainer(folder, 4, limit_val_batches=1, val_check_interval=2, callbacks=callbacks)
@@ -240,7 +247,13 @@ def test_a_streamed_run_resumes_exactly(plain_run, tmp_path):
 def test_coresets_and_architectures_take_streamed_data(tmp_path):
     images = []
     for storage in STORAGES[:3]:
-        model = Herding(ipc=1, architecture="conv:width=4,depth=2", teacher_steps=30, real_batch_size=8, probe_steps=1)
+        model = Herding(
+            ipc=1,
+            architecture="conv:width=4,depth=2",
+            teacher=Teacher(steps=30),
+            real_batch_size=8,
+            probe=Probe(steps=1),
+        )
         tiny_trainer(tmp_path, 1, limit_val_batches=0).fit(model, CachedTiny(**storage))
         images.append(model.synthetic.images.detach())
         (tmp_path / "cache" / "architectures").rename(tmp_path / f"used{len(images)}")  # train it anew
@@ -250,7 +263,7 @@ def test_coresets_and_architectures_take_streamed_data(tmp_path):
 
 def test_metadd_takes_streamed_whitened_data(tmp_path):
     callback = MetaDD(["conv:width=4,depth=2", "conv:width=6,depth=1"], train_steps=40)
-    model = FRePo(architecture="conv:width=4,depth=2", pool_size=1, real_batch_size=8, probe_steps=1)
+    model = FRePo(architecture="conv:width=4,depth=2", pool_size=1, real_batch_size=8, probe=Probe(steps=1))
     trainer = tiny_trainer(tmp_path, 1, limit_val_batches=0, callbacks=[PoolAlternation(), callback])
     trainer.fit(model, CachedTiny(on_disk=True, preprocessing="zca"))
     assert len(callback.accuracies) == 2

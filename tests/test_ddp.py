@@ -10,11 +10,18 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from lightning_dd.callbacks import DistillationProgress, ExportDistilledSet, PoolAlternation, SyntheticImages
 from lightning_dd.distilled import DistilledData
 from lightning_dd.distillers import FRePo
+from lightning_dd.distillers.base import Probe
 from lightning_dd.students import Student
 from lightning_dd.utils.errors import UserError
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without distributed")
-TINY = {"architecture": "conv:width=4,depth=2", "real_batch_size": 8, "pool_size": 2, "lifetime": 4, "probe_steps": 3}
+TINY = {
+    "architecture": "conv:width=4,depth=2",
+    "real_batch_size": 8,
+    "pool_size": 2,
+    "lifetime": 4,
+    "probe": Probe(steps=3),
+}
 TWO = {"devices": 2, "strategy": "ddp_fork"}
 
 

@@ -11,6 +11,7 @@ from lightning_dd.callbacks import ExportDistilledSet, PoolAlternation, Syntheti
 from lightning_dd.data import Batch, RawSplit
 from lightning_dd.distilled.set import DistilledSet
 from lightning_dd.distillers import FRePo
+from lightning_dd.distillers.base import Probe
 from lightning_dd.distillers.load import distilled_from_checkpoint
 from lightning_dd.models import build_network
 from lightning_dd.models.features import features_in_slices
@@ -23,7 +24,7 @@ TINY = {
     "real_batch_size": 8,
     "pool_size": 3,
     "lifetime": 4,
-    "probe_steps": 5,
+    "probe": Probe(steps=5),
 }
 
 
@@ -337,7 +338,7 @@ def test_settings_that_do_not_fit_the_data_are_refused_before_the_first_step(tmp
 
 def test_validate_test_and_predict_work_without_a_fit(tmp_path):
     trainer = tiny_trainer(tmp_path)
-    model, data = frepo(probe_steps=60, probe_lr=3e-3), TinyData(val_fraction=0.25)
+    model, data = frepo(probe=Probe(60, 3e-3)), TinyData(val_fraction=0.25)
     assert trainer.validate(model, data, verbose=False)[0]["val/accuracy"] > 0.5
     assert trainer.test(model, data, verbose=False)[0]["test/accuracy"] > 0.5
     batches = trainer.predict(model, data)

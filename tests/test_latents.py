@@ -14,70 +14,64 @@ from torch.utils._pytree import tree_leaves
 
 import lightning_dd.pretrained.generator as pretrained
 from lightning_dd.callbacks import MetaDD, PoolAlternation
+from lightning_dd.data.facts import DataFacts
 from lightning_dd.data.preprocess import Preprocessing, fit_preprocessing
 from lightning_dd.distillers import FRePo, Random
+from lightning_dd.distillers.base import Probe
 from lightning_dd.distillers.load import distilled_from_checkpoint
 from lightning_dd.models.generator import Generator
-from lightning_dd.synthetic.latents import LatentSet
-from lightning_dd.synthetic.parameterisation import LatentOptions, parse_parameterisation
+from lightning_dd.pretrained.task import Task
+from lightning_dd.synthetic import Latents, SyntheticSet
 from lightning_dd.utils.errors import UserError
 
 STANDARD = Preprocessing([0.3], [0.2])
-TINY = "latents:width=4,steps=2"
+TINY = Latents(width=4, steps=2)
 
 
 def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
+def latents(ipc=2, shape=(1, 16, 16), labels="hard", preprocessing=STANDARD, seed=0, **options):
+    return latent_set(ipc, shape, labels, preprocessing, seed, **options).parameterisation
+
+
 def latent_set(ipc=2, shape=(1, 16, 16), labels="hard", preprocessing=STANDARD, seed=0, **options):
-    made = LatentSet(ipc, 3, shape, labels, LatentOptions(**({"width": 4} | options)), preprocessing)
-    made.start("real", None, generator(seed))
+    facts = DataFacts("toy", ("a", "b", "c"), shape, preprocessing.kind, "none")
+    made = SyntheticSet(Latents(**({"width": 4} | options)), ipc, labels, Task(facts, preprocessing, {}))
+    made.parameterisation.start("real", None, ipc, generator(seed))
     return made
 
 
 def frepo(parameterisation=TINY, **changes):
     settings = {"architecture": "conv:width=4,depth=2", "real_batch_size": 8, "pool_size": 2, "lifetime": 4}
-    return FRePo(parameterisation=parameterisation, **(settings | {"probe_steps": 2} | changes))
+    return FRePo(parameterisation=parameterisation, **(settings | {"probe": Probe(steps=2)} | changes))
 
 
-# ---- the string --------------------------------------------------------------------------------------------------
-
-
-def test_the_parameterisation_is_one_string():
-    assert parse_parameterisation("pixels") is None
-    options = parse_parameterisation("latents:level=1,lr_styles=1e-3,steps=7")
-    assert (options.level, options.lr_styles, options.steps, options.width) == (1, 1e-3, 7, LatentOptions().width)
+# ---- the options -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("options", "message"),
     [
-        ("latent", "unknown parameterisation 'latent'; did you mean 'latents'"),
-        ("latents:stpes=3", "unknown option of latents 'stpes'; did you mean 'steps'"),
-        ("pixels:width=3", "unknown option of pixels 'width'"),
-        ("latents:steps", "cannot read parameterisation 'latents:steps'"),
-        ("latents:steps=0", "latents: steps must be a whole number of at least 1, got 0"),
-        ("latents:slice=2.5", "latents: slice must be a whole number"),
-        ("latents:lr_styles=0", "latents: lr_styles must be a positive number, got 0"),
-        ("latents:lr=fast", "latents: lr must be a positive number, got 'fast'"),
-        ("latents:level=-1", "latents: level must be a whole number of at least 0, got -1"),
-        ("latents:seed=x", "latents: seed must be a whole number"),
-        ("latents:generator=3", "latents: generator must be the path of a file"),
-        ("latents:generator=mine.pt,level=1", "level must be 0 with a generator of your own"),
+        ({"steps": 0}, "latents: steps must be a whole number of at least 1, got 0"),
+        ({"slice": 2.5}, "latents: slice must be a whole number"),
+        ({"lr_styles": 0}, "latents: lr_styles must be a positive number, got 0"),
+        ({"level": -1}, "latents: level must be a whole number of at least 0, got -1"),
+        ({"generator": "mine.pt", "level": 1}, "level must be 0 with a generator of your own"),
     ],
 )
-def test_bad_parameterisations_are_named(text, message):
+def test_bad_options_are_named(options, message):
     with pytest.raises(UserError, match=message) as caught:
-        frepo(text)
+        Latents(**options)
     assert "\n" not in str(caught.value)
 
 
 def test_a_level_beyond_the_last_block_and_a_selecting_method_are_refused():
     with pytest.raises(UserError, match=r"level must be 0 to 2 \(the generator's blocks for this image size\), got 3"):
-        latent_set(level=3)
-    with pytest.raises(UserError, match="Random selects real images: parameterisation must be pixels"):
-        Random(parameterisation="latents")
+        latents(level=3)
+    with pytest.raises(UserError, match="Random selects real images: parameterisation must be Pixels"):
+        Random(labels="hard", parameterisation=Latents())
 
 
 # ---- the generator -----------------------------------------------------------------------------------------------
@@ -106,7 +100,7 @@ def test_the_generator_makes_pixels_of_any_size_and_can_be_cut_anywhere(shape):
 @pytest.mark.parametrize("kind", ["standardise", "zca"])
 def test_rendering_in_slices_equals_one_plain_pass_and_so_does_the_gradient(level, kind):
     pixels = torch.rand(40, 1, 16, 16, generator=generator(1))
-    sliced = latent_set(level=level, slice=4, preprocessing=fit_preprocessing(kind, pixels))
+    sliced = latents(level=level, slice=4, preprocessing=fit_preprocessing(kind, pixels))
     leaves = [tensor.detach().clone().requires_grad_() for tensor in sliced.latents]
     network = sliced.generator
     if level == 0:
@@ -151,7 +145,7 @@ class PeakBytes(TorchDispatchMode):
 
 def peak_beyond_images(ipc, slice_):
     """Bytes a gradient takes at most, less the images, latents and their gradients, which are the result."""
-    made = latent_set(ipc=ipc, level=1, slice=slice_)
+    made = latents(ipc=ipc, level=1, slice=slice_)
     gc.collect()
     with PeakBytes() as watched:
         made.render().sum().backward()
@@ -167,7 +161,7 @@ def test_memory_grows_with_the_slice_and_not_with_the_set():
 
 
 def test_the_images_do_not_depend_on_the_precision_around_them():
-    made = latent_set()
+    made = latents()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         inside = made.render()
     assert inside.dtype == torch.float32
@@ -176,7 +170,7 @@ def test_the_images_do_not_depend_on_the_precision_around_them():
 
 def test_no_graph_is_built_where_no_gradient_is_wanted():
     with torch.no_grad():
-        assert not latent_set(slice=2).render().requires_grad
+        assert not latents(slice=2).render().requires_grad
 
 
 # ---- the start ---------------------------------------------------------------------------------------------------
@@ -191,7 +185,7 @@ def test_the_map_is_cleaned_and_clipped_at_the_start_only(monkeypatch):
         return x
 
     monkeypatch.setattr(Generator, "features", broken)
-    made = latent_set(level=1)
+    made = latents(level=1)
     assert made.features[:, 0, 0, :4].detach().unique(dim=0).tolist() == [[0.0, 5.0, -5.0, -10.0]]
     with torch.no_grad():
         made.features.fill_(50.0)
@@ -200,19 +194,19 @@ def test_the_map_is_cleaned_and_clipped_at_the_start_only(monkeypatch):
 
 
 def test_the_start_is_the_generators_image_of_the_class_and_of_the_seed():
-    made = latent_set(ipc=2, level=2, slice=4)
-    z = torch.randn(6, made.options.latent_size, generator=generator())
+    made = latents(ipc=2, level=2, slice=4)
+    z = torch.randn(6, made.latent_size, generator=generator())
     expected = STANDARD(made.generator(z, torch.tensor([0, 0, 1, 1, 2, 2])))
     torch.testing.assert_close(made.render(), expected, rtol=1e-4, atol=1e-4)
-    assert torch.equal(latent_set(level=2, slice=4).features, made.features)
-    assert not torch.equal(latent_set(level=2, seed=1).features, made.features)
+    assert torch.equal(latents(level=2, slice=4).features, made.features)
+    assert not torch.equal(latents(level=2, seed=1).features, made.features)
 
 
 def test_building_a_set_leaves_the_global_generator_alone():
     torch.manual_seed(3)
     expected = torch.rand(2)
     torch.manual_seed(3)
-    latent_set()
+    latents()
     assert torch.equal(torch.rand(2), expected)
 
 
@@ -223,7 +217,7 @@ def test_maps_styles_and_labels_have_learning_rates_of_their_own():
         {"features": 0.3, "styles": 0.05, "labels": 0.1}
     )
     assert all(params[0] is getattr(made, name) for name, (_, params) in groups.items())
-    assert [group["name"] for group in latent_set(level=0).parameter_groups(0.1)] == ["styles"]
+    assert [group["name"] for group in latents(level=0).parameter_groups(0.1)] == ["styles"]
 
 
 # ---- training the generator --------------------------------------------------------------------------------------
@@ -242,7 +236,7 @@ def fitted(tmp_path, model, data=None, steps=3, **kwargs):
 @pytest.mark.parametrize("preprocessing", ["standardise", "zca"])
 def test_a_trained_generator_shows_the_class_it_is_asked_for(tmp_path, preprocessing):
     data = Colour(preprocessing=preprocessing)
-    model = fitted(tmp_path, frepo("latents:width=8,steps=200,level=1", ipc=10), data, steps=0)
+    model = fitted(tmp_path, frepo(Latents(width=8, steps=200, level=1), ipc=10), data, steps=0)
     pixels = model.distilled_set().pixels().flatten(1)
     real = data.preprocessing.inverse(data.train.everything().images).flatten(1)
     means = torch.stack([real[data.train.labels == label].mean(0) for label in range(3)])
@@ -255,28 +249,28 @@ def test_the_generator_is_trained_once_and_shared_between_runs(tmp_path, monkeyp
     trained = []
     train = pretrained._train
     monkeypatch.setattr(pretrained, "_train", lambda *args: (trained.append(1), train(*args)))
-    space = "latents:width=4,steps=3,seed=5"
+    space = Latents(width=4, steps=3, seed=5)
     with pytest.raises(UserError, match="train_missing is false"):
         fitted(tmp_path, frepo(space, train_missing=False))
     first = fitted(tmp_path, frepo(space))
     second = fitted(tmp_path, frepo(space, seed=1, train_missing=False, labels="centred"))
     assert trained == [1]
-    for name, value in first.synthetic.generator.state_dict().items():
-        assert torch.equal(value, second.synthetic.generator.state_dict()[name])
-    assert not torch.equal(first.synthetic.features, second.synthetic.features)
-    for other in ("latents:width=4,steps=3,seed=6", "latents:width=4,steps=4,seed=5"):
+    for name, value in first.synthetic.parameterisation.generator.state_dict().items():
+        assert torch.equal(value, second.synthetic.parameterisation.generator.state_dict()[name])
+    assert not torch.equal(first.synthetic.parameterisation.features, second.synthetic.parameterisation.features)
+    for other in (Latents(width=4, steps=3, seed=6), Latents(width=4, steps=4, seed=5)):
         fitted(tmp_path, frepo(other))
     assert trained == [1, 1, 1]
 
 
 def test_a_damaged_file_in_the_cache_is_replaced(tmp_path):
-    space = "latents:width=4,steps=3,seed=7"
+    space = Latents(width=4, steps=3, seed=7)
     first = fitted(tmp_path, frepo(space))
     folder = pretrained.cache_folder() / "generators"
     newest = max(folder.iterdir(), key=lambda path: path.stat().st_mtime_ns)
     newest.write_bytes(newest.read_bytes()[:100])
     second = fitted(tmp_path, frepo(space))
-    assert torch.equal(first.synthetic.features, second.synthetic.features)
+    assert torch.equal(first.synthetic.parameterisation.features, second.synthetic.parameterisation.features)
     assert newest.stat().st_size > 100
 
 
@@ -287,7 +281,7 @@ def test_a_training_that_diverges_is_said(tmp_path, monkeypatch):
 
     monkeypatch.setattr(pretrained, "_train", diverge)
     with pytest.raises(UserError, match=r"diverged: lower latents' lr, which is 0\.5"):
-        fitted(tmp_path, frepo("latents:width=4,steps=3,lr=0.5"))
+        fitted(tmp_path, frepo(Latents(width=4, steps=3, lr=0.5)))
 
 
 # ---- runs --------------------------------------------------------------------------------------------------------
@@ -301,12 +295,12 @@ def checkpointing(folder, steps, every, **kwargs):
 
 @pytest.mark.parametrize("labels", ["learned", "centred"])
 def test_a_resumed_run_equals_the_run_never_interrupted(tmp_path, labels):
-    straight, resumed = (frepo(f"{TINY},slice=2", labels=labels) for _ in range(2))
+    straight, resumed = (frepo(Latents(width=4, steps=2, slice=2), labels=labels) for _ in range(2))
     checkpointing(tmp_path, 6, every=2).fit(straight, TinyData())
     path = str(tmp_path / "step=2.ckpt")
     checkpointing(tmp_path / "b", 6, every=100).fit(resumed, TinyData(), ckpt_path=path, weights_only=True)
     start = fitted(tmp_path / "c", frepo(labels=labels), steps=0)
-    assert not torch.equal(straight.synthetic.features, start.synthetic.features)
+    assert not torch.equal(straight.synthetic.parameterisation.features, start.synthetic.parameterisation.features)
     for name, value in straight.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name]), name
 
@@ -317,7 +311,7 @@ def test_a_checkpoint_becomes_a_distilled_set_without_data_or_cache(tmp_path, mo
     monkeypatch.setenv("LIGHTNING_DD_CACHE", str(tmp_path / "empty"))
     distilled = distilled_from_checkpoint(tmp_path / "step=2.ckpt")
     assert torch.equal(distilled.images, model.distilled_set().images)
-    assert distilled.config["parameterisation"] == TINY
+    assert distilled.config["parameterisation"] == TINY.recipe()
     assert float(distilled.pixels().min()) >= 0
 
 
@@ -331,7 +325,7 @@ def test_outer_steps_change_latents_and_leave_the_generator(tmp_path):
     model = frepo(labels="learned")
     fitted(tmp_path, model, TinyData(val_fraction=0.25), callbacks=[PoolAlternation(), metadd, start])
     for name, value in model.synthetic.state_dict().items():
-        assert torch.equal(value, start.state[name]) == name.startswith("generator."), name
+        assert torch.equal(value, start.state[name]) == name.startswith("parameterisation.generator."), name
 
 
 def test_mixed_precision_runs(tmp_path):
@@ -345,14 +339,14 @@ def test_two_processes_hold_one_set(tmp_path):
         def on_train_end(self, trainer, pl_module):
             torch.save(pl_module.synthetic.state_dict(), tmp_path / f"rank{trainer.global_rank}.pt")
 
-    model = frepo("latents:width=4,steps=2,seed=9,slice=2", labels="learned")
+    model = frepo(Latents(width=4, steps=2, seed=9, slice=2), labels="learned")
     trainer = tiny_trainer(tmp_path, 3, callbacks=[PoolAlternation(), KeepRank()], devices=2, strategy="ddp_fork")
     trainer.fit(model, TinyData())
     one, two = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2))
     assert one.keys() == two.keys()
     assert all(torch.equal(one[name], two[name]) for name in one)
-    start = fitted(tmp_path / "start", frepo("latents:width=4,steps=2,seed=9"), steps=0)
-    assert not torch.equal(one["features"], start.synthetic.features)
+    start = fitted(tmp_path / "start", frepo(Latents(width=4, steps=2, seed=9)), steps=0)
+    assert not torch.equal(one["features"], start.synthetic.parameterisation.features)
 
 
 # ---- a generator of one's own ------------------------------------------------------------------------------------
@@ -381,8 +375,7 @@ def export(path, **settings):
 
 
 def own(path, **options):
-    more = "".join(f",{name}={value}" for name, value in options.items())
-    return f"latents:generator={path},latent_size=5{more}"
+    return Latents(generator=str(path), **({"latent_size": 5} | options))
 
 
 def test_a_generator_of_ones_own_is_used_and_its_z_learned(tmp_path):
@@ -390,17 +383,19 @@ def test_a_generator_of_ones_own_is_used_and_its_z_learned(tmp_path):
     model = frepo(own(tmp_path / "mine.pt", slice=2), labels="centred")
     data = TinyData()
     fitted(tmp_path, model, data, steps=4)
-    assert [name for name, _ in model.synthetic.named_parameters()] == ["z"]
-    plain = data.preprocessing(mine(model.synthetic.z, model.synthetic.classes))
-    torch.testing.assert_close(model.synthetic.render(), plain)
+    assert [name for name, _ in model.synthetic.named_parameters()] == ["parameterisation.z"]
+    plain = data.preprocessing(mine(model.synthetic.parameterisation.z, model.synthetic.classes))
+    torch.testing.assert_close(model.synthetic.parameterisation.render(), plain)
     start = fitted(tmp_path, frepo(own(tmp_path / "mine.pt"), labels="centred"), steps=0)
-    assert not torch.equal(start.synthetic.z, model.synthetic.z)
-    assert torch.equal(start.synthetic.z, torch.randn(3, 5, generator=pretrained.make_generator(0, "init")))
+    assert not torch.equal(start.synthetic.parameterisation.z, model.synthetic.parameterisation.z)
+    assert torch.equal(
+        start.synthetic.parameterisation.z, torch.randn(3, 5, generator=pretrained.make_generator(0, "init"))
+    )
     weights = torch.randn(plain.shape, generator=generator())
     model.synthetic.zero_grad()
-    (model.synthetic.render() * weights).sum().backward()
-    expected = torch.autograd.grad((plain * weights).sum(), model.synthetic.z)[0]
-    torch.testing.assert_close(model.synthetic.z.grad, expected)
+    (model.synthetic.parameterisation.render() * weights).sum().backward()
+    expected = torch.autograd.grad((plain * weights).sum(), model.synthetic.parameterisation.z)[0]
+    torch.testing.assert_close(model.synthetic.parameterisation.z.grad, expected)
 
 
 @pytest.mark.parametrize(
@@ -422,7 +417,7 @@ def test_a_generator_that_makes_something_else_is_refused(tmp_path, settings, me
 def test_a_generator_of_other_latents_or_no_generator_is_refused(tmp_path):
     export(tmp_path / "mine.pt")
     with pytest.raises(UserError, match=r"cannot run on latents of shape \(2, 6\).*latent_size") as caught:
-        fitted(tmp_path, frepo(f"latents:generator={tmp_path / 'mine.pt'},latent_size=6"))
+        fitted(tmp_path, frepo(own(tmp_path / "mine.pt", latent_size=6)))
     assert "\n" not in str(caught.value)
     torch.save(Mine().state_dict(), tmp_path / "pickle.pt")
     (tmp_path / "half.pt").write_bytes((tmp_path / "mine.pt").read_bytes()[:300])

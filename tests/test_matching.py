@@ -12,6 +12,7 @@ from lightning_dd.augment.siamese import SIAMESE_STRATEGY, TRANSFORMS, siamese, 
 from lightning_dd.callbacks import PoolAlternation
 from lightning_dd.data import Batch
 from lightning_dd.distillers import DC, DM, DSA
+from lightning_dd.distillers.base import Probe
 from lightning_dd.distillers.dc import LOOPS
 from lightning_dd.distillers.matching import measure_batch_statistics
 from lightning_dd.losses.matching import class_mean_distance, gradient_distance
@@ -20,7 +21,7 @@ from lightning_dd.models.pool import rest
 from lightning_dd.students.recipe import student_loss
 from lightning_dd.utils.errors import UserError
 
-TINY = {"architecture": "convnet:width=4,depth=2", "real_per_class": 6, "probe_steps": 2}
+TINY = {"architecture": "convnet:width=4,depth=2", "real_per_class": 6, "probe": Probe(steps=2)}
 METHODS = (DC, DSA, DM)
 
 

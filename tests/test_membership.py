@@ -33,8 +33,8 @@ from lightning_dd.distilled import DistilledSet
 from lightning_dd.distilled.datamodule import real_data_of
 from lightning_dd.distillers import FRePo
 from lightning_dd.experiment import distil
-from lightning_dd.students.recipe import Recipe
 from lightning_dd.losses.labels import initial_labels
+from lightning_dd.students.recipe import Recipe
 from lightning_dd.utils.errors import UserError
 
 SMALL = "conv:width=4,depth=2,norm=none"
@@ -297,7 +297,12 @@ CONFIG = {
     },
     "model": {
         "class_path": "FRePo",
-        "init_args": {"architecture": "conv:width=4,depth=2", "real_batch_size": 8, "pool_size": 2, "probe_steps": 1},
+        "init_args": {
+            "architecture": "conv:width=4,depth=2",
+            "real_batch_size": 8,
+            "pool_size": 2,
+            "probe": {"steps": 1},
+        },
     },
     "data": {"class_path": "MNIST5k"},
 }

@@ -9,12 +9,19 @@ from safetensors.torch import save_file
 
 from lightning_dd.callbacks import MetaDD, MetaFeatureImages, PoolAlternation
 from lightning_dd.distillers import FRePo, PoolDistiller
+from lightning_dd.distillers.base import Probe
 from lightning_dd.losses.gathered import naive_loss
 from lightning_dd.pretrained import ArchitectureRecipe, trained_architecture
 from lightning_dd.utils.errors import UserError
 
 ARCHITECTURES = ["conv:width=4,depth=2,norm=none", "convnet:width=4,depth=2", "alexnet:width=4"]
-TINY = {"architecture": "conv:width=4,depth=2", "real_batch_size": 8, "pool_size": 2, "lifetime": 4, "probe_steps": 3}
+TINY = {
+    "architecture": "conv:width=4,depth=2",
+    "real_batch_size": 8,
+    "pool_size": 2,
+    "lifetime": 4,
+    "probe": Probe(steps=3),
+}
 
 
 class SixteenPixels(TinyData):

@@ -19,9 +19,9 @@ from lightning_dd.losses.architecture_invariant import (
     positivity,
 )
 from lightning_dd.losses.gathered import gathered_loss, naive_loss
+from lightning_dd.losses.labels import initial_labels
 from lightning_dd.losses.meta_options import Architecture, MetaOptions
 from lightning_dd.models import build_network
-from lightning_dd.losses.labels import initial_labels
 from lightning_dd.utils.errors import UserError
 
 ROWS, CLASSES = 4, 10

@@ -15,6 +15,7 @@ from lightning_dd.augment.siamese import apply, siamese
 from lightning_dd.callbacks import MetaDD
 from lightning_dd.distilled.set import DistilledSet
 from lightning_dd.distillers import MTT
+from lightning_dd.distillers.base import Probe
 from lightning_dd.distillers.load import distilled_from_checkpoint
 from lightning_dd.losses.trajectory import (
     InnerStep,
@@ -44,7 +45,7 @@ TINY = {
     "trajectory_epochs": 3,
     "expert_batch_size": 8,
     "real_batch_size": 8,
-    "probe_steps": 2,
+    "probe": Probe(steps=2),
 }
 
 

@@ -13,6 +13,7 @@ from lightning_dd.callbacks import MetaDD, PoolAlternation
 from lightning_dd.distilled.set import DistilledSet
 from lightning_dd.distillers import Distiller
 from lightning_dd.models.pool import rest
+from lightning_dd.synthetic import Latents, Pixels, TeacherLabels
 from lightning_dd.utils.errors import UserError
 
 NETWORK = "convnet:width=4,depth=2"
@@ -22,7 +23,7 @@ PRODUCT = [
     pytest.param(cls, parameterisation, labels, metadd, id=f"{cls.__name__}-{parameterisation}-{labels}-{metadd}")
     for cls in METHODS
     for parameterisation, metadd in itertools.product(("pixels", "latents"), ("plain", "metadd"))
-    for labels in cls.label_kinds
+    for labels in (*cls.label_kinds, "soft")
 ]
 
 
@@ -39,7 +40,8 @@ def quick_stages(monkeypatch):
 
 def build(cls, parameterisation="pixels", labels="hard", **changes):
     network = NETWORK + (",norm=batch" if cls.__name__ == "SRe2L" else "")
-    space = {"pixels": "pixels", "latents": "latents:width=4,steps=2"}[parameterisation]
+    space = {"pixels": Pixels(), "latents": Latents(width=4, steps=2)}[parameterisation]
+    labels = TeacherLabels(epochs=1) if labels == "soft" else labels
     settings = {"ipc": 2, "architecture": network, "labels": labels, "parameterisation": space}
     return cls(**(settings | tiny_settings(cls) | changes))
 

@@ -7,16 +7,17 @@ from torch.nn import functional as F
 
 from lightning_dd.augment.crops import draw_crops, resample
 from lightning_dd.distillers import RDED
+from lightning_dd.distillers.base import Probe
 from lightning_dd.distillers.rded import tile
+from lightning_dd.pretrained.teacher import Teacher
 from lightning_dd.utils.errors import UserError
 from lightning_dd.utils.seeding import make_generator
 
 TINY = {
     "architecture": "convnet:width=4,depth=2",
     "labels": "hard",
-    "probe_steps": 1,
-    "teacher_steps": 60,
-    "teacher_lr": 0.02,
+    "probe": Probe(steps=1),
+    "teacher": Teacher(steps=60, lr=0.02),
     "candidates": 7,
     "crops": 3,
 }

@@ -11,6 +11,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 
 from lightning_dd.callbacks import PoolAlternation
 from lightning_dd.distillers import FRePo
+from lightning_dd.distillers.base import Probe
 
 
 class Die(Callback):
@@ -25,7 +26,7 @@ class Die(Callback):
 
 
 def run(folder, extra=(), ckpt_path=None):
-    model = FRePo(architecture="conv:width=4,depth=2", real_batch_size=8, pool_size=3, lifetime=5, probe_steps=3)
+    model = FRePo(architecture="conv:width=4,depth=2", real_batch_size=8, pool_size=3, lifetime=5, probe=Probe(steps=3))
     keep = ModelCheckpoint(folder, save_last=True, every_n_train_steps=5)
     trainer = tiny_trainer(
         folder, 20, callbacks=[PoolAlternation(), keep, *extra], enable_checkpointing=True, val_check_interval=4

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import TinyData, make_distilled, tiny_trainer
+from helpers import TinyData, committee_of, make_distilled, tiny_trainer
 from pytorch_lightning import Callback
 from pytorch_lightning.callbacks import ModelCheckpoint
 from safetensors import safe_open
@@ -16,12 +16,13 @@ from lightning_dd.distilled import DistilledData
 from lightning_dd.distilled.datamodule import SyntheticBatches
 from lightning_dd.distilled.set import DistilledSet
 from lightning_dd.distilled.views import SoftViews, draw_views
-from lightning_dd.distillers.relabel import SoftLabels, labelled_views, teacher_logits
 from lightning_dd.evaluators.sources import random_real
 from lightning_dd.models import build_network
 from lightning_dd.models.pool import rest
 from lightning_dd.students import Student
 from lightning_dd.students.recipe import Recipe, student_loss, train_student
+from lightning_dd.synthetic import TeacherLabels
+from lightning_dd.synthetic.labels import labelled_views
 from lightning_dd.utils.errors import UserError
 
 TEACHER = "convnet:width=4,depth=2,norm=batch"
@@ -52,13 +53,13 @@ def images_of(rows=6, side=8):
 
 def views_of(images, epochs=EPOCHS, network=None, flip=True):
     generator = torch.Generator().manual_seed(3)
-    return labelled_views(network or teacher(), images, SoftLabels(epochs, 0.2), flip, generator)
+    return labelled_views(committee_of(network or teacher()), images, epochs, 0.2, flip, generator)
 
 
 def soft_set(ipc=2, views=True, **changes):
     plain = make_distilled(ipc=ipc, label_kind="hard")
     settings = {
-        "labels": teacher_logits(teacher(), plain.images),
+        "labels": committee_of(teacher()).logits(plain.images),
         "label_kind": "soft",
         "temperature": 4.0,
         "views": views_of(plain.images) if views else None,
@@ -139,7 +140,7 @@ def test_views_depend_on_the_generator_alone():
     images = images_of()
     first, again = views_of(images), views_of(images)
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in first.state_dict().items())
-    assert labelled_views(teacher(), images, SoftLabels(0), True, torch.Generator()) is None
+    assert labelled_views(committee_of(teacher()), images, 0, 0.2, True, torch.Generator()) is None
 
 
 # ---- the file ----------------------------------------------------------------------------------------------------
@@ -364,7 +365,7 @@ def test_a_student_learns_from_soft_labels_alone(tmp_path):
     network = build_network(TEACHER, 3, (1, 8, 8), seed=0)
     train_student(network, make_distilled(ipc=8, label_kind="hard"), Recipe(steps=60, lr=0.01), "none", seed=0)
     views = views_of(soft_set().images, 40, network, flip=False)
-    soft = replace(soft_set(), labels=teacher_logits(network, soft_set().images), views=views)
+    soft = replace(soft_set(), labels=committee_of(network).logits(soft_set().images), views=views)
     student, data = Student(STUDENT, lr=0.01, warmup=0), DistilledData.from_set(soft, TinyData())
     trainer = tiny_trainer(tmp_path, 60, callbacks=[])
     trainer.fit(student, data)
@@ -382,14 +383,14 @@ def test_beside_soft_labels_stand_random_real_images_with_hard_ones():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"epochs": -1}, "soft_epochs must be at least 0, got -1"),
-        ({"min_scale": 0.0}, r"soft_min_scale must be in \(0, 1\], got 0.0"),
+        ({"epochs": -1}, "labels.epochs must be at least 0, got -1"),
+        ({"min_scale": 0.0}, r"labels.min_scale must be in \(0, 1\], got 0.0"),
         ({"temperature": 0.0}, "temperature must be positive, got 0.0"),
     ],
 )
 def test_settings_of_soft_labels_are_checked(changes, message):
     with pytest.raises(UserError, match=message):
-        SoftLabels(**changes)
+        TeacherLabels(**changes)
 
 
 def test_logits_beyond_half_precision_are_refused():

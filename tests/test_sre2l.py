@@ -11,23 +11,25 @@ from torch.nn import functional as F
 from lightning_dd.augment.crops import resample
 from lightning_dd.callbacks import MetaDD, PoolAlternation
 from lightning_dd.distillers import SRe2L
-from lightning_dd.distillers.sre2l import clip_to_pixels, recovery_groups
+from lightning_dd.distillers.base import Probe
+from lightning_dd.distillers.sre2l import recovery_groups
 from lightning_dd.losses.batchnorm import StatisticsDistance, batch_norm_layers
 from lightning_dd.models import build_network
 from lightning_dd.models.pool import rest
+from lightning_dd.pretrained.teacher import Teacher
+from lightning_dd.synthetic import TeacherLabels
 from lightning_dd.utils.errors import UserError
 
+TEACHER = Teacher("convnet:width=4,depth=2,norm=batch", steps=60, lr=0.02)
 TINY = {
     "architecture": "convnet:width=4,depth=2",
-    "teacher": "convnet:width=4,depth=2,norm=batch",
     "ipc": 2,
     "lr": 0.1,
     "jitter": 1,
     "min_scale": 0.5,
-    "teacher_steps": 60,
-    "teacher_lr": 0.02,
-    "soft_epochs": 2,
-    "probe_steps": 2,
+    "teacher": TEACHER,
+    "labels": TeacherLabels(epochs=2),
+    "probe": Probe(steps=2),
 }
 
 
@@ -193,7 +195,7 @@ def test_recovery_lowers_both_terms(tmp_path):
     terms = []
     for model in (start, end):
         model._trainer = end.trainer
-        pixels = clip_to_pixels(model.synthetic.images.detach(), source.preprocessing)
+        pixels = source.preprocessing.clipped(model.synthetic.images.detach())
         groups = torch.cat([rows for block in recovery_groups(3, 2) for rows in block])
         windows = end.draw_windows()._replace(crops=torch.tensor([[0.0, 0.0, 1.0, 1.0]] * 2))
         terms.append([float(term) for term in end.recovery_loss(pixels[groups], labels[groups], windows)])
@@ -224,7 +226,7 @@ def test_images_are_clipped_to_pixels_after_every_step(preprocessing, tmp_path):
         assert -1e-4 <= float(pixels.min()) <= 1e-4  # the noise it starts from goes beyond either end
         assert 1 - 1e-3 <= float(pixels.max()) <= 1 + 1e-3
     inside = source.train.everything().images
-    torch.testing.assert_close(clip_to_pixels(inside, source.preprocessing), inside, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(source.preprocessing.clipped(inside), inside, rtol=1e-3, atol=1e-3)
 
 
 def test_adam_has_the_papers_betas_and_ends_at_zero(tmp_path):
@@ -285,7 +287,7 @@ def test_half_precision_of_the_trainer_changes_little(tmp_path):
 def test_a_teacher_without_batch_normalisation_is_refused_before_it_is_trained(tmp_path, monkeypatch):
     monkeypatch.setattr("lightning_dd.pretrained.architectures._train", None)
     with pytest.raises(UserError, match=r"its teacher 'convnet:width=4' keeps none: choose one with batch norm"):
-        run(tmp_path, teacher="convnet:width=4")
+        run(tmp_path, teacher=Teacher("convnet:width=4"))
 
 
 @pytest.mark.parametrize(

@@ -4,13 +4,23 @@ import pytest
 import torch
 from helpers import split_of
 
+from lightning_dd.data.facts import DataFacts
+from lightning_dd.data.preprocess import Preprocessing
 from lightning_dd.data.sampling import draw_per_class
-from lightning_dd.losses.labels import SyntheticSet, initial_labels
+from lightning_dd.losses.labels import initial_labels
+from lightning_dd.pretrained.task import Task
+from lightning_dd.synthetic import Pixels, SyntheticSet
 from lightning_dd.utils.errors import UserError
 
 
 def generator(seed=0):
     return torch.Generator().manual_seed(seed)
+
+
+def synthetic_set(ipc, num_classes, shape, kind="learned"):
+    facts = DataFacts("toy", tuple(map(str, range(num_classes))), shape, "standardise", "none")
+    task = Task(facts, Preprocessing([0.0] * shape[0], [1.0] * shape[0]), {})
+    return SyntheticSet(Pixels(), ipc, kind, task)
 
 
 def test_labels_are_centred_and_scaled_by_the_number_of_classes():
@@ -24,29 +34,29 @@ def test_labels_are_centred_and_scaled_by_the_number_of_classes():
 
 @pytest.mark.parametrize(("kind", "learned"), [("learned", True), ("centred", False), ("hard", False)])
 def test_only_learned_labels_are_parameters(kind, learned):
-    names = dict(SyntheticSet(2, 3, (1, 4, 4), kind).named_parameters())
+    names = dict(synthetic_set(2, 3, (1, 4, 4), kind).named_parameters())
     assert ("labels" in names) == learned
-    assert "images" in names
+    assert "parameterisation.images" in names
 
 
 def test_real_initialisation_takes_distinct_rows_of_the_right_class_in_blocks():
     labels = torch.randint(0, 3, (60,), generator=generator(1))
     images = torch.arange(60.0).view(60, 1, 1, 1)
-    synthetic = SyntheticSet(4, 3, (1, 1, 1))
-    synthetic.init_real(split_of(images, labels), generator())
+    synthetic = synthetic_set(4, 3, (1, 1, 1))
+    synthetic.parameterisation.start("real", split_of(images, labels), 4, generator())
     rows = synthetic.images.detach().flatten().long()
     assert torch.equal(labels[rows], synthetic.classes)
     assert synthetic.classes.tolist() == [0] * 4 + [1] * 4 + [2] * 4
     assert len(rows.unique()) == 12
-    other = SyntheticSet(4, 3, (1, 1, 1))
-    other.init_real(split_of(images, labels), generator(2))
+    other = synthetic_set(4, 3, (1, 1, 1))
+    other.parameterisation.start("real", split_of(images, labels), 4, generator(2))
     assert not torch.equal(other.images, synthetic.images)
 
 
 def test_noise_is_standard_normal_and_repeatable():
-    first, second = SyntheticSet(5, 10, (1, 16, 16)), SyntheticSet(5, 10, (1, 16, 16))
-    first.init_noise(generator())
-    second.init_noise(generator())
+    first, second = synthetic_set(5, 10, (1, 16, 16)), synthetic_set(5, 10, (1, 16, 16))
+    first.parameterisation.start("noise", None, 5, generator())
+    second.parameterisation.start("noise", None, 5, generator())
     assert torch.equal(first.images, second.images)
     assert abs(float(first.images.detach().std()) - 1) < 0.05
 
@@ -59,8 +69,8 @@ def test_every_draw_per_class_is_possible():
 
 def test_bad_settings_name_the_setting_and_the_limit():
     with pytest.raises(UserError, match=r"ipc \(images per class\) must be at least 1, got 0"):
-        SyntheticSet(0, 3, (1, 4, 4))
+        synthetic_set(0, 3, (1, 4, 4))
     with pytest.raises(UserError, match="labels must be one of learned, centred, hard, got 'soft'"):
-        SyntheticSet(1, 3, (1, 4, 4), "soft")
+        synthetic_set(1, 3, (1, 4, 4), "soft")
     with pytest.raises(UserError, match="largest possible ipc is 2"):
         draw_per_class(torch.tensor([0, 1, 0, 1, 1]), 3, 2, generator())

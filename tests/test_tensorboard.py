@@ -9,6 +9,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from lightning_dd.callbacks import DistillationProgress, PoolAlternation, SyntheticImages
 from lightning_dd.data import DATA_SETS
 from lightning_dd.distillers import FRePo
+from lightning_dd.distillers.base import Probe
 from lightning_dd.evaluators.evaluate import evaluate_files
 from lightning_dd.students.recipe import Recipe
 
@@ -31,7 +32,7 @@ def board(tmp_path):
         val_check_interval=3,
         enable_progress_bar=True,
     )
-    model = FRePo(architecture="conv:width=4,depth=2", real_batch_size=8, pool_size=2, probe_steps=3)
+    model = FRePo(architecture="conv:width=4,depth=2", real_batch_size=8, pool_size=2, probe=Probe(steps=3))
     trainer.fit(model, TinyData(val_fraction=0.2))
     return read(tmp_path / "run" / "v")
 

@@ -111,13 +111,13 @@ class Distiller(Resumable, ScoredModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.parameterisation = (parameterisation or Pixels(),)  # in a tuple: it belongs to the synthetic set
+        # Copies, so that several distillers can be made with one object; in a tuple, for the synthetic set owns it.
+        self.parameterisation = (Pixels() if parameterisation is None else parameterisation.again(),)
         self.save_hyperparameters(ignore=["parameterisation"])
         self.save_hyperparameters(plain_values({**self.hparams, "parameterisation": self.parameterisation[0]}))
-        self.label_strategy = TeacherLabels(**self.soft_labels()) if labels == "soft" else labels
-        kind = self.label_strategy
-        if isinstance(kind, Labels):
-            kind = kind.while_distilling or self.label_kinds[0]
+        strategy = TeacherLabels(**self.soft_labels()) if labels == "soft" else labels
+        self.label_strategy = strategy.again() if isinstance(strategy, Labels) else None
+        kind = (strategy.while_distilling or self.label_kinds[0]) if isinstance(strategy, Labels) else strategy
         if kind not in self.label_kinds:
             kinds = ", ".join((*self.label_kinds, "soft"))
             raise UserError(f"labels of {type(self).__name__} must be one of {kinds}, got '{kind}'")
@@ -213,7 +213,7 @@ class Distiller(Resumable, ScoredModule):
             config={**public_settings(self.hparams), "student_architecture": self.student_architecture},
             training={"seed": self.seed, "versions": library_versions(), **training},
         )
-        if isinstance(self.label_strategy, Labels):
+        if self.label_strategy is not None:
             return self.label_strategy.finish(distilled, self.committee, self.seed, views)
         return distilled
 

@@ -5,6 +5,7 @@ from typing import Any
 from lightning_dd.distillers.base import Distiller
 from lightning_dd.models.interface import Network
 from lightning_dd.pretrained.teacher import Committee, Teacher
+from lightning_dd.synthetic.labels import Labels
 
 
 class TeacherDistiller(Distiller):
@@ -13,6 +14,7 @@ class TeacherDistiller(Distiller):
     The same teachers label the finished set where ``labels`` are a teacher's and name no other.
 
     Args:
+        labels: as for :class:`Distiller`.
         teacher: one network, or a committee of several (:class:`~lightning_dd.pretrained.Teacher`).
         **kwargs: see :class:`Distiller`.
 
@@ -20,8 +22,13 @@ class TeacherDistiller(Distiller):
         UserError: an argument is out of range.
     """
 
-    def __init__(self, teacher: Teacher = Teacher(), **kwargs: Any) -> None:  # noqa: B008  (frozen)
-        super().__init__(**kwargs)
+    def __init__(
+        self,
+        labels: str | Labels = "hard",
+        teacher: Teacher = Teacher(),  # noqa: B008  (frozen)
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(labels=labels, **kwargs)
         self.teacher = Teacher(**teacher) if isinstance(teacher, dict) else teacher
         self._committee: Committee | None = None  # no module: registered networks would enter the checkpoint
 

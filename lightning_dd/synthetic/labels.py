@@ -102,25 +102,44 @@ class TeacherLabels(Labels):
             return replace(self._done[1], training=distilled.training)
         with torch.inference_mode(mode=False):  # for a student may be trained on them
             committee = teachers(self.teacher)
-            labelled = self._views(committee, distilled, make_generator(seed, "views")) if views else None
+            drawn = (self.epochs if views else 0, self.min_scale, distilled.mirror, make_generator(seed, "views"))
+            labelled = labelled_views(committee, distilled.images, *drawn)
             labels = committee.logits(distilled.images).cpu()
         done = replace(distilled, labels=labels, label_kind="soft", temperature=self.temperature, views=labelled)
         if views:
             self._done = (distilled.images, done)
         return done
 
-    def _views(self, committee: Committee, distilled: DistilledSet, generator: torch.Generator) -> SoftViews | None:
-        """Draw the views and have each labelled; views of all epochs share the forward passes."""
-        if self.epochs == 0:
-            return None
-        count, shape, classes = len(distilled), distilled.image_shape, distilled.num_classes
-        drawn = draw_views(self.epochs, shape, count, classes, generator, self.min_scale, distilled.mirror)
-        device = next(committee.main.parameters()).device
-        images, here = distilled.images.to(device), drawn.to(device)
-        places = torch.arange(self.epochs * count, device=device)
-        parts = [
-            committee.logits(here.look(images, part // count, part % count)).half()
-            for part in torch.split(places, _ROWS)
-        ]
-        logits = torch.cat(parts).view(self.epochs, count, -1).cpu()
-        return SoftViews(**{**drawn.state_dict(), "logits": logits})
+
+def labelled_views(
+    committee: Committee, images: Tensor, epochs: int, min_scale: float, mirror: bool, generator: torch.Generator
+) -> SoftViews | None:
+    """Draw views of a set and have teachers label each; views of all epochs share the forward passes.
+
+    Args:
+        committee: the teachers.
+        images: all images ``(n, C, H, W)``, normalised.
+        epochs: how often every image is seen.
+        min_scale: smallest area of a crop as a share of the image's.
+        mirror: whether views may be mirrored.
+        generator: CPU generator.
+
+    Returns:
+        The views on the CPU; ``None`` for 0 epochs.
+
+    Raises:
+        UserError: the logits do not fit half precision.
+    """
+    if epochs == 0:
+        return None
+    count, channels, height, width = images.shape
+    shape, classes = (channels, height, width), committee.main.num_classes
+    drawn = draw_views(epochs, shape, count, classes, generator, min_scale, mirror)
+    device = next(committee.main.parameters()).device
+    shown, here = images.to(device), drawn.to(device)
+    places = torch.arange(epochs * count, device=device)
+    parts = [
+        committee.logits(here.look(shown, part // count, part % count)).half() for part in torch.split(places, _ROWS)
+    ]
+    logits = torch.cat(parts).view(epochs, count, -1).cpu()
+    return SoftViews(**{**drawn.state_dict(), "logits": logits})

@@ -69,7 +69,7 @@ class SyntheticSet(nn.Module):
         """
         groups = self.parameterisation.parameter_groups(lr)
         if self.label_kind == "learned":
-            groups.append({"params": [self.labels], "lr": lr if label_lr is None else label_lr})
+            groups.append({"params": [self.labels], "lr": lr if label_lr is None else label_lr, "name": "labels"})
         return groups
 
 

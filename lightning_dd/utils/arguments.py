@@ -34,6 +34,10 @@ class RemembersArguments:
         object.__setattr__(made, "init_args", given)  # before a module's own constructor has run
         return made
 
+    def again(self) -> Self:
+        """Return a new object of the same arguments, which shares no state with this one."""
+        return type(self)(**self.init_args)
+
     def recipe(self) -> dict[str, Any]:
         """Return ``{"class_path": ..., "init_args": ...}``, which makes an equal object."""
         return {"class_path": class_path(type(self)), "init_args": dict(self.init_args)}
