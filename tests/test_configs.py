@@ -12,6 +12,7 @@ import lightning_dd.distillers
 from lightning_dd.cli import main
 from lightning_dd.data import DATA_SETS, RawSplit
 from lightning_dd.models.pool import rest
+from lightning_dd.utils.checkpoint import plain_values
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 FILES = sorted(CONFIGS.rglob("*.yaml"))
@@ -50,7 +51,10 @@ def quick_distiller(content):
     quick = tiny_settings(cls)
     if "teacher" in quick:  # these name full-size networks, whose every step would take seconds
         quick["architecture"] = "convnet:width=4,depth=2"
-    return [f"--model.init_args.{name}={value}" for name, value in quick.items()]
+    return [
+        f"--model.init_args.{name}={value if isinstance(value, str) else json.dumps(plain_values(value))}"
+        for name, value in quick.items()
+    ]
 
 
 def quick_methods(content, *more):

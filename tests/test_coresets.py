@@ -15,6 +15,7 @@ from lightning_dd.distillers import RDED, Herding, KCenter, Random
 from lightning_dd.distillers.base import Probe
 from lightning_dd.distillers.load import distilled_from_checkpoint
 from lightning_dd.losses.coresets import herding, k_center
+from lightning_dd.pretrained.task import Task
 from lightning_dd.pretrained.teacher import Teacher
 from lightning_dd.synthetic import TeacherLabels
 from lightning_dd.utils.errors import UserError
@@ -110,7 +111,7 @@ def test_random_is_uniform_per_class_without_replacement_and_follows_the_seed(tm
         model.trainer = tiny_trainer(tmp_path, callbacks=[])
         model.trainer.datamodule = source = data()
         source.setup("fit")
-        model.facts = source.facts
+        model.task = Task.of(source)
         rows = rows_of(model.select(source.train), source.train)
         assert len(set(rows)) == 9
         assert source.train.labels[rows].tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
@@ -151,7 +152,7 @@ def test_soft_labels_are_the_teachers_logits_of_images_and_views(tmp_path):
     distilled = model.distilled_set(outer_step=1)
     assert (distilled.label_kind, distilled.temperature, distilled.views.epochs) == ("soft", 5.0, 3)
     assert distilled.training["outer_step"] == 1
-    assert distilled.config["labels"] == "soft"
+    assert distilled.config["labels"] == SOFT["labels"].recipe()
     torch.testing.assert_close(distilled.labels, model.network(distilled.images))
     images, logits = distilled.views.replay(distilled.images, 2, torch.arange(6))
     torch.testing.assert_close(logits, model.network(images), rtol=2e-3, atol=2e-3)
@@ -167,7 +168,6 @@ def test_labels_are_made_once_and_anew_when_images_move(tmp_path):
     model = selected(Random, tmp_path, **SOFT)
     first = model.distilled_set()
     assert model.distilled_set().views is first.views
-    assert Random(**(TINY | SOFT))._labelled is None
     model.synthetic.images.data += 0.5
     moved = model.distilled_set()
     assert not torch.equal(moved.labels, first.labels)

@@ -251,7 +251,6 @@ def test_coresets_and_architectures_take_streamed_data(tmp_path):
             ipc=1,
             architecture="conv:width=4,depth=2",
             teacher=Teacher(steps=30),
-            real_batch_size=8,
             probe=Probe(steps=1),
         )
         tiny_trainer(tmp_path, 1, limit_val_batches=0).fit(model, CachedTiny(**storage))

@@ -84,7 +84,7 @@ def test_two_processes_give_the_gradient_of_one(tmp_path):
     distil(tmp_path / "one", 1, SplitBatch(**TINY))
     distil(tmp_path / "two", 1, SplitBatch(**TINY), **TWO)
     (one,), two = ranks(tmp_path / "one", 1), ranks(tmp_path / "two")
-    assert set(one["gradients"]) == {"synthetic.images", "synthetic.labels"}
+    assert set(one["gradients"]) == {"synthetic.parameterisation.images", "synthetic.labels"}
     for rank in two:
         for name, gradient in one["gradients"].items():
             torch.testing.assert_close(rank["gradients"][name], gradient, rtol=1e-4, atol=1e-8)

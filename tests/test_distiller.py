@@ -83,7 +83,7 @@ def test_the_flip_trick_is_the_kernel_of_images_and_their_mirrors():
 
 def test_fixed_labels_have_no_margin_term_and_get_no_gradient(tmp_path):
     model = fitted(tmp_path, labels="centred")
-    assert [name for name, _ in model.named_parameters()] == ["synthetic.images"]
+    assert [name for name, _ in model.named_parameters()] == ["synthetic.parameterisation.images"]
     start = frepo(labels="centred")
     tiny_trainer(tmp_path, 0).fit(start, TinyData())
     assert torch.equal(model.synthetic.labels, start.synthetic.labels)
@@ -162,9 +162,17 @@ def test_the_clock_can_beat_otherwise(tmp_path):
         PoolAlternation(inner_steps=-1)
 
 
-def test_a_trainer_without_the_clock_is_refused(tmp_path):
-    with pytest.raises(UserError, match="needs PoolAlternation"):
-        tiny_trainer(tmp_path, 2, callbacks=[]).fit(frepo(), TinyData())
+def test_the_clock_comes_by_itself_unless_the_trainer_has_one(tmp_path):
+    trainer = tiny_trainer(tmp_path, 2, callbacks=[])
+    model = frepo(pool_size=1, lifetime=1000)
+    trainer.fit(model, TinyData())
+    assert [callback.inner_steps for callback in trainer.callbacks if isinstance(callback, PoolAlternation)] == [None]
+    assert model.pool.current.age == 2
+    trainer = tiny_trainer(tmp_path, 2, callbacks=[PoolAlternation(inner_steps=3)])
+    model = frepo(pool_size=1, lifetime=1000)
+    trainer.fit(model, TinyData())
+    assert [callback.inner_steps for callback in trainer.callbacks if isinstance(callback, PoolAlternation)] == [3]
+    assert model.pool.current.age == 6
 
 
 def test_accumulated_gradients_make_one_outer_step(tmp_path):
@@ -309,7 +317,7 @@ def test_an_output_folder_that_cannot_be_written_is_refused_before_the_first_ste
     [
         ({"ipc": 0}, r"ipc \(images per class\) must be at least 1, got 0"),
         ({"init": "zeros"}, "init must be 'real' or 'noise', got 'zeros'"),
-        ({"labels": "soft"}, "labels must be one of"),
+        ({"labels": "fuzzy"}, "labels of FRePo must be one of"),
         ({"lr": -1.0}, "lr must be positive"),
         ({"real_batch_size": 0}, "real_batch_size must be at least 1"),
         ({"inner_lr": 0.0}, "inner_lr must be positive"),

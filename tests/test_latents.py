@@ -150,7 +150,7 @@ def peak_beyond_images(ipc, slice_):
     with PeakBytes() as watched:
         made.render().sum().backward()
     kept = sum(tensor.grad.nbytes for tensor in made.latents)
-    return watched.peak - 3 * kept - 3 * len(made) * 256 * 4
+    return watched.peak - 3 * kept - 3 * len(made.classes) * 256 * 4
 
 
 def test_memory_grows_with_the_slice_and_not_with_the_set():
@@ -216,7 +216,10 @@ def test_maps_styles_and_labels_have_learning_rates_of_their_own():
     assert {name: lr for name, (lr, _) in groups.items()} == pytest.approx(
         {"features": 0.3, "styles": 0.05, "labels": 0.1}
     )
-    assert all(params[0] is getattr(made, name) for name, (_, params) in groups.items())
+    assert all(
+        params[0] is getattr(made if name == "labels" else made.parameterisation, name)
+        for name, (_, params) in groups.items()
+    )
     assert [group["name"] for group in latents(level=0).parameter_groups(0.1)] == ["styles"]
 
 
@@ -346,7 +349,7 @@ def test_two_processes_hold_one_set(tmp_path):
     assert one.keys() == two.keys()
     assert all(torch.equal(one[name], two[name]) for name in one)
     start = fitted(tmp_path / "start", frepo(Latents(width=4, steps=2, seed=9)), steps=0)
-    assert not torch.equal(one["features"], start.synthetic.parameterisation.features)
+    assert not torch.equal(one["parameterisation.features"], start.synthetic.parameterisation.features)
 
 
 # ---- a generator of one's own ------------------------------------------------------------------------------------

@@ -313,7 +313,7 @@ def test_real_and_synthetic_images_of_a_class_are_changed_alike(cls, tmp_path):
 @pytest.mark.parametrize("cls", METHODS)
 def test_labels_that_are_not_learned_stay_and_no_gradient_stays_on_a_network(cls, tmp_path):
     start, model = fitted(tmp_path, cls, 0), fitted(tmp_path, cls, 2)
-    assert [name for name, _ in model.named_parameters()] == ["synthetic.images"]
+    assert [name for name, _ in model.named_parameters()] == ["synthetic.parameterisation.images"]
     assert torch.equal(model.synthetic.labels, start.synthetic.labels)
     assert not torch.equal(model.synthetic.images, start.synthetic.images)
     assert is_at_rest(model.network)
@@ -463,7 +463,7 @@ def test_images_move_by_sgd_with_momentum_one_half(tmp_path):
 @pytest.mark.parametrize(
     ("cls", "settings", "message"),
     [
-        (DM, {"labels": "learned"}, "labels of DM must be one of hard, centred, got 'learned'"),
+        (DM, {"labels": "learned"}, "labels of DM must be one of hard, centred, soft, got 'learned'"),
         (DM, {"real_per_class": 0}, "real_per_class must be at least 1, got 0"),
         (DC, {"inner_steps": 0}, "inner_steps must be at least 1, or null for the published number, got 0"),
         (DSA, {"augment": "blur"}, "unknown augmentation 'blur'"),

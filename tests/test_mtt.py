@@ -44,7 +44,6 @@ TINY = {
     "experts": 2,
     "trajectory_epochs": 3,
     "expert_batch_size": 8,
-    "real_batch_size": 8,
     "probe": Probe(steps=2),
 }
 
@@ -348,7 +347,9 @@ def test_distilling_lowers_the_trajectory_loss(tmp_path):
     assert not torch.equal(end.step_size, start.step_size)
 
 
-@pytest.mark.parametrize(("labels", "names"), [("hard", {"images"}), ("learned", {"images", "labels"})])
+@pytest.mark.parametrize(
+    ("labels", "names"), [("hard", {"parameterisation.images"}), ("learned", {"parameterisation.images", "labels"})]
+)
 def test_every_part_learns_at_its_own_rate(tmp_path, labels, names):
     class Keep(Callback):
         def on_train_start(self, trainer, pl_module):
@@ -445,7 +446,11 @@ def test_two_processes_share_set_step_size_and_experts(tmp_path, cache):
     trainer = tiny_trainer(tmp_path, 5, callbacks=[KeepRank(tmp_path)], **two)
     trainer.fit(mtt(labels="learned"), TinyData())
     first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2))
-    assert first["module"].keys() == second["module"].keys() >= {"step_size", "synthetic.images", "synthetic.labels"}
+    assert (
+        first["module"].keys()
+        == second["module"].keys()
+        >= {"step_size", "synthetic.parameterisation.images", "synthetic.labels"}
+    )
     assert all(torch.equal(value, second["module"][name]) for name, value in first["module"].items())
     assert not torch.equal(first["starts"], second["starts"])  # every rank draws its own expert and epoch
     assert len(list(cache.glob("*.safetensors"))) == 2
@@ -465,7 +470,7 @@ def test_two_processes_share_set_step_size_and_experts(tmp_path, cache):
         ),
         ({"expert_lr": 0.0}, "expert_lr > 0"),
         ({"augment": "flip_nonsense"}, "unknown augmentation 'nonsense'"),
-        ({"labels": "soft"}, "labels must be one of learned, centred, hard"),
+        ({"labels": "fuzzy"}, "labels of MTT must be one of learned, centred, hard"),
     ],
 )
 def test_bad_settings_are_refused_at_once(settings, message):

@@ -103,8 +103,9 @@ def test_the_selection_follows_the_seed(tmp_path):
 
 
 def test_labels_are_soft_unless_asked_otherwise():
-    assert RDED().soft is not None
-    assert RDED(labels="hard").soft is None
+    assert RDED().label_strategy.min_scale == RDED(patches=1).label_strategy.min_scale == 1.0
+    assert RDED(patches=2).label_strategy.min_scale == 0.5  # no view is smaller than a tile
+    assert RDED(labels="hard").label_strategy is None
     with pytest.raises(UserError, match="labels of RDED must be one of hard, centred, soft, got 'learned'"):
         RDED(labels="learned")
 

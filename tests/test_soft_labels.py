@@ -35,6 +35,7 @@ class Witness:
 
     def __init__(self, network):
         self.network, self.num_classes, self.seen = network, network.num_classes, []
+        self.parameters = network.parameters
 
     def __call__(self, images):
         self.seen.append(images.clone())

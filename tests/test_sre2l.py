@@ -16,6 +16,7 @@ from lightning_dd.distillers.sre2l import recovery_groups
 from lightning_dd.losses.batchnorm import StatisticsDistance, batch_norm_layers
 from lightning_dd.models import build_network
 from lightning_dd.models.pool import rest
+from lightning_dd.pretrained.task import Task
 from lightning_dd.pretrained.teacher import Teacher
 from lightning_dd.synthetic import TeacherLabels
 from lightning_dd.utils.errors import UserError
@@ -172,7 +173,7 @@ def test_a_window_is_shared_by_its_group_and_drawn_anew_at_each_step(tmp_path):
     model = SRe2L(**(TINY | {"ipc": 200, "jitter": 2, "min_scale": 0.3}))
     tiny_trainer(tmp_path, 0, callbacks=[]).fit(SRe2L(**TINY), data())
     trainer = tiny_trainer(tmp_path, 1, callbacks=[])
-    model.facts, model._trainer = data_facts(), trainer
+    model.task, model._trainer = task(), trainer
     windows = model.draw_windows()
     assert windows.crops.shape == (200, 4)
     assert sorted(set(windows.shifts.flatten().tolist())) == [-2, -1, 0, 1, 2]
@@ -182,10 +183,10 @@ def test_a_window_is_shared_by_its_group_and_drawn_anew_at_each_step(tmp_path):
     assert not torch.equal(windows.crops, model.draw_windows().crops)
 
 
-def data_facts():
+def task():
     source = data()
     source.setup("fit")
-    return source.facts
+    return Task.of(source)
 
 
 def test_recovery_lowers_both_terms(tmp_path):
@@ -213,7 +214,7 @@ class AfterEachStep(Callback):
 
     def on_train_batch_end(self, trainer, pl_module, *args):
         images = pl_module.synthetic.images.detach()
-        self.pixels.append(pl_module.preprocessing.inverse(images))
+        self.pixels.append(pl_module.task.preprocessing.inverse(images))
 
 
 @pytest.mark.parametrize("preprocessing", ["standardise", "zca"])
@@ -293,7 +294,7 @@ def test_a_teacher_without_batch_normalisation_is_refused_before_it_is_trained(t
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"labels": "learned"}, "labels of SRe2L must be one of soft, hard, got 'learned'"),
+        ({"labels": "learned"}, "labels of SRe2L must be one of hard, soft, got 'learned'"),
         ({"bn_weight": -1.0}, "bn_weight, first_bn_weight and jitter of at least 0, got -1.0, 10.0 and 1"),
         ({"min_scale": 0.0}, r"min_scale must be in \(0, 1\], got 0.0"),
     ],

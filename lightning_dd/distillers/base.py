@@ -24,6 +24,7 @@ from lightning_dd.students.recipe import Recipe, train_student
 from lightning_dd.synthetic.labels import Labels, TeacherLabels
 from lightning_dd.synthetic.parameterisation import Parameterisation, Pixels
 from lightning_dd.synthetic.set import SyntheticSet, check_synthetic
+from lightning_dd.utils.arguments import revive
 from lightning_dd.utils.checkpoint import plain_values, public_settings
 from lightning_dd.utils.errors import UserError
 from lightning_dd.utils.scoring import ScoredModule
@@ -112,6 +113,7 @@ class Distiller(Resumable, ScoredModule):
     ) -> None:
         super().__init__()
         # Copies, so that several distillers can be made with one object; in a tuple, for the synthetic set owns it.
+        parameterisation, labels = revive(parameterisation), revive(labels)  # plain in a checkpoint
         self.parameterisation = (Pixels() if parameterisation is None else parameterisation.again(),)
         self.save_hyperparameters(ignore=["parameterisation"])
         self.save_hyperparameters(plain_values({**self.hparams, "parameterisation": self.parameterisation[0]}))

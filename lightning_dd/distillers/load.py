@@ -8,7 +8,7 @@ import torch
 from lightning_dd.distilled.set import DistilledSet
 from lightning_dd.distillers.base import Distiller
 from lightning_dd.distillers.resume import read_state
-from lightning_dd.utils.arguments import RemembersArguments, known_class
+from lightning_dd.utils.arguments import known_class
 from lightning_dd.utils.checkpoint import public_settings
 from lightning_dd.utils.errors import UserError
 
@@ -25,7 +25,7 @@ def distilled_from_checkpoint(path: Path | str) -> DistilledSet:
     try:
         state = read_state(checkpoint)
         cls: type[Distiller] = known_class(state["method"], Distiller, "method")  # type: ignore[type-abstract]
-        distiller = cls(**_revived(public_settings(checkpoint["hyper_parameters"])))
+        distiller = cls(**public_settings(checkpoint["hyper_parameters"]))
     except (UserError, TypeError) as error:
         raise UserError(f"checkpoint '{path}': {error}") from None
     distiller.on_load_checkpoint(checkpoint)
@@ -49,13 +49,3 @@ def read_checkpoint(path: Path | str) -> dict[str, Any]:
     if not isinstance(content, dict) or "state_dict" not in content:
         raise UserError(f"checkpoint '{path}': not a Lightning checkpoint")
     return content
-
-
-def _revived(settings: Any) -> Any:
-    """Make the objects that plain settings name by ``class_path`` and ``init_args``."""
-    if isinstance(settings, dict) and "class_path" in settings:
-        cls = known_class(settings["class_path"], RemembersArguments, "class")
-        return cls(**_revived(settings.get("init_args") or {}))
-    if isinstance(settings, dict):
-        return {name: _revived(value) for name, value in settings.items()}
-    return settings

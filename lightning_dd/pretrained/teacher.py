@@ -104,6 +104,11 @@ class Committee:
         return len(self.networks)
 
     @property
+    def device(self) -> torch.device:
+        """Where the teachers are."""
+        return next((parameter.device for parameter in self.main.parameters()), torch.device("cpu"))
+
+    @property
     def main(self) -> Network:
         """The teacher with the largest weight."""
         return self.networks[self.mixture.names.index(self.mixture.main)]
@@ -119,7 +124,7 @@ class Committee:
         Args:
             images: ``(N, C, H, W)``, normalised, on any device.
         """
-        here = images.to(next(self.networks[0].parameters()).device)
+        here = images.to(self.device)
         with torch.autocast(here.device.type, enabled=False):
             answers = (
                 weight * torch.cat([teacher(part).float() for part in torch.split(here, _ROWS)])

@@ -135,7 +135,7 @@ def labelled_views(
     count, channels, height, width = images.shape
     shape, classes = (channels, height, width), committee.main.num_classes
     drawn = draw_views(epochs, shape, count, classes, generator, min_scale, mirror)
-    device = next(committee.main.parameters()).device
+    device = committee.device
     shown, here = images.to(device), drawn.to(device)
     places = torch.arange(epochs * count, device=device)
     parts = [

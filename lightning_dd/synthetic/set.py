@@ -68,9 +68,11 @@ class SyntheticSet(nn.Module):
             label_lr: that of learned labels; ``None`` is the same.
         """
         groups = self.parameterisation.parameter_groups(lr)
-        if self.label_kind == "learned":
-            groups.append({"params": [self.labels], "lr": lr if label_lr is None else label_lr, "name": "labels"})
-        return groups
+        if self.label_kind != "learned":
+            return groups
+        if label_lr is None and len(groups) == 1:
+            return [{**groups[0], "params": [*groups[0]["params"], self.labels]}]
+        return [*groups, {"params": [self.labels], "lr": lr if label_lr is None else label_lr, "name": "labels"}]
 
 
 def check_synthetic(ipc: int, label_kind: str) -> None:

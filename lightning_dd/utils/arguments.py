@@ -79,6 +79,20 @@ def known_class(name: str, base: type[Kind], what: str) -> type[Kind]:
     return found[name]
 
 
+def revive(plain: Any) -> Any:
+    """Make the objects that plain settings name by ``class_path`` and ``init_args``, of classes that are imported.
+
+    Raises:
+        UserError: a class is not known here.
+    """
+    if not isinstance(plain, dict):
+        return plain
+    if "class_path" not in plain:
+        return {name: revive(value) for name, value in plain.items()}
+    cls = known_class(plain["class_path"], RemembersArguments, "class")
+    return cls(**revive(plain.get("init_args") or {}))
+
+
 def find_class(name: str, base: type[Kind], what: str) -> type[Kind]:
     """Return a class by name, or by a path that is imported now. For what the user wrote, never for what a file says.
 
