@@ -470,7 +470,7 @@ def test_two_processes_share_set_step_size_and_experts(tmp_path, cache):
         ),
         ({"expert_lr": 0.0}, "expert_lr > 0"),
         ({"augment": "flip_nonsense"}, "unknown augmentation 'nonsense'"),
-        ({"labels": "fuzzy"}, "labels of MTT must be one of learned, centred, hard"),
+        ({"labels": "fuzzy"}, "labels of MTT must be one of hard, centred, learned"),
     ],
 )
 def test_bad_settings_are_refused_at_once(settings, message):

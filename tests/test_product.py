@@ -18,7 +18,7 @@ from lightning_dd.utils.errors import UserError
 
 NETWORK = "convnet:width=4,depth=2"
 EXPORTED = [getattr(lightning_dd.distillers, name) for name in lightning_dd.distillers.__all__]
-METHODS = [cls for cls in EXPORTED if not getattr(cls, "__abstractmethods__", None)]
+METHODS = [cls for cls in EXPORTED if issubclass(cls, Distiller) and not cls.__abstractmethods__]
 PRODUCT = [
     pytest.param(cls, parameterisation, labels, metadd, id=f"{cls.__name__}-{parameterisation}-{labels}-{metadd}")
     for cls in METHODS

@@ -19,10 +19,12 @@ from lightning_dd.distilled.views import SoftViews, draw_views
 from lightning_dd.evaluators.sources import random_real
 from lightning_dd.models import build_network
 from lightning_dd.models.pool import rest
+from lightning_dd.pretrained.task import Task
+from lightning_dd.pretrained.teacher import Teacher
 from lightning_dd.students import Student
 from lightning_dd.students.recipe import Recipe, student_loss, train_student
 from lightning_dd.synthetic import TeacherLabels
-from lightning_dd.synthetic.labels import labelled_views
+from lightning_dd.synthetic.labels import labelled_views, relabel
 from lightning_dd.utils.errors import UserError
 
 TEACHER = "convnet:width=4,depth=2,norm=batch"
@@ -405,3 +407,27 @@ def test_the_state_rebuilds_the_views():
     views = views_of(images_of())
     again = SoftViews.from_state_dict(views.state_dict())
     assert (again.epochs, len(again)) == (EPOCHS, 6)
+
+
+def test_any_set_can_be_relabelled_by_a_committee(tmp_path):
+    distilled, names = make_distilled(ipc=2), {TEACHER: 3.0, "convnet:width=4,depth=2,norm=none": 1.0}
+    labels = TeacherLabels(Teacher(names, steps=40, lr=0.02), epochs=2, min_scale=0.5, temperature=4.0)
+    done = relabel(distilled, labels, TinyData(val_fraction=0.25), "conv")
+    assert (done.label_kind, done.temperature, done.views.epochs) == ("soft", 4.0, 2)
+    assert torch.equal(done.images, distilled.images)
+    assert done.training["relabelled"]["from"] == {"label_kind": "learned", "method": "Test"}
+    data = TinyData(val_fraction=0.25)
+    data.use_preprocessing(distilled.preprocessing)
+    data.setup("fit")
+    one, other = (Teacher(name, steps=40, lr=0.02).committee(Task.of(data), "conv") for name in names)
+    expected = 0.75 * one.logits(done.images) + 0.25 * other.logits(done.images)
+    torch.testing.assert_close(done.labels, expected)
+    torch.testing.assert_close(
+        done.views.replay(done.images, 1, torch.arange(6))[1],
+        0.75 * one.logits(done.views.look(done.images, 1, torch.arange(6)))
+        + 0.25 * other.logits(done.views.look(done.images, 1, torch.arange(6))),
+        rtol=2e-3,
+        atol=2e-3,
+    )
+    loaded = DistilledSet.load(done.save(tmp_path / "soft.safetensors"))
+    assert loaded.training["relabelled"]["labels"]["class_path"].endswith("TeacherLabels")

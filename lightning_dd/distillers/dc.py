@@ -1,6 +1,6 @@
 """DC: gradient matching (Zhao et al. 2021, arXiv 2006.05929), and DSA (Zhao & Bilen 2021, arXiv 2102.08259)."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -38,52 +38,33 @@ class DC(ClassMatching):
     The second-order graph lives for one class at a time, so memory does not grow with the number of classes.
 
     Args:
-        ipc: images per class.
-        architecture: the network to distil with.
-        labels: ``hard``, ``centred`` or ``learned``.
         init: ``noise``, or ``real`` for random training images.
         lr: learning rate of the images, and of learned labels.
         inner_steps: inner steps after an outer step; ``None`` takes the table (passes times batches per pass). Leave
             ``PoolAlternation`` without a number of its own.
         lifetime: inner steps a network takes before it is replaced; ``None`` takes the table.
-        pool_size: networks in turn; the method has one.
-        inner_lr: learning rate of the inner SGD.
-        inner_batch_size: synthetic images per inner step, drawn without replacement.
         **kwargs: see :class:`~lightning_dd.distillers.matching.ClassMatching`.
 
     Raises:
         UserError: an argument is out of range.
     """
 
+    label_kinds: ClassVar[tuple[str, ...]] = ("hard", "centred", "learned")
+
     def __init__(
         self,
-        ipc: int = 1,
-        architecture: str = "convnet",
-        labels: str = "hard",
         init: str = "noise",
         lr: float = 0.1,
         inner_steps: int | None = None,
         lifetime: int | None = None,
-        pool_size: int = 1,
-        inner_lr: float = 0.01,
-        inner_batch_size: int = 256,
         **kwargs: Any,
     ) -> None:
-        super().__init__(
-            ipc=ipc,
-            architecture=architecture,
-            labels=labels,
-            init=init,
-            lr=lr,
-            lifetime=lifetime or 0,
-            pool_size=pool_size,
-            inner_lr=inner_lr,
-            inner_batch_size=inner_batch_size,
-            **kwargs,
-        )
+        super().__init__(init=init, lr=lr, lifetime=lifetime or 0, **kwargs)
         if inner_steps is not None and inner_steps < 1:
             raise UserError(f"inner_steps must be at least 1, or null for the published number, got {inner_steps}")
-        self.outer_loop, self.inner_loop = LOOPS[min((known for known in LOOPS if known >= ipc), default=max(LOOPS))]
+        self.outer_loop, self.inner_loop = LOOPS[
+            min((known for known in LOOPS if known >= self.ipc), default=max(LOOPS))
+        ]
         self._given_steps, self._given_lifetime = inner_steps, lifetime
 
     @property

@@ -22,16 +22,8 @@ class DM(ClassMatching):
     normalisation see all classes together and use the statistics of that batch.
 
     Args:
-        ipc: images per class.
-        architecture: the network to distil with.
-        labels: ``hard`` or ``centred``; both are fixed.
-        init: ``real`` for random training images, or ``noise``.
         lr: learning rate of the images (the paper takes 10 for 100 and more images per class of CIFAR-10).
         augment: see :class:`~lightning_dd.distillers.matching.ClassMatching`.
-        pool_size: networks in turn; the method has one.
-        lifetime: inner steps a network takes before it is replaced; 0 gives every outer step a fresh, untrained one.
-        inner_lr: learning rate of the inner SGD, for a lifetime above 0.
-        inner_batch_size: synthetic images per inner step, likewise.
         **kwargs: see :class:`~lightning_dd.distillers.matching.ClassMatching`.
 
     Raises:
@@ -40,33 +32,8 @@ class DM(ClassMatching):
 
     label_kinds: ClassVar[tuple[str, ...]] = ("hard", "centred")
 
-    def __init__(
-        self,
-        ipc: int = 1,
-        architecture: str = "convnet",
-        labels: str = "hard",
-        init: str = "real",
-        lr: float = 1.0,
-        augment: str = "auto",
-        pool_size: int = 1,
-        lifetime: int = 0,
-        inner_lr: float = 0.01,
-        inner_batch_size: int = 256,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(
-            ipc=ipc,
-            architecture=architecture,
-            labels=labels,
-            init=init,
-            lr=lr,
-            augment=augment,
-            pool_size=pool_size,
-            lifetime=lifetime,
-            inner_lr=inner_lr,
-            inner_batch_size=inner_batch_size,
-            **kwargs,
-        )
+    def __init__(self, lr: float = 1.0, augment: str = "auto", **kwargs: Any) -> None:
+        super().__init__(lr=lr, augment=augment, **kwargs)
 
     def outer_loss(self, network: Network, images: Tensor, labels: Tensor, real: Batch) -> dict[str, Tensor]:
         """Return the squared distance of mean features, summed over classes; without graph to the labels."""

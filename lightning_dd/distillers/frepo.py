@@ -31,9 +31,6 @@ class FRePo(PoolDistiller):
     larger ``lr``: LAMB moves the images by about ``lr`` of their norm per step.
 
     Args:
-        ipc: images per class.
-        architecture: the network to distil with.
-        labels: ``learned``, or ``centred`` for fixed ones.
         flip: add the mirror image of every synthetic image, with the same label (helps small sets, hurts large ones).
         ridge: regulariser relative to the kernel's mean diagonal.
         lr: LAMB's learning rate, decayed by a cosine to 10 % over the run.
@@ -46,16 +43,13 @@ class FRePo(PoolDistiller):
 
     def __init__(
         self,
-        ipc: int = 1,
-        architecture: str = "conv",
-        labels: str = "learned",
         flip: bool = True,
         ridge: float = RIDGE,
         lr: float = 3e-4,
         compiled: bool = False,
         **kwargs: Any,
     ) -> None:
-        super().__init__(ipc=ipc, architecture=architecture, labels=labels, lr=lr, **kwargs)
+        super().__init__(lr=lr, **kwargs)
         self.flip = flip
         self.ridge = ridge
         self.features: Features = torch.compile(network_features, dynamic=False) if compiled else network_features

@@ -13,28 +13,58 @@ from lightning_dd.data.images import Batch
 from lightning_dd.data.sampling import ClassBlocks
 from lightning_dd.distillers.pooled import PoolDistiller
 from lightning_dd.models.interface import Network
+from lightning_dd.models.mixture import Architectures
+from lightning_dd.synthetic.labels import Labels
 from lightning_dd.utils.errors import UserError
 
 
 class ClassMatching(PoolDistiller):
     """What DC, DSA and DM share: real images by class, siamese augmentation, and how images are updated.
 
-    The outer optimizer is SGD with momentum 0.5. ``real_batch_size`` is not used: :attr:`real_per_class` takes its
-    place.
+    The outer optimizer is SGD with momentum 0.5, the inner one SGD without. ``real_batch_size`` is not used:
+    :attr:`real_per_class` takes its place.
 
     Args:
+        architecture: the networks to distil with.
+        labels: as far as the method defines them.
+        lr: learning rate of the images, and of learned labels.
         real_per_class: real images of every class per outer step, at most the smallest class.
         augment: operations of the siamese family joined by ``_``, one of which is drawn per class and outer step and
             applied to its real and synthetic images alike; inner steps draw one per batch with numbers of its own for
             every image. ``auto`` takes the published family for the data, ``none`` none.
+        pool_size: networks in turn; the published methods have one.
+        lifetime: inner steps a network takes before it is replaced; 0 gives every outer step a fresh, untrained one.
+        inner_lr: learning rate of the inner SGD.
+        inner_batch_size: synthetic images per inner step, drawn without replacement.
         **kwargs: see :class:`PoolDistiller`.
 
     Raises:
         UserError: an argument is out of range, or an operation is unknown.
     """
 
-    def __init__(self, real_per_class: int = 256, augment: str = "none", **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+    def __init__(
+        self,
+        architecture: Architectures = "convnet",
+        labels: str | Labels = "hard",
+        lr: float = 1.0,
+        real_per_class: int = 256,
+        augment: str = "none",
+        pool_size: int = 1,
+        lifetime: int = 0,
+        inner_lr: float = 0.01,
+        inner_batch_size: int = 256,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            architecture=architecture,
+            labels=labels,
+            lr=lr,
+            pool_size=pool_size,
+            lifetime=lifetime,
+            inner_lr=inner_lr,
+            inner_batch_size=inner_batch_size,
+            **kwargs,
+        )
         if real_per_class < 1:
             raise UserError(f"real_per_class must be at least 1, got {real_per_class}")
         self.real_per_class = real_per_class

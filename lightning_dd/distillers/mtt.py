@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,11 @@ from lightning_dd.distillers.base import Distiller
 from lightning_dd.losses import trajectory
 from lightning_dd.losses.trajectory import InnerStep, functional_loss
 from lightning_dd.models.interface import Network
+from lightning_dd.models.mixture import Architectures
 from lightning_dd.models.pool import rest
 from lightning_dd.pretrained.experts import ExpertRecipe, Trajectories, expert_files, refuse_batch_statistics
 from lightning_dd.students.recipe import student_loss
+from lightning_dd.synthetic.labels import Labels
 from lightning_dd.utils.errors import UserError
 
 LEAST_STEP_SIZE = 0.01
@@ -37,7 +39,6 @@ class MTT(Distiller):
     one-hot vectors. Inner steps run in inference mode (no dropout).
 
     Args:
-        ipc: images per class.
         architecture: the network of experts and inner steps; one without batch normalisation.
         labels: ``hard``, ``centred`` or ``learned``.
         lr: learning rate of the images (SGD with momentum 0.5).
@@ -64,11 +65,12 @@ class MTT(Distiller):
         UserError: an argument is out of range.
     """
 
+    label_kinds: ClassVar[tuple[str, ...]] = ("hard", "centred", "learned")
+
     def __init__(
         self,
-        ipc: int = 1,
-        architecture: str = "convnet",
-        labels: str = "hard",
+        architecture: Architectures = "convnet",
+        labels: str | Labels = "hard",
         lr: float = 100.0,
         label_lr: float = 1.0,
         syn_steps: int = 50,
@@ -86,7 +88,7 @@ class MTT(Distiller):
         constant_memory: bool = True,
         **kwargs: Any,
     ) -> None:
-        super().__init__(ipc=ipc, architecture=architecture, labels=labels, lr=lr, **kwargs)
+        super().__init__(architecture=architecture, labels=labels, lr=lr, **kwargs)
         counts = (syn_steps, expert_epochs, max_start_epoch, experts, 1 if batch_syn is None else batch_syn)
         if min(counts) < 1:
             raise UserError(
@@ -110,7 +112,7 @@ class MTT(Distiller):
             epochs=trajectory_epochs,
             lr=expert_lr,
             batch_size=expert_batch_size,
-            labels="hard" if labels == "hard" else "centred",
+            labels="hard" if self.label_kind == "hard" else "centred",
         )
         self.experts, self.expert_seed = experts, expert_seed
         self.syn_steps, self.expert_epochs, self.max_start_epoch = syn_steps, expert_epochs, max_start_epoch

@@ -27,7 +27,6 @@ class RDED(SelectionDistiller):
     CutMix of the image as it is.
 
     Args:
-        ipc: images per class.
         candidates: real images drawn of every class, at most all it has.
         crops: random crops of each.
         patches: tiles along a side of an image: 1 for small images, 2 for large ones.
@@ -41,7 +40,6 @@ class RDED(SelectionDistiller):
 
     def __init__(
         self,
-        ipc: int = 1,
         candidates: int = 300,
         crops: int = 5,
         patches: int = 1,
@@ -50,7 +48,7 @@ class RDED(SelectionDistiller):
         **kwargs: Any,
     ) -> None:
         self.patches = patches
-        super().__init__(ipc=ipc, labels=labels, **kwargs)
+        super().__init__(labels=labels, **kwargs)
         if candidates < 1 or crops < 1 or patches < 1:
             raise UserError(
                 f"RDED needs candidates, crops and patches of at least 1, got {candidates}, {crops} and {patches}"

@@ -12,6 +12,7 @@ from lightning_dd.distillers.teacher import TeacherDistiller
 from lightning_dd.losses.attach import attach_gradients
 from lightning_dd.losses.batchnorm import StatisticsDistance, batch_norm_layers
 from lightning_dd.losses.cam import no_float16
+from lightning_dd.models.mixture import Architectures
 from lightning_dd.students.recipe import warmup_cosine
 from lightning_dd.synthetic.labels import Labels
 from lightning_dd.utils.errors import UserError
@@ -45,7 +46,6 @@ class SRe2L(TeacherDistiller):
     whitened again. Crops and rolls act on the images as the teacher sees them. Latents of a generator are not clipped.
 
     Args:
-        ipc: images per class.
         architecture: of the students.
         labels: ``soft``, or ``hard``.
         init: ``noise``, or ``real``.
@@ -64,8 +64,7 @@ class SRe2L(TeacherDistiller):
 
     def __init__(
         self,
-        ipc: int = 1,
-        architecture: str = "resnet18",
+        architecture: Architectures = "resnet18",
         labels: str | Labels = "soft",
         init: str = "noise",
         lr: float = 0.25,
@@ -75,7 +74,7 @@ class SRe2L(TeacherDistiller):
         jitter: int = 4,
         **kwargs: Any,
     ) -> None:
-        super().__init__(ipc=ipc, architecture=architecture, labels=labels, init=init, lr=lr, **kwargs)
+        super().__init__(architecture=architecture, labels=labels, init=init, lr=lr, **kwargs)
         if bn_weight < 0 or first_bn_weight < 0 or jitter < 0:
             raise UserError(
                 "SRe2L needs bn_weight, first_bn_weight and jitter of at least 0, got "

@@ -1,13 +1,14 @@
 """One architecture, or several with probabilities."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
 from lightning_dd.utils.errors import UserError
 
-Architectures = str | Sequence[str] | Mapping[str, float]
+Architectures = str | list[str] | dict[str, float]
+"""A name of the factory, several names, or names with probabilities."""
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """What a run distils: the facts of its real data, their preprocessing, and the data itself."""
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -39,6 +40,17 @@ class Task:
         """Return the task of real data that is set up."""
         assert data.preprocessing is not None
         return cls(data.facts, data.preprocessing, data.origin(), data, trainer, train_missing)
+
+    def identity(self) -> dict[str, Any]:
+        """Return what a network trained on this data depends on: images, classes and the map they went through."""
+        digest = hashlib.blake2b(digest_size=16)
+        for name, value in sorted(self.preprocessing.state_dict().items()):
+            digest.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
+        return {
+            "data": self.facts.fingerprint,
+            "class_names": list(self.facts.class_names),
+            "preprocessing": digest.hexdigest(),
+        }
 
     @property
     def train(self) -> Split:

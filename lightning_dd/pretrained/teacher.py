@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightning_dd.data.images import PixelRows, Split
 from lightning_dd.models.interface import Network
-from lightning_dd.models.mixture import NetworkMixture
+from lightning_dd.models.mixture import Architectures, NetworkMixture
 from lightning_dd.pretrained.architectures import ArchitectureRecipe, trained_architecture
 from lightning_dd.pretrained.task import Task
 from lightning_dd.utils.errors import UserError
@@ -33,7 +33,7 @@ class Teacher:
         UserError: a number is out of range.
     """
 
-    architecture: str | list[str] | dict[str, float] | None = None
+    architecture: Architectures | None = None
     steps: int = 1000
     lr: float = 2e-3
     seed: int = 0

@@ -7,11 +7,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from lightning_dd.data.base import RealData
+from lightning_dd.distilled.datamodule import check_match
 from lightning_dd.distilled.set import DistilledSet
 from lightning_dd.distilled.views import SoftViews, draw_views
 from lightning_dd.losses.labels import LABEL_KINDS
+from lightning_dd.pretrained.task import Task
 from lightning_dd.pretrained.teacher import Committee, Teacher
 from lightning_dd.utils.arguments import RemembersArguments
+from lightning_dd.utils.checkpoint import plain_values
 from lightning_dd.utils.errors import UserError
 from lightning_dd.utils.seeding import make_generator
 
@@ -109,6 +113,30 @@ class TeacherLabels(Labels):
         if views:
             self._done = (distilled.images, done)
         return done
+
+
+def relabel(distilled: DistilledSet, labels: Labels, real: RealData, otherwise: str, seed: int = 0) -> DistilledSet:
+    """Give a finished set, ours or converted, the labels of a strategy.
+
+    Args:
+        distilled: the set; its images stay as they are.
+        labels: the strategy, as :class:`TeacherLabels`.
+        real: the real data it stands for, on which teachers are trained where the cache lacks them.
+        otherwise: architecture of the teacher where the strategy names none.
+        seed: of the views.
+
+    Raises:
+        UserError: the real data is another one, or a teacher cannot be had.
+    """
+    real.use_preprocessing(distilled.preprocessing)
+    real.prepare_data()
+    real.setup("fit")
+    check_match(distilled, real)
+    task = Task.of(real)
+    relabelled = labels.finish(distilled, lambda given: (given or Teacher()).committee(task, otherwise), seed)
+    before = {"label_kind": distilled.label_kind, "method": distilled.method}
+    training = {**distilled.training, "relabelled": {"from": before, "labels": plain_values(labels), "seed": seed}}
+    return replace(relabelled, training=training)
 
 
 def labelled_views(
