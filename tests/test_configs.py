@@ -11,7 +11,6 @@ from helpers import make_distilled, tiny_settings
 import lightning_dd.distillers
 from lightning_dd.cli import main
 from lightning_dd.data import DATA_SETS, RawSplit
-from lightning_dd.models.pool import rest
 from lightning_dd.utils.checkpoint import plain_values
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -85,15 +84,14 @@ def quick_continual(content):
 
 def untrained(architecture, network, *args):
     """In place of minutes of training: the network as it is, said to be good."""
-    rest(network)
     return 1.0
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(CONFIGS)))
 def test_config_runs(path, stand_ins, tmp_path, monkeypatch):
     content = yaml.safe_load(path.read_text())
-    monkeypatch.setattr("lightning_dd.pretrained.architectures._train", untrained)
-    monkeypatch.setattr("lightning_dd.pretrained.generator._train", lambda task, accelerator: None)
+    monkeypatch.setattr("lightning_dd.pretrained.classifier._fit", untrained)
+    monkeypatch.setattr("lightning_dd.pretrained.generator.fit_quietly", lambda *args: None)
     config = ["--config", str(path)]
     if "orders" in content:
         arguments = ["continual", *config, *quick_continual(content)]

@@ -8,13 +8,13 @@ from helpers import TinyData, split_of, tiny_trainer
 from pytorch_lightning import Callback
 from pytorch_lightning.callbacks import ModelCheckpoint
 
-import lightning_dd.pretrained.architectures as architectures
 from lightning_dd.callbacks import MetaDD
 from lightning_dd.distilled.set import DistilledSet
 from lightning_dd.distillers import RDED, Herding, KCenter, Random
 from lightning_dd.distillers.base import Probe
 from lightning_dd.distillers.load import distilled_from_checkpoint
 from lightning_dd.losses.coresets import herding, k_center
+from lightning_dd.pretrained import classifier
 from lightning_dd.pretrained.task import Task
 from lightning_dd.pretrained.teacher import Teacher
 from lightning_dd.synthetic import TeacherLabels
@@ -45,13 +45,13 @@ def rows_of(images, train):
 def trainings(monkeypatch, tmp_path):
     """Count the teachers that are really trained, in a cache of the test's own."""
     monkeypatch.setenv("LIGHTNING_DD_CACHE", str(tmp_path / "cache"))
-    counted, train = [], architectures._train
+    counted, train = [], classifier._fit
 
     def counting(architecture, *args):
         counted.append(architecture)
         return train(architecture, *args)
 
-    monkeypatch.setattr(architectures, "_train", counting)
+    monkeypatch.setattr(classifier, "_fit", counting)
     return counted
 
 
@@ -248,11 +248,11 @@ def test_without_a_validation_split_a_teacher_is_judged_on_what_it_was_trained_o
     judged = []
     monkeypatch.setenv("LIGHTNING_DD_CACHE", str(tmp_path / "cache"))  # no teacher of another test is found
 
-    def train(architecture, network, train, val, *args):
-        judged.append(val is train)
+    def train(architecture, network, task, *args):
+        judged.append(task.judges is task.train)
         return 1.0
 
-    monkeypatch.setattr(architectures, "_train", train)
+    monkeypatch.setattr(classifier, "_fit", train)
     for val_fraction in (0, 0.25):
         tiny_trainer(tmp_path, 1, callbacks=[]).fit(Herding(**TINY), TinyData(val_fraction=val_fraction))
     assert judged == [True, False]

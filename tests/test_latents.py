@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 import lightning_dd.pretrained.generator as pretrained
 from lightning_dd.callbacks import MetaDD, PoolAlternation
+from lightning_dd.data.cache import cache_folder
 from lightning_dd.data.facts import DataFacts
 from lightning_dd.data.preprocess import Preprocessing, fit_preprocessing
 from lightning_dd.distillers import FRePo, Random
@@ -250,8 +251,8 @@ def test_a_trained_generator_shows_the_class_it_is_asked_for(tmp_path, preproces
 
 def test_the_generator_is_trained_once_and_shared_between_runs(tmp_path, monkeypatch):
     trained = []
-    train = pretrained._train
-    monkeypatch.setattr(pretrained, "_train", lambda *args: (trained.append(1), train(*args)))
+    fit = pretrained.fit_quietly
+    monkeypatch.setattr(pretrained, "fit_quietly", lambda *args: (trained.append(1), fit(*args)))
     space = Latents(width=4, steps=3, seed=5)
     with pytest.raises(UserError, match="train_missing is false"):
         fitted(tmp_path, frepo(space, train_missing=False))
@@ -269,8 +270,8 @@ def test_the_generator_is_trained_once_and_shared_between_runs(tmp_path, monkeyp
 def test_a_damaged_file_in_the_cache_is_replaced(tmp_path):
     space = Latents(width=4, steps=3, seed=7)
     first = fitted(tmp_path, frepo(space))
-    folder = pretrained.cache_folder() / "generators"
-    newest = max(folder.iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    folder = cache_folder() / "generators"
+    newest = max(folder.glob("*.safetensors"), key=lambda path: path.stat().st_mtime_ns)
     newest.write_bytes(newest.read_bytes()[:100])
     second = fitted(tmp_path, frepo(space))
     assert torch.equal(first.synthetic.parameterisation.features, second.synthetic.parameterisation.features)
@@ -278,11 +279,11 @@ def test_a_damaged_file_in_the_cache_is_replaced(tmp_path):
 
 
 def test_a_training_that_diverges_is_said(tmp_path, monkeypatch):
-    def diverge(task, accelerator):
+    def diverge(training, *args):
         with torch.no_grad():
-            task.generator.start.bias.fill_(float("nan"))
+            training.generator.start.bias.fill_(float("nan"))
 
-    monkeypatch.setattr(pretrained, "_train", diverge)
+    monkeypatch.setattr(pretrained, "fit_quietly", diverge)
     with pytest.raises(UserError, match=r"diverged: lower latents' lr, which is 0\.5"):
         fitted(tmp_path, frepo(Latents(width=4, steps=3, lr=0.5)))
 

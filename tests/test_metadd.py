@@ -1,5 +1,10 @@
 """MetaDD attached to a distiller: from configuration alone, on time, exact to resume, and the same on two processes."""
 
+import threading
+import time
+from dataclasses import replace
+from functools import partial
+
 import pytest
 import torch
 from helpers import LinearNetwork, TinyData, tiny_trainer
@@ -8,10 +13,12 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from safetensors.torch import save_file
 
 from lightning_dd.callbacks import MetaDD, MetaFeatureImages, PoolAlternation
+from lightning_dd.callbacks.metadd import Look
 from lightning_dd.distillers import FRePo, PoolDistiller
 from lightning_dd.distillers.base import Probe
-from lightning_dd.losses.gathered import naive_loss
-from lightning_dd.pretrained import ArchitectureRecipe, trained_architecture
+from lightning_dd.losses.metadd import MetaOptions
+from lightning_dd.losses.metadd_gradient import naive_loss
+from lightning_dd.pretrained import ClassifierRecipe, Task, trained_classifier
 from lightning_dd.utils.errors import UserError
 
 ARCHITECTURES = ["conv:width=4,depth=2,norm=none", "convnet:width=4,depth=2", "alexnet:width=4"]
@@ -31,8 +38,11 @@ class SixteenPixels(TinyData):
 
 
 def metadd(**changes):
-    plain = {"relative": False, "steady": False, "augment": "none", "every": 1, "per_step": None}
-    return MetaDD(**({"architectures": ARCHITECTURES, "train_steps": 40, "train_lr": 1e-2} | plain | changes))
+    """MetaDD of every step and all architectures; terms and switches of the loss go where they belong."""
+    loss = {name: changes.pop(name) for name in list(changes) if name in MetaOptions.__dataclass_fields__}
+    plain = {"scale": "absolute", "augment": "none", "every": 1, "per_step": None, "loss": MetaOptions(**loss)}
+    training = ClassifierRecipe(steps=40, lr=1e-2)
+    return MetaDD(**({"architectures": ARCHITECTURES, "training": training} | plain | changes))
 
 
 def fit(folder, callback, steps=4, model=None, data=None, **kwargs):
@@ -57,7 +67,7 @@ def test_the_term_joins_the_outer_loss_and_changes_the_result(tmp_path):
 
 
 def test_terms_are_logged_also_where_no_logging_step_carries_them(tmp_path):
-    callback = metadd(every=2, relative=True, steady=True)
+    callback = metadd(every=2, scale="steady")
     callbacks = [PoolAlternation(), callback]
     trainer = tiny_trainer(tmp_path, 4, callbacks=callbacks, log_every_n_steps=2)  # at 1 and 3; the term is at 0 and 2
     trainer.fit(FRePo(**TINY), SixteenPixels(val_fraction=0.25))
@@ -85,13 +95,13 @@ def test_a_weight_of_zero_is_the_base_method_bit_for_bit(tmp_path):
     assert torch.equal(model.synthetic.images, plain.synthetic.images)
 
 
-@pytest.mark.parametrize("relative", [False, True])
-def test_any_subclass_gets_it_without_a_line(relative, tmp_path):
+@pytest.mark.parametrize("scale", ["absolute", "norm"])
+def test_any_subclass_gets_it_without_a_line(scale, tmp_path):
     class Third(PoolDistiller):
         def outer_loss(self, network, images, labels, real):
             return {"size": images.square().mean()}
 
-    _, trainer = fit(tmp_path, metadd(relative=relative), model=Third(**TINY))
+    _, trainer = fit(tmp_path, metadd(scale=scale), model=Third(**TINY))
     assert "outer/metadd" in trainer.callback_metrics
 
 
@@ -100,7 +110,7 @@ def test_the_gradient_in_a_run_is_that_of_all_architectures_at_once(tmp_path):
     model, trainer = fit(tmp_path, callback, 0)
     callback.setup(trainer, model, "fit")
     images, labels = (part.detach().requires_grad_() for part in model.synthetic())
-    callback.terms(trainer, model, images, labels, images.sum())[1]["metadd"].backward()
+    callback.add(trainer, model, images, labels, images.sum())[1]["metadd"].backward()
     again = [part.detach().clone().requires_grad_() for part in (images, labels)]
     (0.5 * naive_loss(callback.architectures, *again, "learned", callback.options).loss).backward()
     for ours, naive in zip((images, labels), again, strict=True):
@@ -110,13 +120,13 @@ def test_the_gradient_in_a_run_is_that_of_all_architectures_at_once(tmp_path):
 
 
 def test_a_relative_weight_is_a_share_of_the_methods_own_gradient(tmp_path):
-    callback = metadd(weight=0.3, relative=True, rows=2)
+    callback = metadd(weight=0.3, scale="norm", rows=2)
     model, trainer = fit(tmp_path, callback, 0)
     callback.setup(trainer, model, "fit")
     for scale in (1.0, 1000.0):
         images, labels = (part.detach().requires_grad_() for part in model.synthetic())
         slope = scale * torch.linspace(0, 1, images.numel()).view_as(images)
-        term = callback.terms(trainer, model, images, labels, (images * slope).sum())[1]["metadd"]
+        term = callback.add(trainer, model, images, labels, (images * slope).sum())[1]["metadd"]
         assert float(torch.autograd.grad(term, images)[0].norm()) == pytest.approx(0.3 * float(slope.norm()), rel=1e-4)
 
 
@@ -128,20 +138,20 @@ def test_learned_labels_are_the_methods_own_unless_told(move_labels, tmp_path):
     images, labels = (part.detach() for part in model.synthetic())
     labels = labels + torch.linspace(0, 1, labels.numel()).view_as(labels)  # no longer one-hot, where the slope is 0
     images.requires_grad_(), labels.requires_grad_()
-    term = callback.terms(trainer, model, images, labels, images.sum())[1]["metadd"]
+    term = callback.add(trainer, model, images, labels, images.sum())[1]["metadd"]
     by_images, by_labels = torch.autograd.grad(term, [images, labels], allow_unused=True)
     assert by_images.any()
     assert (by_labels is not None and bool(by_labels.any())) == move_labels
 
 
 def test_a_steady_weight_is_a_share_of_what_is_steady_in_the_methods_gradient(tmp_path):
-    callback = metadd(relative=True, steady=True)
+    callback = metadd(scale="steady")
     model, trainer = fit(tmp_path, callback, 0)
     generator = torch.Generator().manual_seed(0)
 
     def size(slope):
         images, labels = (part.detach().requires_grad_() for part in model.synthetic())
-        term = callback.terms(trainer, model, images, labels, (images * slope).sum())[1]["metadd"]
+        term = callback.add(trainer, model, images, labels, (images * slope).sum())[1]["metadd"]
         return float(torch.autograd.grad(term, images)[0].norm() / slope.norm())
 
     def sizes(noise, count=24):
@@ -156,7 +166,7 @@ def test_a_steady_weight_is_a_share_of_what_is_steady_in_the_methods_gradient(tm
 
 
 def test_a_relative_weight_leaves_the_methods_own_gradient_as_it_is(tmp_path):
-    callback = metadd(weight=0.3, relative=True)
+    callback = metadd(weight=0.3, scale="norm")
     model, trainer = fit(tmp_path, callback, 0)
     callback.setup(trainer, model, "fit")
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -166,7 +176,7 @@ def test_a_relative_weight_leaves_the_methods_own_gradient_as_it_is(tmp_path):
         return images, labels, (images.square().sum() + 3 * labels.exp().sum()) * images.mean()
 
     wanted = torch.autograd.grad(own_loss()[2], parameters)
-    own, _ = callback.terms(trainer, model, *own_loss())
+    own, _ = callback.add(trainer, model, *own_loss())
     assert len(parameters) == 2
     for found, expected in zip(torch.autograd.grad(own, parameters), wanted, strict=True):
         torch.testing.assert_close(found, expected)
@@ -191,21 +201,32 @@ def test_rows_are_drawn_by_step_and_shared_by_ranks():
             self.global_step, self.global_rank, self.world_size = step, rank, world
 
     callback = metadd(rows=5)
-    whole = callback._draw(Place(3, 0, 1), 12)
-    parts = [callback._draw(Place(3, rank, 2), 12) for rank in (0, 1)]
+    whole = callback._rows(Place(3, 0, 1), 12)
+    parts = [callback._rows(Place(3, rank, 2), 12) for rank in (0, 1)]
     assert sorted(torch.cat(parts).tolist()) == sorted(whole.tolist())
-    assert not torch.equal(whole, callback._draw(Place(4, 0, 1), 12))
-    assert metadd()._draw(Place(0, 0, 1), 12) is None
+    assert not torch.equal(whole, callback._rows(Place(4, 0, 1), 12))
+    assert metadd()._rows(Place(0, 0, 1), 12) is None
 
 
 def test_a_few_architectures_look_in_a_step_and_all_in_turn():
     callback = metadd(per_step=2)
     callback.architectures = list(ARCHITECTURES)
-    drawn = [callback.looking(step) for step in range(20)]
+    drawn = [callback.looking_at(step) for step in range(20)]
     assert all(len(set(names)) == 2 for names in drawn)
     assert {name for names in drawn for name in names} == set(ARCHITECTURES)
-    assert drawn == [callback.looking(step) for step in range(20)]
-    assert metadd().looking(0) == []
+    assert drawn == [callback.looking_at(step) for step in range(20)]
+    assert metadd().looking_at(0) == []
+
+
+def test_one_architecture_may_look_where_no_maps_are_compared(tmp_path):
+    callback = metadd(per_step=1, variance=0.0, architectures={ARCHITECTURES[0]: 0.9, ARCHITECTURES[1]: 0.1})
+    model, _ = fit(tmp_path, callback)
+    assert torch.isfinite(model.synthetic.images).all()
+    first = [callback.looking_at(step)[0].name == ARCHITECTURES[0] for step in range(200)]
+    assert 0.8 < sum(first) / 200 < 0.97
+    kinds = metadd(looks={ARCHITECTURES[1]: Look(cam="gradcam")})
+    fit(tmp_path, kinds, 1)
+    assert [architecture.cam for architecture in kinds.architectures] == [None, "gradcam", None]
 
 
 def test_whitened_images_are_unwhitened_for_the_architectures(tmp_path):
@@ -232,7 +253,7 @@ def test_a_distillers_own_network_can_be_the_consensus(tmp_path):
 def test_a_resumed_run_equals_the_run_never_interrupted(tmp_path):
     def run(folder, ckpt_path=None, **changes):
         keep = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=3, save_top_k=-1)
-        settings = {"rows": 2, "every": 2, "per_step": 2, "relative": True, "steady": True} | changes
+        settings = {"rows": 2, "every": 2, "per_step": 2, "scale": "steady"} | changes
         callbacks = [PoolAlternation(), metadd(**settings), keep]
         model = FRePo(**TINY)
         trainer = tiny_trainer(folder, 7, callbacks=callbacks, enable_checkpointing=True)
@@ -245,7 +266,7 @@ def test_a_resumed_run_equals_the_run_never_interrupted(tmp_path):
         run(tmp_path / "c", str(tmp_path / "a" / "step=3.ckpt"), variance=9.0)
 
 
-@pytest.mark.parametrize("changes", [{}, {"relative": True, "per_step": 2}])
+@pytest.mark.parametrize("changes", [{}, {"scale": "norm", "per_step": 2}])
 def test_two_processes_give_the_gradient_of_one(changes, tmp_path):
     from test_ddp import TWO, KeepRank, SplitBatch, ranks
 
@@ -265,54 +286,72 @@ def test_two_processes_give_the_gradient_of_one(changes, tmp_path):
 # ---- the architectures -------------------------------------------------------------------------------------------
 
 
-def splits():
-    data = SixteenPixels(val_fraction=0.25)
+def task(**changes):
+    data = SixteenPixels(val_fraction=0.25, **changes)
     data.setup("fit")
-    return {"train": data.train, "val": data.val, "facts": data.facts}
+    return Task.of(data)
 
 
 def test_an_architecture_is_trained_once_and_then_read(tmp_path, monkeypatch):
     monkeypatch.setenv("LIGHTNING_DD_CACHE", str(tmp_path / "cache"))
-    recipe = ArchitectureRecipe(steps=40, lr=1e-2)
-    first = trained_architecture(ARCHITECTURES[0], **splits(), recipe=recipe, seed=0)
-    assert first.accuracy > 0.6
-    monkeypatch.setattr("lightning_dd.pretrained.architectures._train", lambda *args: pytest.fail("trained again"))
-    second = trained_architecture(ARCHITECTURES[0], **splits(), recipe=recipe, seed=0)
-    assert second.accuracy == first.accuracy
-    for left, right in zip(first.network.parameters(), second.network.parameters(), strict=True):
+    recipe = ClassifierRecipe(steps=40, lr=1e-2)
+    first, accuracy = trained_classifier(ARCHITECTURES[0], task(), recipe, seed=0)
+    assert accuracy > 0.6
+    monkeypatch.setattr("lightning_dd.pretrained.classifier._fit", lambda *args: pytest.fail("trained again"))
+    second, again = trained_classifier(ARCHITECTURES[0], task(), recipe, seed=0)
+    assert again == accuracy
+    for left, right in zip(first.parameters(), second.parameters(), strict=True):
         assert torch.equal(left, right)
         assert not right.requires_grad
-    with pytest.raises(BaseException, match="trained again"):
-        trained_architecture(ARCHITECTURES[0], **splits(), recipe=recipe, seed=1)
-    (file,) = (tmp_path / "cache" / "architectures").iterdir()
-    given = trained_architecture(ARCHITECTURES[0], **splits(), recipe=recipe, seed=7, file=file)
-    assert given.accuracy == first.accuracy
-    other = {**splits()}
-    other["facts"] = type(other["facts"])(**(vars(other["facts"]) | {"fingerprint": "different"}))
+    for other in ({"seed": 1}, {"seed": 0, "task": task(mirror=False)}, {"seed": 0, "task": task(preprocessing="zca")}):
+        with pytest.raises(BaseException, match="trained again"):
+            trained_classifier(ARCHITECTURES[0], recipe=recipe, **({"task": task()} | other))
+    (file,) = (tmp_path / "cache" / "classifiers").glob("*.safetensors")
+    _, given = trained_classifier(ARCHITECTURES[0], task(), recipe, seed=7, file=file)
+    assert given == accuracy
+    facts = replace(task().facts, fingerprint="different")
     with pytest.raises(UserError, match="is of other data"):
-        trained_architecture(ARCHITECTURES[0], **other, recipe=recipe, seed=0, file=file)
+        trained_classifier(ARCHITECTURES[0], replace(task(), facts=facts), recipe, 0, file)
     with pytest.raises(UserError, match="is of other architecture"):
-        trained_architecture(ARCHITECTURES[1], **splits(), recipe=recipe, seed=0, file=file)
+        trained_classifier(ARCHITECTURES[1], task(), recipe, 0, file)
+
+
+def test_two_runs_that_ask_for_one_architecture_train_it_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("LIGHTNING_DD_CACHE", str(tmp_path / "cache"))
+    trained, begun = [], threading.Event()
+
+    def slowly(architecture, network, *args):
+        trained.append(architecture)
+        begun.set()
+        time.sleep(0.3)
+        return 1.0
+
+    monkeypatch.setattr("lightning_dd.pretrained.classifier._fit", slowly)
+    ask = partial(trained_classifier, ARCHITECTURES[0], task(), ClassifierRecipe(steps=1), seed=5)
+    other = threading.Thread(target=ask)
+    other.start()
+    begun.wait(10)
+    ask()
+    other.join()
+    assert trained == [ARCHITECTURES[0]]
 
 
 def test_an_architecture_at_chance_is_refused_and_not_cached(tmp_path, monkeypatch):
     monkeypatch.setenv("LIGHTNING_DD_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("lightning_dd.pretrained.architectures._train", lambda *args: 0.35)
-    recipe = ArchitectureRecipe(steps=1)
+    monkeypatch.setattr("lightning_dd.pretrained.classifier._fit", lambda *args: 0.35)
     with pytest.raises(UserError, match=r"'convnet:width=4,depth=2' is at chance on the validation split"):
-        trained_architecture(ARCHITECTURES[1], **splits(), recipe=recipe, seed=3)
+        trained_classifier(ARCHITECTURES[1], task(), ClassifierRecipe(steps=1), seed=3)
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
 def test_foreign_files_are_refused(tmp_path):
-    recipe = ArchitectureRecipe(steps=1)
     foreign = tmp_path / "foreign.safetensors"
     save_file({"weight": torch.zeros(2)}, foreign)
     text = tmp_path / "text.safetensors"
     text.write_text("hello")
     for file, message in ((foreign, "not one written by"), (text, "truncated"), (tmp_path / "no", "no such file")):
         with pytest.raises(UserError, match=message):
-            trained_architecture(ARCHITECTURES[0], **splits(), recipe=recipe, seed=0, file=file)
+            trained_classifier(ARCHITECTURES[0], task(), ClassifierRecipe(steps=1), 0, file)
 
 
 @pytest.mark.parametrize(
@@ -322,12 +361,15 @@ def test_foreign_files_are_refused(tmp_path):
         ({"variance": -1.0}, "weight variance must be at least 0"),
         ({"weight": -1.0}, "weight >= 0"),
         ({"every": 0}, "every >= 1"),
-        ({"per_step": 1}, "per_step must be from 2 to the number of architectures, 3, or none, got 1"),
-        ({"per_step": 4}, "per_step must be from 2 to the number of architectures, 3, or none, got 4"),
+        (
+            {"per_step": 1},
+            r"per_step must be from 2 \(variance and positivity compare maps\) to the number of architectures",
+        ),
+        ({"per_step": 4, "variance": 0.0}, "per_step must be from 1 to the number of architectures, 3, or none, got 4"),
         ({"threshold": 2.0}, r"threshold must be in \(0, 1\]"),
         ({"consensus": "crowd"}, "unknown metadd consensus 'crowd'"),
-        ({"layers": {"resnet18": "layer4"}}, "metadd.layers names 'resnet18', which is none of its architectures"),
-        ({"train_steps": 0}, "architecture training needs steps"),
+        ({"looks": {"resnet18": Look(layer="layer4")}}, "metadd.looks names 'resnet18', which is none of its archite"),
+        ({"scale": "large"}, "unknown metadd scale 'large'"),
     ],
 )
 def test_bad_settings_are_refused_at_once(changes, message):
@@ -337,7 +379,7 @@ def test_bad_settings_are_refused_at_once(changes, message):
 
 def test_an_unknown_layer_and_a_missing_validation_split_give_one_line(tmp_path):
     with pytest.raises(UserError, match="layer"):
-        fit(tmp_path, metadd(layers={ARCHITECTURES[0]: "convs.9"}))
+        fit(tmp_path, metadd(looks={ARCHITECTURES[0]: Look(layer="convs.9")}))
     with pytest.raises(UserError, match="needs a validation split"):
         fit(tmp_path, metadd(), data=SixteenPixels(val_fraction=0))
 

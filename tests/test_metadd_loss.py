@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from helpers import LinearNetwork
 
-from lightning_dd.losses.architecture_invariant import (
+from lightning_dd.losses.labels import initial_labels
+from lightning_dd.losses.metadd import (
+    MetaOptions,
     agreement_kl,
     architecture_cross_entropy,
     ensemble_logits,
@@ -18,9 +20,7 @@ from lightning_dd.losses.architecture_invariant import (
     meta_partition,
     positivity,
 )
-from lightning_dd.losses.gathered import gathered_loss, naive_loss
-from lightning_dd.losses.labels import initial_labels
-from lightning_dd.losses.meta_options import Architecture, MetaOptions
+from lightning_dd.losses.metadd_gradient import Architecture, gathered_loss, naive_loss
 from lightning_dd.models import build_network
 from lightning_dd.utils.errors import UserError
 

@@ -27,7 +27,7 @@ from lightning_dd.losses.trajectory import (
 )
 from lightning_dd.models import build_network
 from lightning_dd.models.pool import rest
-from lightning_dd.pretrained import experts
+from lightning_dd.pretrained import Task, experts
 from lightning_dd.pretrained.experts import ExpertRecipe, Trajectories, expert_file
 from lightning_dd.students.recipe import student_loss
 from lightning_dd.utils.errors import UserError
@@ -237,7 +237,7 @@ def one_expert(index=0, architecture=TINY["architecture"], train_missing=True, *
     data = TinyData()
     data.setup("fit")
     recipe = ExpertRecipe(**({"augment": "none", "epochs": 3, "batch_size": 8} | recipe))
-    return expert_file(architecture, data.train, data.facts, recipe, 0, index, "cpu", train_missing), data
+    return expert_file(architecture, Task.of(data, train_missing=train_missing), recipe, 0, index), data
 
 
 @pytest.mark.parametrize("labels", ["hard", "centred"])
@@ -278,8 +278,8 @@ def test_an_epoch_is_a_pass_over_whole_batches_and_augmentation_counts(cache, mo
 @pytest.fixture
 def trained(monkeypatch):
     """Titles of the experts that were trained, in order."""
-    titles, train = [], experts._train
-    monkeypatch.setattr(experts, "_train", lambda title, *args: titles.append(title) or train(title, *args))
+    titles, fit = [], experts.fit_quietly
+    monkeypatch.setattr(experts, "fit_quietly", lambda *args: titles.append(args[-1]) or fit(*args))
     return titles
 
 

@@ -286,7 +286,7 @@ def test_half_precision_of_the_trainer_changes_little(tmp_path):
 
 
 def test_a_teacher_without_batch_normalisation_is_refused_before_it_is_trained(tmp_path, monkeypatch):
-    monkeypatch.setattr("lightning_dd.pretrained.architectures._train", None)
+    monkeypatch.setattr("lightning_dd.pretrained.classifier._fit", None)
     with pytest.raises(UserError, match=r"its teacher 'convnet:width=4' keeps none: choose one with batch norm"):
         run(tmp_path, teacher=Teacher("convnet:width=4"))
 

@@ -4,6 +4,7 @@ from lightning_dd.callbacks.export import ExportDistilledSet
 from lightning_dd.callbacks.images import SyntheticImages
 from lightning_dd.callbacks.meta_images import MetaFeatureImages
 from lightning_dd.callbacks.metadd import MetaDD
+from lightning_dd.callbacks.outer_term import OuterTerm
 from lightning_dd.callbacks.progress import DistillationProgress
 from lightning_dd.distillers.alternation import PoolAlternation
 
@@ -12,6 +13,7 @@ __all__ = [
     "ExportDistilledSet",
     "MetaDD",
     "MetaFeatureImages",
+    "OuterTerm",
     "PoolAlternation",
     "SyntheticImages",
 ]

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from lightning_dd.callbacks.folder import run_folder
 from lightning_dd.callbacks.metadd import MetaDD
 from lightning_dd.distillers.base import Distiller
-from lightning_dd.losses.architecture_invariant import meta_partition
+from lightning_dd.losses.metadd import meta_partition
 from lightning_dd.utils.errors import UserError
 from lightning_dd.utils.files import write_atomically
 
@@ -60,7 +60,7 @@ class MetaFeatureImages(Callback):
             images, labels = pl_module.synthetic()
             result = metadd.measure(images, labels, pl_module.label_kind, labels)
         pixels = pl_module.distilled_set().pixels()
-        figure = feature_figure(pixels, result.maps.cpu(), metadd.names, metadd.options.threshold)
+        figure = feature_figure(pixels, result.maps.cpu(), list(metadd.mixture.names), metadd.options.threshold)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_figure("metadd/features", figure, trainer.global_step)

@@ -17,7 +17,7 @@ from lightning_dd.losses.trajectory import InnerStep, functional_loss
 from lightning_dd.models.interface import Network
 from lightning_dd.models.mixture import Architectures
 from lightning_dd.models.pool import rest
-from lightning_dd.pretrained.experts import ExpertRecipe, Trajectories, expert_files, refuse_batch_statistics
+from lightning_dd.pretrained.experts import ExpertRecipe, Trajectories, expert_file, refuse_batch_statistics
 from lightning_dd.students.recipe import student_loss
 from lightning_dd.synthetic.labels import Labels
 from lightning_dd.utils.errors import UserError
@@ -135,16 +135,10 @@ class MTT(Distiller):
         if self.augment == "auto":
             self.expert_recipe = replace(self.expert_recipe, augment=siamese_strategy(self.facts.mirror))
         self._augmentation = siamese(self.expert_recipe.augment, shared=False)
-        files = expert_files(
-            self.trainer,
-            self.experts,
-            architecture=self.architecture,
-            train=self.task.train,
-            facts=self.facts,
-            recipe=self.expert_recipe,
-            seed=self.expert_seed,
-            train_missing=self.train_missing,
-        )
+        files = [
+            expert_file(self.architecture, self.task, self.expert_recipe, self.expert_seed, index)
+            for index in range(self.experts)
+        ]
         self._trajectories = Trajectories(files, device)
 
     def outer_terms(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:

@@ -1,17 +1,7 @@
-"""Networks trained on the real data once, cached, and loaded: MetaDD's architectures, teachers, generators."""
+"""What is trained on the real data once, cached, and shared by runs: classifiers, expert trajectories, generators."""
 
-from lightning_dd.pretrained.architectures import ArchitectureRecipe, trained_architecture
-from lightning_dd.pretrained.classifier import RealClassifier
-from lightning_dd.pretrained.generator import GeneratorRecipe, GeneratorTask, prepare_generator
-from lightning_dd.pretrained.turns import accelerator_of, first_process_first
+from lightning_dd.pretrained.classifier import ClassifierRecipe, trained_classifier
+from lightning_dd.pretrained.task import Task
+from lightning_dd.pretrained.teacher import Committee, Teacher
 
-__all__ = [
-    "ArchitectureRecipe",
-    "GeneratorRecipe",
-    "GeneratorTask",
-    "RealClassifier",
-    "accelerator_of",
-    "first_process_first",
-    "prepare_generator",
-    "trained_architecture",
-]
+__all__ = ["ClassifierRecipe", "Committee", "Task", "Teacher", "trained_classifier"]

@@ -5,41 +5,29 @@ folder, so an interrupted stage goes on with the experts that are missing. A fil
 parameters: 65 MB for 50 epochs of the literature's ConvNet on CIFAR-10.
 """
 
-import hashlib
-import json
-import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from pytorch_lightning import LightningModule, Trainer
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from pytorch_lightning import LightningModule
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from lightning_dd.augment.siamese import siamese
-from lightning_dd.data.cache import cache_folder
-from lightning_dd.data.facts import DataFacts
 from lightning_dd.data.images import Split
-from lightning_dd.data.sampling import ShuffledStream, StepCounter, pass_through
+from lightning_dd.data.sampling import ShuffledStream
 from lightning_dd.losses.krr import centred_one_hot
 from lightning_dd.losses.labels import initial_labels
 from lightning_dd.losses.trajectory import parameter_vector
 from lightning_dd.models.factory import build_network
 from lightning_dd.models.interface import Network
-from lightning_dd.pretrained.architectures import NamedBar
-from lightning_dd.pretrained.turns import accelerator_of, first_process_first
+from lightning_dd.pretrained.once import Made, fit_quietly, train_once
+from lightning_dd.pretrained.task import Task
 from lightning_dd.students.recipe import student_loss
 from lightning_dd.utils.errors import UserError
-from lightning_dd.utils.files import write_atomically
 from lightning_dd.utils.seeding import derive_seed, make_generator
-
-_log = logging.getLogger(__name__)
-_HEADER = "lightning_dd_expert"
-_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -72,85 +60,41 @@ class ExpertRecipe:
         siamese(self.augment)
 
 
-def expert_files(trainer: Trainer, count: int, **settings: Any) -> list[Path]:
-    """Return the files of experts ``0 .. count - 1``, each found or trained by the first of the trainer's processes.
-
-    The other processes wait for one expert at a time, so that no barrier times out.
-
-    Args:
-        trainer: whose processes and accelerator.
-        count: number of experts.
-        **settings: see :func:`expert_file`.
-
-    Raises:
-        UserError: see :func:`expert_file`.
-    """
-    files = []
-    for index in range(count):
-        with first_process_first(trainer, f"expert {index}"):
-            files.append(expert_file(index=index, accelerator=accelerator_of(trainer), **settings))
-    return files
-
-
-def expert_file(
-    architecture: str,
-    train: Split,
-    facts: DataFacts,
-    recipe: ExpertRecipe,
-    seed: int,
-    index: int,
-    accelerator: str = "auto",
-    train_missing: bool = True,
-) -> Path:
+def expert_file(architecture: str, task: Task, recipe: ExpertRecipe, seed: int, index: int) -> Path:
     """Return the file of one expert's trajectory; the expert is trained now if the cache lacks it.
-
-    The cache's key covers data, preprocessing, architecture, recipe, seed and index.
 
     Args:
         architecture: a name of the factory.
-        train: normalised training images and classes.
-        facts: what the data says of itself.
+        task: the run's data.
         recipe: how it is trained.
         seed: of all experts.
         index: which of them.
-        accelerator: Lightning's Trainer argument.
-        train_missing: train what is not in the cache; otherwise refuse.
 
     Raises:
         UserError: the architecture keeps batch statistics, the expert is missing and may not be trained, it diverged,
             or the cache folder cannot be written.
     """
-    identity = {
-        "version": _VERSION,
-        "architecture": architecture,
-        "data": facts.fingerprint,
-        "class_names": list(facts.class_names),
-        "preprocessing": facts.preprocessing,
-        "recipe": asdict(recipe),
-        "seed": seed,
-        "index": index,
-    }
-    key = hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=16).hexdigest()
-    path = cache_folder() / "experts" / f"{key}.safetensors"
-    if _is_whole(path, identity):
-        return path
-    if not train_missing:
-        raise UserError(
-            f"expert {index} of '{architecture}' is not trained on this data yet, and train_missing is false: run the "
-            "same command with train_missing=true (experts that are trained already are kept)"
-        )
-    named = derive_seed(seed, "expert", architecture, index)
-    network = build_network(architecture, facts.num_classes, facts.image_shape, derive_seed(named, "weights"))
-    refuse_batch_statistics(architecture, network)
-    snapshots = _train(f"expert {index}", network, train, recipe, named, accelerator)
-    if not bool(torch.isfinite(snapshots[-1]).all()):
-        raise UserError(
-            f"expert {index} of '{architecture}' diverged: its parameters are not finite after {recipe.epochs} epochs; "
-            f"lower expert_lr (now {recipe.lr})"
-        )
-    tensors = {_name(epoch): snapshot for epoch, snapshot in enumerate(snapshots)}
-    header = {_HEADER: json.dumps(identity)}
-    return write_atomically(path, lambda temporary: save_file(tensors, temporary, header))
+
+    def make() -> Made:
+        named = derive_seed(seed, "expert", architecture, index)
+        weights = derive_seed(named, "weights")
+        network = build_network(architecture, task.facts.num_classes, task.facts.image_shape, weights)
+        refuse_batch_statistics(architecture, network)
+        expert = _Expert(network, task.train, recipe, named)
+        fit_quietly(expert, recipe.epochs * expert.steps_per_epoch, task.accelerator, f"expert {index}")
+        if not bool(torch.isfinite(expert.snapshots[-1]).all()):
+            raise UserError(
+                f"{what} diverged: its parameters are not finite after {recipe.epochs} epochs; lower expert_lr "
+                f"(now {recipe.lr})"
+            )
+        return {_name(epoch): snapshot for epoch, snapshot in enumerate(expert.snapshots)}, {}
+
+    what = f"expert {index} of '{architecture}'"
+    own = {"architecture": architecture, "recipe": asdict(recipe), "seed": seed, "index": index}
+    made = train_once("experts", {**own, **task.identity()}, make, task, what)
+    if made.file is None:
+        raise UserError(f"{what} cannot be kept: set LIGHTNING_DD_CACHE to a folder that can be written")
+    return made.file
 
 
 class Trajectories:
@@ -184,27 +128,6 @@ def refuse_batch_statistics(architecture: str, network: Network) -> None:
             f"trajectory matching cannot use architecture '{architecture}': its batch statistics are no parameters; "
             "choose one without batch normalisation, as convnet:norm=instance (or group, layer, none)"
         )
-
-
-def _train(
-    title: str, network: Network, train: Split, recipe: ExpertRecipe, seed: int, accelerator: str
-) -> list[Tensor]:
-    """Train by an ordinary Lightning fit and return the snapshots, on the CPU."""
-    expert = _Expert(network, train, recipe, seed)
-    steps = recipe.epochs * expert.steps_per_epoch
-    with _few_words():
-        trainer = Trainer(
-            max_steps=steps,
-            accelerator=accelerator,
-            devices=1,
-            logger=False,
-            enable_checkpointing=False,
-            enable_model_summary=False,
-            log_every_n_steps=10,
-            callbacks=[NamedBar(title)],
-        )
-        trainer.fit(expert, pass_through(StepCounter(steps)))
-    return expert.snapshots
 
 
 class _Expert(LightningModule):
@@ -252,26 +175,3 @@ class _Expert(LightningModule):
 
 def _name(epoch: int) -> str:
     return f"epoch{epoch}"
-
-
-def _is_whole(path: Path, identity: dict[str, Any]) -> bool:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return bool(json.loads((file.metadata() or {}).get(_HEADER, "null")) == identity)
-    except FileNotFoundError:
-        return False
-    except (SafetensorError, OSError, ValueError):
-        _log.warning("a damaged file in the cache of experts is replaced: %s", path.name)
-        return False
-
-
-@contextmanager
-def _few_words() -> Iterator[None]:
-    """Keep Lightning's messages about each Trainer out: there may be a hundred of them."""
-    logger = logging.getLogger("pytorch_lightning")
-    level = logger.level
-    logger.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

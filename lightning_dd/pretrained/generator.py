@@ -1,33 +1,22 @@
-"""Train the small generator of latent sets on the real data once, keep it on disk, and load it the next time."""
+"""The small generator of latents, trained on the real data once."""
 
-import hashlib
-import json
-import logging
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from pytorch_lightning import LightningModule, Trainer
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from pytorch_lightning import LightningModule
 from torch import Tensor
 
-from lightning_dd.data.cache import cache_folder
 from lightning_dd.data.facts import DataFacts
 from lightning_dd.data.images import Split
-from lightning_dd.data.sampling import ShuffledStream, StepCounter, pass_through
+from lightning_dd.data.sampling import ShuffledStream
 from lightning_dd.models.generator import Generator, ImageEncoder
-from lightning_dd.pretrained.architectures import NamedBar
+from lightning_dd.pretrained.once import Made, fit_quietly, state_of, train_once
 from lightning_dd.pretrained.task import Task
 from lightning_dd.students.recipe import warmup_cosine
 from lightning_dd.utils.errors import UserError
-from lightning_dd.utils.files import write_atomically
 from lightning_dd.utils.seeding import derive_seed, make_generator, seeded
 
-_log = logging.getLogger(__name__)
-_HEADER = "lightning_dd_generator"
-_VERSION = 1
 _KL_WEIGHT = 4.0
 _FIRST_KL_WEIGHT = 40.0
 
@@ -50,9 +39,6 @@ class GeneratorRecipe:
 def prepare_generator(generator: Generator, recipe: GeneratorRecipe, width: int, seed: int, task: Task) -> None:
     """Give the small generator its weights, in place, from the cache or trained now.
 
-    The first process trains, the others read. The cache's key covers data, preprocessing, the generator's sizes,
-    recipe and seed.
-
     Args:
         generator: gets the weights.
         recipe: how it is trained.
@@ -63,24 +49,24 @@ def prepare_generator(generator: Generator, recipe: GeneratorRecipe, width: int,
     Raises:
         UserError: nothing is in the cache and nothing may be trained, or the training diverged.
     """
-    identity = _identity(task.facts, width, generator.latent_size, recipe, seed)
-    path = _cached(identity)
-    with task.first_process_first("generator"):
-        if _load(path, generator):
-            return
-        if not task.train_missing:
-            raise UserError(
-                "the generator of latents is not trained on this data yet, and train_missing is false: run the same "
-                "command with train_missing=true"
-            )
-        training = GeneratorTask(generator, task.train, task.facts, width, recipe, seed)
-        _train(training, task.accelerator)
+
+    def make() -> Made:
+        device = next(generator.parameters()).device
+        generator.requires_grad_(True)
+        training = GeneratorTraining(generator, task.train, task.facts, width, recipe, seed)
+        fit_quietly(training, recipe.steps, task.accelerator, "training the generator")
+        generator.to(device).requires_grad_(False)
         if not all(bool(torch.isfinite(value).all()) for value in generator.state_dict().values()):
             raise UserError(f"training the generator of latents diverged: lower latents' lr, which is {recipe.lr}")
-        _keep(path, generator, identity)
+        return state_of(generator), {}
+
+    sizes = {"width": width, "latent_size": generator.latent_size}
+    identity = {**sizes, "recipe": asdict(recipe), "seed": seed, **task.identity()}
+    made = train_once("generators", identity, make, task, "the generator of latents")
+    generator.load_state_dict(made.tensors())
 
 
-class GeneratorTask(LightningModule):
+class GeneratorTraining(LightningModule):
     """Train a generator as the decoder of a class-conditional variational auto-encoder, in pixel space.
 
     A likelihood has no opponent: it cannot collapse and has no balance to tune, so it trains on a few thousand images
@@ -140,64 +126,3 @@ class GeneratorTask(LightningModule):
 
     def _weight(self, step: int) -> float:
         return max(_KL_WEIGHT, _FIRST_KL_WEIGHT * (1 - 2 * step / self.recipe.steps))
-
-
-def _train(task: GeneratorTask, accelerator: str) -> None:
-    """Train in place by an ordinary Lightning fit."""
-    trainer = Trainer(
-        max_steps=task.recipe.steps,
-        accelerator=accelerator,
-        devices=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        limit_val_batches=0,
-        log_every_n_steps=10,
-        callbacks=[NamedBar("training the generator")],
-    )
-    generator = task.generator
-    device = next(generator.parameters()).device
-    generator.requires_grad_(True)
-    trainer.fit(task, pass_through(StepCounter(task.recipe.steps)))
-    generator.to(device).requires_grad_(False)
-
-
-def _identity(facts: DataFacts, width: int, latent_size: int, recipe: GeneratorRecipe, seed: int) -> dict[str, Any]:
-    return {
-        "version": _VERSION,
-        "data": facts.fingerprint,
-        "class_names": list(facts.class_names),
-        "preprocessing": facts.preprocessing,
-        "width": width,
-        "latent_size": latent_size,
-        "recipe": asdict(recipe),
-        "seed": seed,
-    }
-
-
-def _cached(identity: dict[str, Any]) -> Path:
-    key = hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=16).hexdigest()
-    return cache_folder() / "generators" / f"{key}.safetensors"
-
-
-def _load(path: Path, generator: Generator) -> bool:
-    """Fill the generator from the cache; return whether a good file was there."""
-    if not path.is_file():
-        return False
-    try:
-        with safe_open(path, framework="pt") as file:
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError:
-        _log.warning("a damaged file in the generator cache is replaced: %s", path.name)
-        return False
-    generator.load_state_dict(state)
-    return True
-
-
-def _keep(path: Path, generator: Generator, header: dict[str, Any]) -> None:
-    state = {name: value.cpu().contiguous() for name, value in generator.state_dict().items()}
-    try:
-        write_atomically(path, lambda temporary: save_file(state, temporary, {_HEADER: json.dumps(header)}))
-    except UserError as error:
-        _log.warning("the trained generator is not cached: %s", error)

@@ -1,9 +1,9 @@
-"""What a run distils: the facts of its real data, their preprocessing, and the data itself."""
+"""What a run distils: the facts of its real data, their preprocessing, and the images themselves."""
 
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ class Task:
         facts: what the data says of itself.
         preprocessing: from pixels in [0, 1] to the images that networks see.
         origin: how a distilled set remembers the data (:meth:`~lightning_dd.data.RealData.origin`).
-        data: the real data, set up; ``None`` outside a run.
+        images: training images, and validation images where a split was cut; ``None`` outside a run.
         trainer: of the run, for its device and processes; ``None`` outside one.
         train_missing: train networks that the cache lacks; otherwise refuse.
     """
@@ -31,15 +31,24 @@ class Task:
     facts: DataFacts
     preprocessing: Preprocessing
     origin: dict[str, Any]
-    data: RealData | None = field(default=None, repr=False)
+    images: tuple[Split, Split | None] | None = field(default=None, repr=False)
     trainer: Trainer | None = field(default=None, repr=False)
     train_missing: bool = True
 
     @classmethod
     def of(cls, data: RealData, trainer: Trainer | None = None, train_missing: bool = True) -> "Task":
         """Return the task of real data that is set up."""
-        assert data.preprocessing is not None
-        return cls(data.facts, data.preprocessing, data.origin(), data, trainer, train_missing)
+        if data.train is None or data.preprocessing is None:
+            raise RuntimeError("the real data is not set up: call its setup() first")
+        return cls(data.facts, data.preprocessing, data.origin(), (data.train, data.val), trainer, train_missing)
+
+    def through(self, preprocessing: Preprocessing) -> "Task":
+        """Return the task with its images through another map from pixels."""
+        if self.images is None:
+            return replace(self, preprocessing=preprocessing)
+        train, val = self.images
+        seen = train.through(preprocessing), None if val is None else val.through(preprocessing)
+        return replace(self, preprocessing=preprocessing, images=seen)
 
     def identity(self) -> dict[str, Any]:
         """Return what a network trained on this data depends on: images, classes and the map they went through."""
@@ -59,9 +68,14 @@ class Task:
         Raises:
             RuntimeError: there is no run.
         """
-        if self.data is None or self.data.train is None:
+        if self.images is None:
             raise RuntimeError("real images are there only while a Trainer runs")
-        return self.data.train
+        return self.images[0]
+
+    @property
+    def judges(self) -> Split:
+        """The validation images, or the training images where no split was cut: enough to tell a network at chance."""
+        return self.train if self.images is None or self.images[1] is None else self.images[1]
 
     @property
     def device(self) -> torch.device:

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_dd.data.images import PixelRows, Split
 from lightning_dd.models.interface import Network
 from lightning_dd.models.mixture import Architectures, NetworkMixture
-from lightning_dd.pretrained.architectures import ArchitectureRecipe, trained_architecture
+from lightning_dd.pretrained.classifier import ClassifierRecipe, trained_classifier
 from lightning_dd.pretrained.task import Task
 from lightning_dd.utils.errors import UserError
 
@@ -18,29 +17,29 @@ _ROWS = 512
 
 
 @dataclass(frozen=True)
-class Teacher:
+class Teacher(ClassifierRecipe):
     """Which networks teach, and how they are trained on the real data.
 
     Args:
         architecture: a name of the factory; several names, or names with weights, are a committee. ``None`` takes the
             architecture of the distiller.
-        steps: training steps of each.
-        lr: its peak learning rate.
-        seed: of its weights and batches; kept apart from the run's seed, so that runs share teachers.
+        seed: of weights and batches; kept apart from the run's seed, so that runs share teachers.
         file: a trained teacher of your own instead (written by this project); of one architecture.
+        steps: training steps of each.
+        lr: peak learning rate of AdamW.
+        weight_decay: of AdamW.
+        batch_size: images per step.
 
     Raises:
         UserError: a number is out of range.
     """
 
     architecture: Architectures | None = None
-    steps: int = 1000
-    lr: float = 2e-3
     seed: int = 0
     file: str | None = None
 
     def __post_init__(self) -> None:
-        ArchitectureRecipe(steps=self.steps, lr=self.lr)
+        super().__post_init__()
         if self.architecture is not None:
             NetworkMixture.parse(self.architecture)
 
@@ -62,28 +61,8 @@ class Teacher:
             UserError: one cannot be trained or read, or is at chance.
         """
         mixture = self.mixture(otherwise)
-        return Committee([self._network(name, task) for name in mixture.names], mixture)
-
-    def _network(self, architecture: str, task: Task) -> Network:
-        if task.data is None:
-            train = val = Split(PixelRows(torch.empty(0, *task.facts.image_shape), torch.arange(0)), torch.arange(0))
-        else:
-            train = task.train
-            val = train if task.data.val is None else task.data.val  # only one at chance is refused
-        with task.first_process_first("teacher"):
-            found = trained_architecture(
-                architecture,
-                train,
-                val,
-                task.facts,
-                ArchitectureRecipe(steps=self.steps, lr=self.lr),
-                self.seed,
-                task.accelerator,
-                self.file,
-                task.facts.preprocessing,
-                task.train_missing and task.data is not None,
-            )
-        return found.network.to(task.device)
+        networks = [trained_classifier(name, task, self, self.seed, self.file)[0] for name in mixture.names]
+        return Committee(networks, mixture)
 
 
 class Committee:
@@ -126,8 +105,10 @@ class Committee:
         """
         here = images.to(self.device)
         with torch.autocast(here.device.type, enabled=False):
-            answers = (
-                weight * torch.cat([teacher(part).float() for part in torch.split(here, _ROWS)])
-                for weight, teacher in zip(self.mixture.probabilities, self.networks, strict=True)
-            )
-            return torch.stack(list(answers)).sum(0) if len(self) > 1 else next(answers)
+            answers = [
+                torch.cat([teacher(part).float() for part in torch.split(here, _ROWS)]) for teacher in self.networks
+            ]
+        if len(answers) == 1:
+            return answers[0]
+        weights = torch.tensor(self.mixture.probabilities, device=here.device)
+        return torch.einsum("t,tnc->nc", weights, torch.stack(answers))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-class Steadiness:
+class SteadyShare:
     """Running estimate of the share of a gradient's norm that is steady, from gradients of successive looks.
 
     Of gradients ``g_k = s + e_k`` with independent noise, ``E <g_k, g_(k-1)> = |s|^2`` and ``E |g_k|^2 = |s|^2 +
@@ -17,10 +17,10 @@ class Steadiness:
         decay: weight of what came before in the running means, in [0, 1).
 
     Example:
-        >>> steadiness = Steadiness()
-        >>> [round(steadiness.take(torch.tensor([2.0, 0.0])).item(), 3) for _ in range(3)]
+        >>> share = SteadyShare()
+        >>> [round(share.take(torch.tensor([2.0, 0.0])).item(), 3) for _ in range(3)]
         [0.0, 1.0, 1.0]
-        >>> round(steadiness.take(torch.tensor([0.0, 2.0])).item(), 3)  # at a right angle to the last: 0 into the mean
+        >>> round(share.take(torch.tensor([0.0, 2.0])).item(), 3)  # at a right angle to the last: 0 into the mean
         0.794
     """
 

@@ -1,4 +1,4 @@
-"""The whole MetaDD loss (arXiv 2410.05103, our reading), and its exact gradient with one architecture in memory.
+"""The MetaDD loss of images, and its exact gradient with one architecture in memory (arXiv 2410.05103, our reading).
 
 The loss depends on the images only through small tensors: each architecture's map on the grid and its logits.
 :func:`gathered_loss` first computes all of these without graph, then the loss and its derivatives with respect to
@@ -8,25 +8,38 @@ is exact and the memory does not grow with their number (the idea of gradient ca
 2101.06983). The price is a second forward pass of all but one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from lightning_dd.losses.architecture_invariant import (
-    agreement_kl,
-    architecture_cross_entropy,
-    ensemble_logits,
-    map_entropy,
-    map_variance,
-    meta_partition,
-    positivity,
-)
 from lightning_dd.losses.attach import attach_gradients
 from lightning_dd.losses.cam import class_activation_map, no_float16, normalise_maps
-from lightning_dd.losses.meta_options import Architecture, MetaOptions
+from lightning_dd.losses.metadd import MetaOptions, metadd_loss
+from lightning_dd.models.interface import Network
 from lightning_dd.utils.errors import UserError
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One of MetaDD's frozen architectures.
+
+    Attributes:
+        network: in inference mode, its parameters without gradient.
+        adapt: from the images given to the loss, ``(N, C, H, W)``, to the network's own preprocessing,
+            differentiable; None if they are the same.
+        layer: the module that its map is made of; None finds it.
+        cam: overrides the options' kind of map for this network.
+        name: put before error messages.
+    """
+
+    network: Network
+    adapt: Callable[[Tensor], Tensor] | None = None
+    layer: str | None = None
+    cam: str | None = None
+    name: str = ""
 
 
 class MetaLoss(NamedTuple):
@@ -35,8 +48,7 @@ class MetaLoss(NamedTuple):
     loss: Tensor
     """Scalar, to be added to an objective; with graph to images, labels and consensus where they need gradient."""
     terms: dict[str, Tensor]
-    """Scalars without graph: the unweighted terms ``variance``, ``cross_entropy``, ``kl``, ``positivity``, and
-    ``meta_ratio``, ``map_entropy`` (mean over live maps) and ``dead_maps`` (share of them)."""
+    """See :class:`~lightning_dd.losses.metadd.WeightedTerms`."""
     maps: Tensor
     """``(M, N, grid, grid)`` normalised maps without graph; dead ones are zeros."""
 
@@ -64,7 +76,7 @@ def gathered_loss(
     derivative. Nothing is differentiated when gradients are off.
 
     Args:
-        architectures: at least 2.
+        architectures: at least one.
         images: ``(N, C, H, W)`` as the architectures' ``adapt`` take them.
         labels: ``(N, num_classes)`` rows; the map is of the class of their largest entry.
         label_kind: ``learned``, ``centred`` or ``hard``.
@@ -73,10 +85,10 @@ def gathered_loss(
             ``detach_consensus=False`` they get their gradient too.
 
     Raises:
-        UserError: there are fewer than 2 architectures, one is in training mode or has no map, or the logits of the
-            distiller are missing.
+        UserError: there is no architecture, one is in training mode or has no map, or the logits of the distiller are
+            missing.
     """
-    _check(architectures, options, consensus_logits)
+    _check(architectures)
     wanted = torch.is_grad_enabled()
     given = (images, labels, consensus_logits)
     needed = [wanted and tensor is not None and tensor.requires_grad for tensor in given]
@@ -89,7 +101,7 @@ def gathered_loss(
         maps, alive, logits = (torch.stack(tensors).detach() for tensors in zip(*views, strict=True))
         maps.requires_grad_(needed[0] and options.uses_maps)
         logits.requires_grad_(needed[0])
-        total, terms = _combine(maps, alive, logits, rows, label_kind, options, consensus)
+        total, terms = metadd_loss(maps, alive, logits, rows, label_kind, options, consensus)
         sources = [tensor for tensor in (maps, logits, rows, consensus) if tensor is not None and tensor.requires_grad]
         found = torch.autograd.grad(total, sources, allow_unused=True) if sources and total.requires_grad else ()
         slope = {id(source): gradient for source, gradient in zip(sources, found, strict=False)}
@@ -109,10 +121,10 @@ def naive_loss(
     consensus_logits: Tensor | None = None,
 ) -> MetaLoss:
     """Return the same as :func:`gathered_loss` as one graph over all architectures: one pass, M times the memory."""
-    _check(architectures, options, consensus_logits)
+    _check(architectures)
     views = [_look(architecture, images, labels, options) for architecture in architectures]
     maps, alive, logits = (torch.stack(tensors) for tensors in zip(*views, strict=True))
-    total, terms = _combine(maps, alive, logits, labels, label_kind, options, consensus_logits)
+    total, terms = metadd_loss(maps, alive, logits, labels, label_kind, options, consensus_logits)
     return MetaLoss(total, terms, maps.detach())
 
 
@@ -171,49 +183,12 @@ def _look(
     return _View(maps, alive, cam.logits.to(maps.dtype))
 
 
-def _combine(
-    maps: Tensor,
-    alive: Tensor,
-    logits: Tensor,
-    labels: Tensor,
-    label_kind: str,
-    options: MetaOptions,
-    consensus_logits: Tensor | None,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the weighted sum and the unweighted terms."""
-    with torch.autocast(logits.device.type, enabled=False):
-        teacher = ensemble_logits(logits, options.temperature) if options.consensus == "ensemble" else consensus_logits
-        teacher = cast(Tensor, teacher)
-        if options.detach_consensus:
-            teacher = teacher.detach()
-        part = meta_partition(maps, options.threshold, alive)
-        fits = [architecture_cross_entropy(one, labels, label_kind) for one in logits]
-        divergences = [agreement_kl(one, teacher, options.temperature, options.kl_direction) for one in logits]
-        terms = {
-            "variance": map_variance(maps, alive),
-            "cross_entropy": torch.stack(fits).mean(),
-            "kl": torch.stack(divergences).mean(),
-            "positivity": positivity(maps, part.meta, alive),
-        }
-        # A term without weight is left out, not multiplied by 0: it needs no graph, and 0 x inf is NaN.
-        weighted = [getattr(options, name) * term for name, term in terms.items() if getattr(options, name)]
-        total = torch.stack(weighted).sum() if weighted else logits.new_zeros(())
-        watched = {
-            "meta_ratio": part.ratio.mean(),
-            "map_entropy": map_entropy(maps),
-            "dead_maps": 1 - alive.to(maps.dtype).mean(),
-        }
-    return total, {name: value.detach() for name, value in (terms | watched).items()}
-
-
-def _check(architectures: Sequence[Architecture], options: MetaOptions, consensus_logits: Tensor | None) -> None:
-    if len(architectures) < 2:
-        raise UserError(f"metadd compares architectures and needs at least 2, got {len(architectures)}")
+def _check(architectures: Sequence[Architecture]) -> None:
+    if not architectures:
+        raise UserError("metadd needs at least one architecture to look at the images")
     for index, architecture in enumerate(architectures):
         if architecture.network.training:
             raise UserError(f"metadd architecture {architecture.name or index} must be frozen, but is in training mode")
-    if options.consensus == "distiller" and consensus_logits is None:
-        raise UserError("metadd consensus 'distiller' needs the logits of the distiller's own network")
 
 
 def _leaf(tensor: Tensor | None, needed: bool) -> Tensor | None:

@@ -1,24 +1,146 @@
-"""What MetaDD measures and minimises: pure functions of maps and logits of several architectures.
+"""What MetaDD measures and minimises: the terms, their sum, and every switch (arXiv 2410.05103, our reading).
 
-MetaDD (Zhao et al. 2024, arXiv 2410.05103), our reading: no code and no full formula is public. *Meta features* are
-where the normalised class-activation maps of all architectures are high, *heterogeneous features* where only some
-are. Shapes: M architectures, N images, maps ``(M, N, I, J)`` in [0, 1], logits ``(M, N, C)``. Nothing is computed
-in half precision: values are float32, or float64 when they come so.
+MetaDD (Zhao et al. 2024) has no public code and no full formula. *Meta features* are where the normalised
+class-activation maps of all architectures are high, *heterogeneous features* where only some are. Everything here is a
+pure function of maps and logits: M architectures, N images, maps ``(M, N, I, J)`` in [0, 1], logits ``(M, N, C)``.
+Nothing is computed in half precision: values are float32, or float64 when they come so.
 """
 
 import math
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_dd.losses.cam import wide
-from lightning_dd.utils.errors import unknown_name
+from lightning_dd.losses.cam import CAM_KINDS, wide
+from lightning_dd.losses.labels import LABEL_KINDS
+from lightning_dd.models.checks import check_count
+from lightning_dd.utils.errors import UserError, unknown_name
 
 KL_DIRECTIONS = ("reverse", "forward")
-_LABEL_KINDS = ("learned", "centred", "hard")
+CONSENSUS = ("ensemble", "distiller")
 _SMALLEST = 1e-12
+
+
+@dataclass(frozen=True)
+class MetaOptions:
+    """The switches of the loss, and the weights of its terms.
+
+    ``variance * V + mean over m of (cross_entropy * CE_m + kl * KL_m) + positivity * P``. The paper sums over
+    architectures; with the mean, weights mean the same for any number of them.
+
+    Args:
+        variance: weight of the maps' variance over architectures.
+        cross_entropy: weight of the architectures' cross-entropy on the labels.
+        kl: weight of the divergence between each architecture's prediction and the common one.
+        positivity: weight of the term that wants maps high inside the meta mask.
+        temperature: of the divergence.
+        kl_direction: ``reverse`` is KL(architecture || consensus), ``forward`` KL(consensus || architecture).
+        consensus: ``ensemble`` is the mean prediction, ``distiller`` the logits given from outside.
+        detach_consensus: take the common prediction for a constant target.
+        threshold: from where on a map value is high, in (0, 1].
+        cam: ``gradcam``, ``attention`` or ``auto``.
+        detach_weights: take Grad-CAM's weights for constant; False is the exact derivative.
+        grid: side of the grid that maps are compared on.
+
+    Raises:
+        UserError: a setting is out of range.
+    """
+
+    variance: float = 1.0
+    cross_entropy: float = 1.0
+    kl: float = 1.0
+    positivity: float = 0.0
+    temperature: float = 1.0
+    kl_direction: str = "reverse"
+    consensus: str = "ensemble"
+    detach_consensus: bool = True
+    threshold: float = 0.5
+    cam: str = "auto"
+    detach_weights: bool = True
+    grid: int = 14
+
+    def __post_init__(self) -> None:
+        for name in ("variance", "cross_entropy", "kl", "positivity"):
+            weight = getattr(self, name)
+            if not (0 <= weight < math.inf):
+                raise UserError(f"the metadd weight {name} must be at least 0, got {weight}")
+        if not 0 < self.temperature < math.inf:
+            raise UserError(f"metadd temperature must be positive, got {self.temperature}")
+        if not 0 < self.threshold <= 1:
+            raise UserError(f"metadd threshold must be in (0, 1], got {self.threshold}")
+        for name, known in (("kl_direction", KL_DIRECTIONS), ("consensus", CONSENSUS), ("cam", CAM_KINDS)):
+            if getattr(self, name) not in known:
+                raise unknown_name(f"metadd {name}", str(getattr(self, name)), known)
+        if check_count("metadd grid", self.grid) < 2:
+            raise UserError(f"metadd grid must be at least 2, got {self.grid}")
+
+    @property
+    def uses_maps(self) -> bool:
+        """Whether a term with weight depends on the maps."""
+        return self.variance > 0 or self.positivity > 0
+
+
+class WeightedTerms(NamedTuple):
+    """The loss and what it is made of."""
+
+    total: Tensor
+    """Weighted sum, a scalar with graph."""
+    terms: dict[str, Tensor]
+    """Scalars without graph: the unweighted terms ``variance``, ``cross_entropy``, ``kl``, ``positivity``, and
+    ``meta_ratio``, ``map_entropy`` (mean over live maps) and ``dead_maps`` (share of them)."""
+
+
+def metadd_loss(
+    maps: Tensor,
+    alive: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    label_kind: str,
+    options: MetaOptions,
+    consensus_logits: Tensor | None = None,
+) -> WeightedTerms:
+    """Return the weighted sum of the terms, and each of them.
+
+    Args:
+        maps: ``(M, N, I, J)`` normalised.
+        alive: ``(M, N)`` bool.
+        logits: ``(M, N, C)``.
+        labels: ``(N, C)`` rows.
+        label_kind: ``learned``, ``centred`` or ``hard``.
+        options: weights and switches.
+        consensus_logits: ``(N, C)`` of the distiller's own network, for ``consensus: distiller``.
+
+    Raises:
+        UserError: the distiller's logits are asked for and missing.
+    """
+    if options.consensus == "distiller" and consensus_logits is None:
+        raise UserError("metadd consensus 'distiller' needs the logits of the distiller's own network")
+    with torch.autocast(logits.device.type, enabled=False):
+        teacher = ensemble_logits(logits, options.temperature) if options.consensus == "ensemble" else consensus_logits
+        teacher = cast(Tensor, teacher)
+        if options.detach_consensus:
+            teacher = teacher.detach()
+        part = meta_partition(maps, options.threshold, alive)
+        fits = [architecture_cross_entropy(one, labels, label_kind) for one in logits]
+        divergences = [agreement_kl(one, teacher, options.temperature, options.kl_direction) for one in logits]
+        terms = {
+            "variance": map_variance(maps, alive),
+            "cross_entropy": torch.stack(fits).mean(),
+            "kl": torch.stack(divergences).mean(),
+            "positivity": positivity(maps, part.meta, alive),
+        }
+        # A term without weight is left out, not multiplied by 0: it needs no graph, and 0 x inf is NaN.
+        weighted = [getattr(options, name) * term for name, term in terms.items() if getattr(options, name)]
+        total = torch.stack(weighted).sum() if weighted else logits.new_zeros(())
+        watched = {
+            "meta_ratio": part.ratio.mean(),
+            "map_entropy": map_entropy(maps),
+            "dead_maps": 1 - alive.to(maps.dtype).mean(),
+        }
+    return WeightedTerms(total, {name: value.detach() for name, value in (terms | watched).items()})
 
 
 class Partition(NamedTuple):
@@ -97,8 +219,8 @@ def label_distribution(labels: Tensor, label_kind: str) -> Tensor:
         tensor([[1.0000, 0.0000],
                 [0.5900, 0.4100]])
     """
-    if label_kind not in _LABEL_KINDS:
-        raise unknown_name("label kind", label_kind, _LABEL_KINDS)
+    if label_kind not in LABEL_KINDS:
+        raise unknown_name("label kind", label_kind, LABEL_KINDS)
     rows = wide(labels)
     if label_kind == "hard":
         return rows
