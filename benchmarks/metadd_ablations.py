@@ -21,12 +21,13 @@ from typing import Any
 import torch
 import yaml
 from environment import environment
+from metadd_settings import metadd
 from pytorch_lightning import Trainer
 from scipy.stats import t as student_t
 
 import lightning_dd.distillers
 from lightning_dd.augment.frepo import default_strategy
-from lightning_dd.callbacks import MetaDD, PoolAlternation
+from lightning_dd.callbacks import PoolAlternation
 from lightning_dd.data import DATA_SETS, ParquetImages, RealData
 from lightning_dd.data.sampling import EvalBatches
 from lightning_dd.distillers import Distiller
@@ -63,7 +64,7 @@ def distil(experiment: dict[str, Any], settings: dict[str, Any] | None, seed: in
     arguments = dict(experiment["distiller"])
     cls = getattr(lightning_dd.distillers, arguments.pop("class"))
     distiller: Distiller = cls(**arguments, seed=seed)
-    meta = [] if settings is None else [MetaDD(**settings)]
+    meta = [] if settings is None else [metadd(settings)]
     callbacks = [PoolAlternation(**experiment.get("alternation", {})), *meta]
     trainer = Trainer(max_steps=experiment["outer_steps"], callbacks=callbacks, **QUIET)
     trainer.fit(distiller, datamodule=data)
@@ -76,9 +77,8 @@ def distil(experiment: dict[str, Any], settings: dict[str, Any] | None, seed: in
 
 def looked_at(experiment: dict[str, Any], distiller: Distiller, trainer: Trainer) -> dict[str, float]:
     """Return MetaDD's terms of the final set as the experiment's architectures see it, whichever it was made with."""
-    meta = MetaDD(**experiment["metadd"])
+    meta = metadd(experiment["metadd"])
     meta.setup(trainer, distiller, "fit")
-    assert distiller.synthetic is not None
     with torch.no_grad():
         images, labels = distiller.synthetic()
         result = meta.measure(images, labels, distiller.label_kind)

@@ -30,10 +30,11 @@ def measure(experiment: dict[str, Any], setting: str | None, steps: int, threads
     """Distil ``steps`` outer steps after a warm-up; return seconds per step without and with MetaDD, and memory."""
     import torch
     from metadd_ablations import QUIET, real_data
+    from metadd_settings import metadd
     from pytorch_lightning import Callback, Trainer
 
     import lightning_dd.distillers
-    from lightning_dd.callbacks import MetaDD, PoolAlternation
+    from lightning_dd.callbacks import PoolAlternation
     from lightning_dd.utils.silence import quieten
 
     class Clock(Callback):
@@ -50,7 +51,7 @@ def measure(experiment: dict[str, Any], setting: str | None, steps: int, threads
     data = real_data(experiment["data"])
     arguments = dict(experiment["distiller"])
     distiller = getattr(lightning_dd.distillers, arguments.pop("class"))(**arguments, seed=0)
-    meta = MetaDD(**{**experiment["metadd"], **experiment["settings"][setting]}) if setting else None
+    meta = metadd({**experiment["metadd"], **experiment["settings"][setting]}) if setting else None
     clock = Clock()
     callbacks = [PoolAlternation(**experiment.get("alternation", {})), clock, *([meta] if meta else [])]
     trainer = Trainer(max_steps=WARM_UP + steps, callbacks=callbacks, **QUIET)
@@ -59,10 +60,12 @@ def measure(experiment: dict[str, Any], setting: str | None, steps: int, threads
     found = {"peak_mb": peak / 1024}
     if meta:
         took = [later - earlier for earlier, later in itertools.pairwise(clock.times)]  # of step 1, 2, ...
-        if meta.every == 1:
+        if meta.clock.every == 1:
             raise SystemExit(f"{setting}: every step carries the term, so the run has no step without it to compare")
         plain = [seconds for step, seconds in enumerate(took, 1) if not meta.weight_at(step)]
-        whole = [statistics.fmean(took[first : first + meta.every]) for first in range(0, steps, meta.every)]
+        whole = [
+            statistics.fmean(took[first : first + meta.clock.every]) for first in range(0, steps, meta.clock.every)
+        ]
         found |= {"plain": statistics.median(plain), "seconds": statistics.median(whole)}
     return found
 

@@ -259,9 +259,9 @@ def test_without_a_validation_split_a_teacher_is_judged_on_what_it_was_trained_o
 
 
 def test_metadd_on_a_selection_is_refused_in_one_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(architectures, "_train", lambda *args: 1.0)
+    monkeypatch.setattr(classifier, "_fit", lambda *args: 1.0)
     metadd = MetaDD(["convnet:width=4,depth=2", "conv:width=4,depth=2"])
-    with pytest.raises(UserError, match=r"^metadd has nothing to act on: Random selects real images and learns none$"):
+    with pytest.raises(UserError, match=r"^MetaDD has nothing to act on: Random selects real images and learns none$"):
         tiny_trainer(tmp_path, 1, callbacks=[metadd]).fit(Random(**TINY), data())
 
 

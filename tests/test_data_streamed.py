@@ -20,6 +20,7 @@ from lightning_dd.data.sampling import EvalBatches, ShuffledStream, next_batch
 from lightning_dd.distillers import FRePo, Herding
 from lightning_dd.distillers.base import Probe
 from lightning_dd.evaluators.sources import random_real
+from lightning_dd.pretrained import ClassifierRecipe
 from lightning_dd.pretrained.teacher import Teacher
 from lightning_dd.utils.errors import UserError
 
@@ -255,13 +256,13 @@ def test_coresets_and_architectures_take_streamed_data(tmp_path):
         )
         tiny_trainer(tmp_path, 1, limit_val_batches=0).fit(model, CachedTiny(**storage))
         images.append(model.synthetic.images.detach())
-        (tmp_path / "cache" / "architectures").rename(tmp_path / f"used{len(images)}")  # train it anew
+        (tmp_path / "cache" / "classifiers").rename(tmp_path / f"used{len(images)}")  # train it anew
     assert torch.equal(images[0], images[1])
     assert torch.equal(images[0], images[2])
 
 
 def test_metadd_takes_streamed_whitened_data(tmp_path):
-    callback = MetaDD(["conv:width=4,depth=2", "conv:width=6,depth=1"], train_steps=40)
+    callback = MetaDD(["conv:width=4,depth=2", "conv:width=6,depth=1"], training=ClassifierRecipe(steps=40))
     model = FRePo(architecture="conv:width=4,depth=2", pool_size=1, real_batch_size=8, probe=Probe(steps=1))
     trainer = tiny_trainer(tmp_path, 1, limit_val_batches=0, callbacks=[PoolAlternation(), callback])
     trainer.fit(model, CachedTiny(on_disk=True, preprocessing="zca"))

@@ -21,6 +21,7 @@ from lightning_dd.distillers import FRePo, Random
 from lightning_dd.distillers.base import Probe
 from lightning_dd.distillers.load import distilled_from_checkpoint
 from lightning_dd.models.generator import Generator
+from lightning_dd.pretrained import ClassifierRecipe
 from lightning_dd.pretrained.task import Task
 from lightning_dd.synthetic import Latents, SyntheticSet
 from lightning_dd.utils.errors import UserError
@@ -325,7 +326,7 @@ def test_outer_steps_change_latents_and_leave_the_generator(tmp_path):
             self.state = {name: value.clone() for name, value in pl_module.synthetic.state_dict().items()}
 
     start = Start()
-    metadd = MetaDD(["convnet:width=4,depth=2", "conv:width=4,depth=2"], every=1, train_steps=30)
+    metadd = MetaDD(["convnet:width=4,depth=2", "conv:width=4,depth=2"], every=1, training=ClassifierRecipe(steps=30))
     model = frepo(labels="learned")
     fitted(tmp_path, model, TinyData(val_fraction=0.25), callbacks=[PoolAlternation(), metadd, start])
     for name, value in model.synthetic.state_dict().items():

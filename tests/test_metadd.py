@@ -363,7 +363,7 @@ def test_foreign_files_are_refused(tmp_path):
         ({"every": 0}, "every >= 1"),
         (
             {"per_step": 1},
-            r"per_step must be from 2 \(variance and positivity compare maps\) to the number of architectures",
+            r"per_step must be from 2 \(maps are compared\) to the number of architectures",
         ),
         ({"per_step": 4, "variance": 0.0}, "per_step must be from 1 to the number of architectures, 3, or none, got 4"),
         ({"threshold": 2.0}, r"threshold must be in \(0, 1\]"),

@@ -309,7 +309,6 @@ def test_bad_architectures_are_one_line(architectures, batch, loss):
     flat = Architecture(LinearNetwork(3072, num_classes=CLASSES).double().eval(), name="mine")
     lost = Architecture(architectures[3].network, layer="trunk.layer9", name="resnet18")
     for wrong, options, message in (
-        ([], {}, "needs at least 2, got 1"),
         ([training], {}, "metadd architecture conv must be frozen, but is in training mode"),
         ([flat], {}, "mine: architecture LinearNetwork has no spatial map"),
         ([lost], {}, "resnet18: unknown layer 'trunk.layer9'"),
@@ -318,5 +317,7 @@ def test_bad_architectures_are_one_line(architectures, batch, loss):
         with pytest.raises(UserError, match=message) as caught:
             loss([architectures[0], *wrong], *batch, "learned", MetaOptions(**options))
         assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="needs at least one architecture"):
+        loss([], *batch, "learned", MetaOptions())
     with pytest.raises(UserError, match="unknown label kind 'soft'"):
         loss(architectures, *batch, "soft", MetaOptions())

@@ -16,6 +16,7 @@ from lightning_dd.distillers.sre2l import recovery_groups
 from lightning_dd.losses.batchnorm import StatisticsDistance, batch_norm_layers
 from lightning_dd.models import build_network
 from lightning_dd.models.pool import rest
+from lightning_dd.pretrained import ClassifierRecipe
 from lightning_dd.pretrained.task import Task
 from lightning_dd.pretrained.teacher import Teacher
 from lightning_dd.synthetic import TeacherLabels
@@ -269,7 +270,7 @@ def test_metadd_joins_the_recovery_with_hard_labels(tmp_path):
             seen.append((label_kind, labels.clone()))
             return super().measure(images, labels, label_kind, *args)
 
-    settings = {"every": 1, "train_steps": 30, "weight": 1.0}
+    settings = {"every": 1, "training": ClassifierRecipe(steps=30), "weight": 1.0}
     metadd = Watched(["convnet:width=4,depth=2", "conv:width=4,depth=2"], **settings)
     trainer = tiny_trainer(tmp_path, 2, callbacks=[PoolAlternation(), metadd])
     with_term = run(tmp_path, trainer=trainer)

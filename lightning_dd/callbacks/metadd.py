@@ -127,7 +127,7 @@ class MetaDD(OuterTerm):
             raise UserError(f"metadd needs at least {fewest} architectures to compare, got {count}")
         if per_step is not None and not fewest <= per_step <= count:
             raise UserError(
-                f"metadd.per_step must be from {fewest}{' (variance and positivity compare maps)' * (fewest - 1)} to the "
+                f"metadd.per_step must be from {fewest}{' (maps are compared)' * (fewest - 1)} to the "
                 f"number of architectures, {count}, or none, got {per_step}"
             )
         if rows is not None and rows < 1:

@@ -235,6 +235,8 @@ class Distiller(Resumable, ScoredModule):
         if not hasattr(self, "synthetic"):
             self.make_synthetic()
             self.initialise(self.task.train)
+        if self.label_strategy is not None:
+            self.label_strategy.prepare(self.committee)
 
     def make_synthetic(self) -> None:
         """Make the synthetic set, its images all zero."""

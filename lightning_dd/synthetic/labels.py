@@ -45,6 +45,9 @@ class Labels(RemembersArguments, ABC):
             raise UserError(f"labels.while_distilling must be one of {', '.join(LABEL_KINDS)}, got {while_distilling}")
         self.while_distilling = while_distilling
 
+    def prepare(self, teachers: AskTeachers) -> None:
+        """Have ready what :meth:`finish` needs; called on every process before a fit, as that may be on one only."""
+
     @abstractmethod
     def finish(self, distilled: DistilledSet, teachers: AskTeachers, seed: int, views: bool = True) -> DistilledSet:
         """Return the set with its labels.
@@ -94,7 +97,12 @@ class TeacherLabels(Labels):
             raise UserError(f"labels.temperature must be positive, got {temperature}")
         self.teacher = Teacher(**teacher) if isinstance(teacher, dict) else teacher
         self.epochs, self.min_scale, self.temperature = epochs, min_scale, temperature
+        self._committee: Committee | None = None
         self._done: tuple[Tensor, DistilledSet] | None = None
+
+    def prepare(self, teachers: AskTeachers) -> None:
+        """Train or read the teachers."""
+        self._committee = teachers(self.teacher)
 
     def finish(self, distilled: DistilledSet, teachers: AskTeachers, seed: int, views: bool = True) -> DistilledSet:
         """Label the images and their views; the same images are labelled once.
@@ -105,7 +113,7 @@ class TeacherLabels(Labels):
         if self._done is not None and torch.equal(self._done[0], distilled.images):
             return replace(self._done[1], training=distilled.training)
         with torch.inference_mode(mode=False):  # for a student may be trained on them
-            committee = teachers(self.teacher)
+            committee = self._committee or teachers(self.teacher)
             drawn = (self.epochs if views else 0, self.min_scale, distilled.mirror, make_generator(seed, "views"))
             labelled = labelled_views(committee, distilled.images, *drawn)
             labels = committee.logits(distilled.images).cpu()
