@@ -23,13 +23,13 @@ def main() -> None:
     parser.add_argument("applications", nargs="*", default=APPLICATIONS, help=f"of {', '.join(APPLICATIONS)}")
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args()
+    from lightning_dd.cli import main as lightning_dd
     from lightning_dd.utils.files import write_text
-    from lightning_dd.verbs import run_verb
 
     for application in options.applications:
         config = ROOT / "configs" / application / "mnist5k.yaml"
         folder = options.output / application
-        run_verb(application, [f"--config={config}", f"--output={folder}"])
+        lightning_dd([application, f"--config={config}", f"--output={folder}"])
         rows = json.loads((folder / "results.json").read_text(encoding="utf-8"))
         record = {"made_with": environment(), application: rows}
         write_text(ROOT / "benchmarks" / "results" / f"{application}_mnist5k.json", json.dumps(record, indent=0) + "\n")

@@ -5,32 +5,27 @@ from collections.abc import Sequence
 
 from lightning_dd import __version__
 from lightning_dd.utils.errors import UserError, unknown_name
+from lightning_dd.verbs import VERBS
 
-VERBS = {
+LIGHTNING_VERBS = {
     "fit": "distil a data set, or train one student on a distilled set",
     "validate": "score a checkpoint on the validation split",
     "test": "score a checkpoint on the test split",
     "predict": "predict the test split with a checkpoint",
-    "evaluate": "train architectures x seeds on distilled sets and print one table",
-    "scores": "score a set's images with the help of labels and augmentation taken out",
-    "membership": "attack networks trained on distilled sets: who was in the data?",
-    "continual": "let classes come in steps and learn from distilled sets of the old ones",
-    "export": "turn a distiller's checkpoint into a distilled-set file and a picture",
-    "convert": "turn a distilled set of another project into a distilled-set file",
 }
-_LIGHTNING_VERBS = ("fit", "validate", "test", "predict")
 
 
 def usage() -> str:
     """Return the text of ``lightning-dd --help``."""
-    width = max(map(len, VERBS))
-    verbs = "\n".join(f"  {verb:<{width}}  {text}" for verb, text in VERBS.items())
+    table = LIGHTNING_VERBS | {name: verb.summary() for name, verb in VERBS.items()}
+    width = max(map(len, table))
+    verbs = "\n".join(f"  {verb:<{width}}  {text}" for verb, text in table.items())
     return (
         "usage: lightning-dd VERB [options]\n\n"
         f"Dataset distillation with PyTorch Lightning, version {__version__}.\n\n"
         f"{verbs}\n\n"
-        "lightning-dd VERB --help lists a verb's options. Start with:\n"
-        "  lightning-dd fit --config configs/mnist5k/frepo.yaml"
+        "lightning-dd VERB --help lists a verb's options; --debug shows where an error was raised. Start with:\n"
+        "  lightning-dd fit --config mnist5k/frepo"
     )
 
 
@@ -44,9 +39,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status: 0, or 2 after one line on stderr about something the user can mend.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
     try:
-        return _dispatch(arguments)
+        return _dispatch([word for word in arguments if word != "--debug"])
     except UserError as error:
+        if debug:
+            raise
         print(f"lightning-dd: error: {error}", file=sys.stderr)
         return 2
 
@@ -59,14 +57,14 @@ def _dispatch(arguments: list[str]) -> int:
         print(f"lightning-dd {__version__}")
         return 0
     verb = arguments[0]
-    if verb not in VERBS:
-        raise unknown_name("verb", verb, VERBS)
-    if verb in _LIGHTNING_VERBS:
-        from lightning_dd.trainer_cli import run_lightning
+    if verb in LIGHTNING_VERBS:
+        from lightning_dd.lightning_cli import run_lightning
 
         run_lightning(arguments)
-    else:
-        from lightning_dd.verbs import run_verb
+    elif verb in VERBS:
+        from lightning_dd.verb_parser import parse_verb
 
-        run_verb(verb, arguments[1:])
+        parse_verb(verb, VERBS[verb], arguments[1:]).run()
+    else:
+        raise unknown_name("verb", verb, [*LIGHTNING_VERBS, *VERBS])
     return 0

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning_dd.trainer_cli import run_lightning
+from lightning_dd.lightning_cli import run_lightning
 from lightning_dd.utils.errors import UserError
 from lightning_dd.utils.files import write_text
 

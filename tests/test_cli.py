@@ -3,15 +3,17 @@
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 from helpers import make_distilled
 
-from lightning_dd import cli
-from lightning_dd.cli import VERBS, main
+from lightning_dd.cli import LIGHTNING_VERBS, main
 from lightning_dd.distilled.set import DistilledSet
+from lightning_dd.utils.errors import UserError
+from lightning_dd.verbs import VERBS
 
 CONFIG = str(Path(__file__).parent.parent / "configs" / "mnist5k" / "frepo.yaml")
 QUICK = [
@@ -49,7 +51,7 @@ def test_help_and_version_need_nothing_heavy():
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
     assert time.monotonic() - start < 30  # a hang; the promise itself (1 s) is the module check above
-    assert all(verb in done.stdout for verb in VERBS)
+    assert all(verb in done.stdout for verb in {**LIGHTNING_VERBS, **VERBS})
 
 
 def test_help_of_our_verbs_needs_no_torch():
@@ -75,7 +77,7 @@ def test_help_of_our_verbs_needs_no_torch():
         (["fit", "--config", CONFIG, "--model.ipc=two"], ["ipc: expected int, got two"]),
         (["fit", "--config", CONFIG, "--model.ipc=0"], ["ipc (images per class) must be at least 1, got 0"]),
         (["fit", "--config", CONFIG, "--data.preprocessing=pca"], ["standardise, zca", "'pca'"]),
-        (["fit", "--config", "nothing.yaml"], ["File does not exist", "nothing.yaml"]),
+        (["fit", "--config", "nothing.yaml"], ["unknown configuration", "nothing.yaml"]),
         (["fit", "--config", CONFIG, "--ckpt_path=no.ckpt"], ["ckpt_path 'no.ckpt': no such file"]),
         (["evaluate", "x.safetensors", "--architectures", "conv", "--output", "o"], ["x.safetensors", "no such file"]),
         (["evaluate", "x.safetensors", "--architectures", "conv", "--outputs", "o"], ["--output"]),
@@ -155,13 +157,87 @@ def test_print_config_shows_what_would_run(capsys):
 
 
 def test_num_classes_that_disagree_give_one_line(capsys, tmp_path):
-    file = make_distilled(data_name="MNIST5k").save(tmp_path / "three.safetensors")
+    made = replace(make_distilled(), data={"name": "MNIST5k"})
+    file = made.save(tmp_path / "three.safetensors")
     arguments = ["evaluate", str(file), "--architectures", "conv:width=4,depth=2", "--output", "report"]
     assert main([*arguments, "--steps=1"]) == 2
     assert "num_classes disagree: the distilled set has 3, MNIST5k has 10" in only_line(capsys)
 
 
-def test_the_verbs_of_the_help_are_those_that_run():
-    from lightning_dd import verbs
+def test_a_configuration_is_found_by_its_name_and_names_the_run(capsys, monkeypatch, tmp_path):
+    for name in ("mnist5k/frepo", "mnist5k/frepo.yaml", "configs/mnist5k/frepo.yaml"):
+        with pytest.raises(SystemExit):
+            main(["fit", "--config", name, "--print_config"])
+        shown = yaml.safe_load(capsys.readouterr().out)
+        assert shown["model"]["class_path"].endswith("FRePo")
+        assert shown["trainer"]["logger"]["init_args"]["name"] == "mnist5k-frepo"
+    assert status(["fit", "--config", "mnist5k/freepo"]) == 2
+    assert "unknown configuration 'mnist5k/freepo'; did you mean 'mnist5k/frepo'?" in only_line(capsys)
 
-    assert set(VERBS) == {*cli._LIGHTNING_VERBS, *verbs.VERBS}
+
+def test_what_configurations_need_not_say(capsys):
+    arguments = ["fit", "--config", "mnist5k/dm", "--config", "metadd", "--trainer.callbacks+=MetaFeatureImages"]
+    with pytest.raises(SystemExit):
+        main([*arguments, "--print_config"])
+    trainer = yaml.safe_load(capsys.readouterr().out)["trainer"]
+    names = [callback["class_path"].rpartition(".")[2] for callback in trainer["callbacks"]]
+    always = ["ExportDistilledSet", "SyntheticImages", "DistillationProgress", "LearningRateMonitor", "ModelCheckpoint"]
+    assert names == [*always, "MetaDD", "MetaFeatureImages", "MetaFeatureImages"]
+    assert (trainer["check_val_every_n_epoch"], trainer["num_sanity_val_steps"], trainer["devices"]) == (None, 0, 1)
+
+
+def test_validation_and_checkpoints_follow_the_length_of_the_run(monkeypatch):
+    seen = {}
+
+    def fit(self, *args, **kwargs):
+        seen["validate"] = self.val_check_interval
+        seen["keep"] = self.checkpoint_callback._every_n_train_steps
+
+    monkeypatch.setattr("pytorch_lightning.Trainer.fit", fit)
+    for steps, options, expected in (
+        (400, [], {"validate": 100, "keep": 100}),
+        (20_000, [], {"validate": 5000, "keep": 1000}),
+        (400, ["--trainer.val_check_interval=7"], {"validate": 7, "keep": 7}),
+        (3, [], {"validate": 1, "keep": 1}),
+    ):
+        assert main(["fit", "--config", "mnist5k/frepo", f"--trainer.max_steps={steps}", *options]) == 0
+        assert seen == expected
+
+
+@pytest.mark.parametrize(
+    ("what", "name"),
+    [("configs", "mnist5k/frepo"), ("methods", "FRePo"), ("protocols", "dsa"), ("data", "MNIST5k")],
+)
+def test_list_names_what_there_is(what, name, capsys):
+    assert main(["list", what]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.split()[0] == name for line in lines)
+    assert main(["list", what, name[:4]]) == 0
+    assert all(name[:4] in line for line in capsys.readouterr().out.splitlines())
+
+
+def test_list_architectures_takes_a_pattern(capsys):
+    assert main(["list", "architectures", "resnet10t"]) == 0
+    assert capsys.readouterr().out.split() == ["resnet10t", "timm"]
+    assert status(["list", "colours"]) == 2
+
+
+def test_debug_shows_where_an_error_was_raised():
+    with pytest.raises(UserError, match="no such file"):
+        main(["export", "no.ckpt", "--output", "o", "--debug"])
+
+
+def test_relabel_gives_a_set_a_teachers_labels(tmp_path):
+    from lightning_dd.data import MNIST5k
+
+    file = make_distilled(data=MNIST5k).save(tmp_path / "hard.safetensors")
+    options = [
+        "--teacher",
+        "convnet:width=8,norm=batch",
+        "--teacher_steps=60",
+        "--epochs=2",
+        "--output=soft.safetensors",
+    ]
+    assert main(["relabel", str(file), *options]) == 0
+    done = DistilledSet.load("soft.safetensors")
+    assert (done.label_kind, done.views.epochs, done.ipc) == ("soft", 2, 1)

@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parent.parent / "lightning_dd"
 # From the bottom to the top; a module may import from its own layer and from lower ones.
 LAYERS = [
-    {"utils", "report", "statistics", "parsing", "__init__"},
+    {"utils", "report", "statistics", "configs", "parsing", "__init__"},
     {"augment", "data", "models"},
     {"losses"},
     {"distilled"},
@@ -17,9 +17,11 @@ LAYERS = [
     {"synthetic"},
     {"distillers", "evaluators"},
     {"callbacks"},
-    {"trainer_cli", "experiment"},
+    {"lightning_cli", "experiment"},
     {"applications"},
+    {"listing"},
     {"verbs"},
+    {"verb_parser"},
     {"cli"},
     {"__main__"},
 ]

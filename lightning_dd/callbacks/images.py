@@ -26,15 +26,15 @@ class SyntheticImages(Callback):
     ``labels.png`` are written to the run's folder.
 
     Args:
-        every: outer steps between TensorBoard images, at least 1.
+        every: outer steps between TensorBoard images, at least 1; ``None`` is a tenth of the run.
         dirpath: where the PNG files go; ``None`` is the logger's folder.
 
     Raises:
         UserError: ``every`` is below 1.
     """
 
-    def __init__(self, every: int = 500, dirpath: str | None = None) -> None:
-        if every < 1:
+    def __init__(self, every: int | None = None, dirpath: str | None = None) -> None:
+        if every is not None and every < 1:
             raise UserError(f"SyntheticImages.every must be at least 1, got {every}")
         self.every = every
         self.dirpath = dirpath
@@ -53,7 +53,8 @@ class SyntheticImages(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
         """Show progress."""
-        if trainer.global_step % self.every == 0:
+        every = max(1, trainer.max_steps // 10) if self.every is None else self.every
+        if trainer.global_step % every == 0:
             self._show(trainer, pl_module, None)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

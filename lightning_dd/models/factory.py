@@ -116,6 +116,20 @@ def known_architectures() -> list[str]:
     return sorted(_OWN)
 
 
+def every_architecture() -> list[tuple[str, str]]:
+    """Return every name the factory takes, with where it comes from."""
+    import timm
+    import torchvision
+
+    own = [(name, "lightning_dd") for name in known_architectures()]
+    classifiers = torchvision.models.list_models(module=torchvision.models)
+    return [
+        *own,
+        *((name, "timm") for name in timm.list_models()),
+        *((f"torchvision/{name}", "torchvision") for name in classifiers),
+    ]
+
+
 def check_known(name: str) -> None:
     """Refuse a name, without options, that neither the project nor a library has.
 

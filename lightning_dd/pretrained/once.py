@@ -104,6 +104,7 @@ def fit_quietly(module: LightningModule, steps: int, accelerator: str, title: st
         accelerator: Lightning's Trainer argument.
         title: of the progress bar.
     """
+    bar = _NamedBar(title)
     words = logging.getLogger("pytorch_lightning")
     level = words.level
     words.setLevel(max(level, logging.WARNING))  # a run may train a hundred experts
@@ -118,7 +119,7 @@ def fit_quietly(module: LightningModule, steps: int, accelerator: str, title: st
             num_sanity_val_steps=0,
             limit_val_batches=0,
             log_every_n_steps=10,
-            callbacks=[_NamedBar(title)],
+            callbacks=[bar],
         )
         trainer.fit(module, pass_through(StepCounter(steps)))
     finally:
