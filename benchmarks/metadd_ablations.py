@@ -26,14 +26,14 @@ from pytorch_lightning import Trainer
 from scipy.stats import t as student_t
 
 import lightning_dd.distillers
-from lightning_dd.augment.frepo import default_strategy
 from lightning_dd.callbacks import PoolAlternation
 from lightning_dd.data import DATA_SETS, ParquetImages, RealData
 from lightning_dd.data.sampling import EvalBatches
 from lightning_dd.distillers import Distiller
 from lightning_dd.models import build_network
 from lightning_dd.report import markdown_table
-from lightning_dd.students.recipe import Recipe, train_student
+from lightning_dd.students.loop import train_student
+from lightning_dd.students.recipe import Recipe
 from lightning_dd.utils.seeding import derive_seed
 from lightning_dd.utils.silence import quieten
 
@@ -96,8 +96,8 @@ def score(distiller: Distiller, name: str, students: dict[str, Any], seed: int, 
     for repeat in range(students["repeat"]):
         student_seed = derive_seed(seed, "student", repeat)
         network = build_network(name, distilled.num_classes, distilled.image_shape, student_seed)
-        network = network.to(data.test.device).to(memory_format=torch.channels_last)
-        train_student(network, distilled, recipe, default_strategy(data.mirror), student_seed)
+        network = network.to(data.test.device)
+        train_student(network, distilled, recipe, student_seed)
         for split, real in splits.items():
             with torch.no_grad():
                 batches = EvalBatches(real, 500)

@@ -1,4 +1,4 @@
-"""A distillation as one stage of a longer experiment: run ordinary configuration files in this process.
+"""A distillation as one stage of a longer experiment: ordinary configuration files, run in this process.
 
 Experiments that distil (membership inference, continual learning) take any method, parameterisation and callback this
 way, because they only name the files that ``lightning-dd fit --config`` takes.
@@ -7,7 +7,9 @@ way, because they only name the files that ``lightning-dd fit --config`` takes.
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,51 @@ from lightning_dd.utils.files import write_text
 
 _log = logging.getLogger(__name__)
 _RECORD = "stage.json"
+
+
+@dataclass(frozen=True)
+class Method:
+    """How an experiment gets its distilled sets: by configurations of a distiller, or from finished files."""
+
+    name: str
+    configs: tuple[str, ...] = ()
+    """Files that ``lightning-dd fit --config`` takes, the later layered over the earlier."""
+    options: tuple[str, ...] = ()
+    """Further options of ``fit``, as ``--trainer.max_steps=400``."""
+    files: tuple[str, ...] = ()
+    """Finished distilled-set files, in place of the above."""
+
+
+def parse_methods(methods: Mapping[str, str | Sequence[str]], finished: bool = False) -> dict[str, Method]:
+    """Sort every method's words into configuration files, options of ``fit`` (``--...``) and distilled-set files.
+
+    Args:
+        methods: words by name.
+        finished: whether distilled-set files may stand in place of configurations.
+
+    Raises:
+        UserError: a name is unusable, or a method's words are not files of one kind that exist.
+
+    Example:
+        >>> parse_methods({"ready": "set.safetensors"}, finished=True)["ready"].files
+        ('set.safetensors',)
+    """
+    found = {}
+    for name, words in methods.items():
+        listed = [words] if isinstance(words, str) else list(words)
+        options = tuple(word for word in listed if word.startswith("--"))
+        files = tuple(word for word in listed if word.endswith(".safetensors"))
+        configs = tuple(word for word in listed if word not in (*options, *files))
+        if bool(configs) == bool(files) or (files and (options or not finished)):
+            kinds = f"configuration files with options of fit{', or distilled-set files' if finished else ''}"
+            raise UserError(f"methods.{name} must be {kinds}, got {listed}")
+        if not re.fullmatch(r"[\w-]+", name):
+            raise UserError(f"methods: a name is letters, digits, _ and -, got '{name}'")
+        for path in configs:
+            if not Path(path).is_file():
+                raise UserError(f"methods.{name}: configuration '{path}': no such file")
+        found[name] = Method(name, configs, options, files)
+    return found
 
 
 def distil(
@@ -71,10 +118,14 @@ def distil(
     return result
 
 
+def digests(configs: Sequence[Path | str]) -> list[str]:
+    """Return a hash of each configuration's text."""
+    return [hashlib.blake2b(Path(path).read_bytes(), digest_size=16).hexdigest() for path in configs]
+
+
 def _check_record(output: Path, configs: Sequence[Path | str], options: Sequence[str]) -> None:
     """Write what the stage is made of, or compare with what is written."""
-    texts = [hashlib.blake2b(Path(path).read_bytes(), digest_size=16).hexdigest() for path in configs]
-    record = {"configs": texts, "options": list(options)}
+    record = {"configs": digests(configs), "options": list(options)}
     path = output / _RECORD
     if not path.is_file():
         write_text(path, json.dumps(record, indent=1) + "\n")

@@ -57,13 +57,19 @@ class _Source:
     data_args: dict[str, Any] = field(default_factory=dict, metadata={"help": "arguments of the data"})
     root: str | None = _option("folder of the real data on this machine", None)
 
+    def choice(self) -> Any:
+        """Return it as a :class:`~lightning_dd.data.registry.DataChoice`."""
+        from lightning_dd.data.registry import DataChoice
+
+        return DataChoice(getattr(self, "data", None), self.data_args, self.root)
+
 
 @dataclass(kw_only=True)
 class _Workers:
     """Where students are trained."""
 
     accelerator: str = _option("Lightning's Trainer argument", "auto")
-    workers: int = _option("processes of this machine that train side by side", 1)
+    workers: int | str = _option("processes of this machine that train side by side, or auto for one per core", 1)
 
 
 @dataclass(kw_only=True)
@@ -74,12 +80,6 @@ class _Data(_Source):
         "real data to score on: a class name, or the class path of your own; what the set says of itself if not given",
         None,
     )
-
-    def choice(self) -> Any:
-        """Return it as a :class:`~lightning_dd.data.registry.DataChoice`."""
-        from lightning_dd.data.registry import DataChoice
-
-        return DataChoice(self.data, self.data_args, self.root)
 
 
 @dataclass(kw_only=True)
@@ -108,7 +108,7 @@ class Evaluate(_Students, _Data, _Workers, Verb):
         recipes = {name: protocol(name, **self.changes(), ema=self.ema) for name in self.protocol}
         hardware = Hardware(self.accelerator, self.devices, self.strategy)
         evaluate_files(
-            self.files, self.architectures, self.output, self.seeds, recipes, self.root, hardware, self.workers
+            self.files, self.architectures, self.output, self.seeds, recipes, self.choice(), hardware, self.workers
         )
 
 
@@ -139,7 +139,7 @@ class Scores(_Students, _Data, _Workers, Verb):
         full = {"steps": self.full_steps, "lr": self.full_lr, "batch_size": self.full_batch_size}
         on_all = protocol("frepo", **full, augment=recipe.augment)
         trained = (self.files, self.architectures, self.output, self.seeds, recipe, on_all)
-        score_files(*trained, self.control, self.root, Hardware(self.accelerator), self.workers)
+        score_files(*trained, self.control, self.choice(), Hardware(self.accelerator), self.workers)
 
 
 @dataclass(kw_only=True)
@@ -177,14 +177,16 @@ class Membership(_Source, _Workers, Verb):
         """Distil, train, attack and report."""
         from pathlib import Path
 
-        from lightning_dd.applications.membership.experiment import ATTACKS, Experiment, Method
+        from lightning_dd.applications.membership.experiment import ATTACKS, Experiment
         from lightning_dd.applications.membership.run import run_membership
+        from lightning_dd.experiment import parse_methods
         from lightning_dd.students.recipe import Recipe
 
         settings = {item.name: getattr(self, item.name) for item in fields(Experiment) if hasattr(self, item.name)}
         settings |= {
             "output": Path(self.output),
-            "methods": {name: Method.parse(name, words) for name, words in self.methods.items()},
+            "data": self.choice(),
+            "methods": parse_methods(self.methods, finished=True),
             "lengths": tuple(self.lengths),
             "recipe": Recipe(
                 lr=self.lr, warmup=0, schedule="constant", batch_size=self.batch_size, augment=self.augment
@@ -221,13 +223,15 @@ class Continual(_Source, Verb):
 
     def run(self) -> None:
         """Distil, train and report."""
-        from lightning_dd.applications.continual import Plan, parse_methods, run_continual
+        from lightning_dd.applications.continual import Plan, run_continual
+        from lightning_dd.experiment import parse_methods
         from lightning_dd.students.protocols import protocol
 
         settings = {"lr": self.lr, "batch_size": self.batch_size, "augment": self.augment}
         upper = {"steps": self.joint_steps, "lr": self.joint_lr, "batch_size": self.joint_batch_size}
         plan = Plan(
-            **{name: getattr(self, name) for name in ("data", "data_args", "root", "steps", "ipc", "orders")},
+            **{name: getattr(self, name) for name in ("steps", "ipc", "orders")},
+            data=self.choice(),
             architectures=tuple(self.architectures),
             students=self.students,
             recipe=protocol(self.protocol, steps=self.student_steps, **settings),

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,18 +14,21 @@ import yaml
 from helpers import TinyData, make_distilled
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lightning_dd.applications.continual import Plan, parse_methods, run, run_continual, union
+from lightning_dd.applications.continual import Plan, run, run_continual
 from lightning_dd.applications.continual.course import Course
 from lightning_dd.applications.continual.plan import class_order, split_classes
 from lightning_dd.applications.continual.report import curves, forgetting, markdown
 from lightning_dd.applications.continual.run import rows_of
 from lightning_dd.cli import main
 from lightning_dd.data import DATA_SETS, ClassSubset, RawSplit
+from lightning_dd.data.registry import DataChoice
+from lightning_dd.data.sampling import draw_per_class
 from lightning_dd.data.subset import load_preprocessing, save_preprocessing
 from lightning_dd.distilled import DistilledSet
-from lightning_dd.distilled.datamodule import check_match, real_data_of
-from lightning_dd.distilled.union import embed_labels
+from lightning_dd.distilled.datamodule import check_match, real_data_of, real_set
+from lightning_dd.distilled.union import embed_labels, union
 from lightning_dd.distilled.views import draw_views
+from lightning_dd.experiment import Method, parse_methods
 from lightning_dd.losses.labels import initial_labels
 from lightning_dd.students.recipe import Recipe
 from lightning_dd.utils.errors import UserError
@@ -80,7 +84,7 @@ def methods(tmp_path):
 
 def plan(**changes):
     settings = {
-        "data": "FourKinds",
+        "data": DataChoice("FourKinds"),
         "steps": 2,
         "ipc": 1,
         "orders": 1,
@@ -183,11 +187,10 @@ def test_steps_must_divide_the_classes(steps):
 @pytest.mark.parametrize(
     ("methods", "message"),
     [
-        ({}, "name at least one"),
         ({"a": ["none.yaml"]}, r"methods.a: configuration 'none.yaml': no such file"),
-        ({"joint": ["none.yaml"]}, "not 'joint'"),
         ({"a/b": ["none.yaml"]}, "letters, digits"),
-        ({"a": []}, "at least one configuration file"),
+        ({"a": []}, r"methods.a must be configuration files with options of fit, got \[\]"),
+        ({"a": ["set.safetensors"]}, "methods.a must be configuration files with options of fit, got"),
     ],
 )
 def test_methods_that_cannot_be_are_refused(methods, message):
@@ -195,30 +198,24 @@ def test_methods_that_cannot_be_are_refused(methods, message):
         parse_methods(methods)
 
 
+@pytest.mark.parametrize("methods", [{}, {"joint": Method("joint")}])
+def test_there_are_methods_and_none_has_the_upper_lines_name(methods, tmp_path):
+    with pytest.raises(UserError, match=r"name at least one, as .* and none 'joint'"):
+        run_continual(methods, plan(), tmp_path)
+
+
 # ---- the union ---------------------------------------------------------------------------------------------------
 
 
 def part(classes, label_kind="hard", ipc=2, **changes):
     """A set as if distilled from some classes of FourKinds."""
-    from lightning_dd.synthetic.pixels import SyntheticSet
-
     real = ClassSubset("FourKinds", classes, {"preprocessing": "standardise"})
     real.use_preprocessing(make_distilled().preprocessing)
     real.setup("fit")
     kind = "hard" if label_kind == "soft" else label_kind
-    synthetic = SyntheticSet(ipc, len(classes), real.facts.image_shape, kind)
-    synthetic.init_real(real.train, torch.Generator().manual_seed(0))
-    settings = {
-        "images": synthetic.images.detach(),
-        "labels": synthetic.labels.detach(),
-        "classes": synthetic.classes,
-        "label_kind": label_kind,
-        "class_names": real.facts.class_names,
-        "preprocessing": real.preprocessing,
-        "data": {"name": real.name, "spec": real.spec(), "fingerprint": real.facts.fingerprint},
-        "method": "Test",
-    }
-    return DistilledSet(**(settings | changes))
+    rows = draw_per_class(real.train.labels, ipc, len(classes), torch.Generator().manual_seed(0))
+    drawn = real.train.take(rows)
+    return replace(real_set(real, drawn.images, drawn.labels, kind, "Test"), label_kind=label_kind, **changes)
 
 
 @pytest.mark.parametrize("kind", ["hard", "centred", "learned"])
@@ -455,9 +452,9 @@ def test_a_later_class_leaves_no_trace_in_an_earlier_step(methods, tmp_path, mon
     sets = []
     for cls in (FourKinds, Poisoned):
         monkeypatch.setitem(DATA_SETS, "FourKinds", cls)
-        own = plan(data_args={"preprocessing": "zca"})
+        own = plan(data=DataChoice("FourKinds", {"preprocessing": "zca"}))
         course = Course(own, order, 4, tmp_path / cls.__name__)
-        run._memory(parse_methods(methods)[0], own, course, 0)
+        run._memory(parse_methods(methods)["frepo"], own, course, 0)
         sets.append(DistilledSet.load(tmp_path / cls.__name__ / "frepo/step1/last.safetensors"))
     assert torch.equal(sets[0].images, sets[1].images)
     assert torch.equal(sets[0].labels, sets[1].labels)
@@ -465,9 +462,11 @@ def test_a_later_class_leaves_no_trace_in_an_earlier_step(methods, tmp_path, mon
 
 
 def test_all_steps_of_a_course_share_the_first_ones_whitening(methods, tmp_path):
-    own = plan(data_args={"preprocessing": "zca"})
+    own = plan(data=DataChoice("FourKinds", {"preprocessing": "zca"}))
     course = Course(own, 0, 4, tmp_path / "order0")
-    memory = run._memory(parse_methods(methods)[1], own, course, 1)
+    for step in range(2):
+        run._memory(parse_methods(methods)["random"], own, course, step)
+    memory = DistilledSet.load(course.memory_file("random", 1))
     first = ClassSubset("FourKinds", class_order(4, 0)[:2], {"preprocessing": "zca"})
     first.setup("fit")
     assert torch.equal(memory.preprocessing.zca_whiten, first.preprocessing.zca_whiten)
@@ -485,11 +484,20 @@ def test_other_students_are_trained_on_the_same_distilled_sets_and_another_budge
         run_continual(parse_methods(methods), plan(ipc=2), folder)
 
 
+@pytest.mark.slow
+def test_students_are_the_same_in_one_process_and_in_two(methods, tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    own = plan(data=DataChoice("test_continual.FourKinds"), students=2)
+    for workers in (1, 2):
+        run_continual(parse_methods(methods), own, tmp_path / str(workers), workers)
+    assert results(tmp_path / "1") == results(tmp_path / "2")
+
+
 def test_a_damaged_score_is_trained_again(methods, tmp_path):
     only = parse_methods({"random": methods["random"]})
     run_continual(only, plan(), tmp_path / "run")
     before = results(tmp_path / "run")
-    for path in (tmp_path / "run").rglob("scores/*.json"):
+    for path in (tmp_path / "run").rglob("students/*.json"):
         path.write_text(path.read_text()[:20])
     shutil.rmtree(tmp_path / "run" / "tensorboard")
     run_continual(only, plan(), tmp_path / "run")

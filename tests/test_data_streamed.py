@@ -19,7 +19,7 @@ from lightning_dd.data.mapped import mapped_split
 from lightning_dd.data.sampling import EvalBatches, ShuffledStream, next_batch
 from lightning_dd.distillers import FRePo, Herding
 from lightning_dd.distillers.base import Probe
-from lightning_dd.evaluators.sources import random_real
+from lightning_dd.evaluators.sources import ALL_REAL, SOURCES, random_real
 from lightning_dd.pretrained import ClassifierRecipe
 from lightning_dd.pretrained.teacher import Teacher
 from lightning_dd.utils.errors import UserError
@@ -273,6 +273,16 @@ def test_random_real_images_are_the_same_wherever_images_are_kept():
     distilled = make_distilled(ipc=2)
     one, other = (random_real(distilled, made(storage), seed=3) for storage in (STORAGES[0], STORAGES[2]))
     assert torch.equal(one.images, other.images)
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_all_real_images_are_not_drawn_into_memory_from_a_file(storage):
+    distilled, data = make_distilled(ipc=2), made(storage)
+    if data.on_disk:
+        with pytest.raises(UserError, match=r"is read from disk: training on all of it needs it in memory"):
+            SOURCES[ALL_REAL](distilled, data, 0)
+    else:
+        assert torch.equal(SOURCES[ALL_REAL](distilled, data, 0).images, data.train.everything().images)
 
 
 def test_images_on_disk_are_hashed_and_fitted_once(monkeypatch):

@@ -2,6 +2,9 @@
 
 import csv
 import json
+import os
+import pickle
+import signal
 from dataclasses import replace
 
 import pytest
@@ -9,14 +12,18 @@ import torch
 from helpers import TinyData, make_distilled, tiny_trainer
 from pytorch_lightning.utilities import rank_zero_only
 
+from lightning_dd import jobs
+from lightning_dd.cli import main
 from lightning_dd.data import DATA_SETS, MNIST5k
 from lightning_dd.data.preprocess import Preprocessing
 from lightning_dd.data.registry import DataChoice
 from lightning_dd.distilled import DistilledData
-from lightning_dd.distilled.datamodule import SyntheticBatches, real_data_of
+from lightning_dd.distilled.batches import SyntheticBatches
+from lightning_dd.distilled.datamodule import real_data_of
 from lightning_dd.distilled.set import DistilledSet
+from lightning_dd.evaluators import bench
 from lightning_dd.evaluators.evaluate import evaluate_files
-from lightning_dd.evaluators.matrix import Row
+from lightning_dd.evaluators.matrix import Cell, Hardware, Row
 from lightning_dd.evaluators.report import markdown, summarise
 from lightning_dd.evaluators.sources import DISTILLED, RANDOM_REAL, random_real
 from lightning_dd.students import Student
@@ -76,11 +83,12 @@ def test_one_seed_gives_one_student(tmp_path):
     assert not torch.equal(weights[0], weights[2])
 
 
-def test_a_resumed_student_equals_the_one_never_interrupted(tmp_path):
+@pytest.mark.parametrize("ema", [None, 0.9])
+def test_a_resumed_student_equals_the_one_never_interrupted(ema, tmp_path):
     from pytorch_lightning.callbacks import ModelCheckpoint
 
     def run(folder, ckpt_path=None):
-        student = Student(SMALL, seed=1)
+        student = Student(SMALL, ema=ema, seed=1)
         data = DistilledData.from_set(make_distilled(ipc=4), TinyData(), batch_size=5)
         keep = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=4, save_top_k=-1)
         trainer = tiny_trainer(folder, 9, callbacks=[keep], enable_checkpointing=True)
@@ -93,7 +101,7 @@ def test_a_resumed_student_equals_the_one_never_interrupted(tmp_path):
         assert torch.equal(left, right)
     loaded = Student.load_from_checkpoint(tmp_path / "a" / "step=8.ckpt", weights_only=True)
     assert loaded.network.num_classes == 3
-    other, data = Student("convnet:width=4,depth=2"), DistilledData.from_set(make_distilled(), TinyData())
+    other, data = Student("convnet:width=4,depth=2", ema=ema), DistilledData.from_set(make_distilled(), TinyData())
     with pytest.raises(UserError, match="architecture is"):
         tiny_trainer(tmp_path, 9, callbacks=[]).fit(other, data, ckpt_path=str(tmp_path / "a" / "step=4.ckpt"))
 
@@ -218,9 +226,7 @@ def test_the_summary_is_the_mean_the_sample_deviation_and_the_gap():
 
 
 def count_students(monkeypatch, stop_after=None):
-    from lightning_dd.evaluators import schedule
-
-    trained, run_cell = [], schedule.run_cell
+    trained, run_cell = [], bench.run_cell
 
     def counted(cell, *args):
         if stop_after is not None and len(trained) == stop_after:
@@ -228,7 +234,7 @@ def count_students(monkeypatch, stop_after=None):
         trained.append(cell)
         return run_cell(cell, *args)
 
-    monkeypatch.setattr(schedule, "run_cell", counted)
+    monkeypatch.setattr(bench, "run_cell", counted)
     return trained
 
 
@@ -287,19 +293,29 @@ def test_workers_give_what_one_process_gives(tmp_path, monkeypatch):
     assert accuracies(many) == accuracies(one)
 
 
+class KilledInAWorker(TinyData):
+    def setup(self, stage=None):
+        if jobs.place() is not None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        super().setup(stage)
+
+
+@pytest.mark.slow
+def test_a_killed_worker_is_one_line(tmp_path):
+    file = str(make_distilled(ipc=2).save(tmp_path / "set.safetensors"))
+    choice = DataChoice("test_evaluate.KilledInAWorker")
+    with pytest.raises(
+        UserError, match=r"worker process of 'conv.* [01]' was killed, perhaps for want of memory"
+    ) as error:
+        evaluate_files([file], [SMALL], str(tmp_path / "a"), 2, Recipe(steps=2), choice, workers=2)
+    assert "\n" not in str(error.value)
+
+
 def test_processes_of_a_launcher_share_the_students_and_one_writes_the_report(tmp_path, monkeypatch):
     file = str(make_distilled(ipc=2).save(tmp_path / "set.safetensors"))
     arguments = ([file], [SMALL], str(tmp_path / "a"), 2, Recipe(steps=2))
     trained = count_students(monkeypatch)
     shares = {}
-
-    def wait(cells, bench):  # in place of waiting, the other process does its work
-        assert not (tmp_path / "a" / "results.json").exists()
-        shares["first"] = len(trained)
-        monkeypatch.setattr("lightning_dd.evaluators.schedule.launcher", lambda: Launched(1))
-        monkeypatch.setattr(rank_zero_only, "rank", 1)  # as RANK makes it in that process
-        assert evaluate_files(*arguments) == []
-        shares["both"] = len(trained)
 
     class Launched:
         def __init__(self, rank):
@@ -311,8 +327,17 @@ def test_processes_of_a_launcher_share_the_students_and_one_writes_the_report(tm
         def world_size(self):
             return 2
 
-    monkeypatch.setattr("lightning_dd.evaluators.schedule.launcher", lambda: Launched(0))
-    monkeypatch.setattr("lightning_dd.evaluators.schedule.wait_for", wait)
+    def wait(asked, ledger):  # in place of waiting, the other process does its work
+        assert not (tmp_path / "a" / "results.json").exists()
+        shares["first"] = len(trained)
+        monkeypatch.setattr(jobs, "launcher", lambda: Launched(1))
+        monkeypatch.setattr(rank_zero_only, "rank", 1)  # as RANK makes it in that process
+        monkeypatch.setattr(jobs, "wait_for", lambda asked, ledger: None)
+        assert evaluate_files(*arguments) == []
+        shares["both"] = len(trained)
+
+    monkeypatch.setattr(jobs, "launcher", lambda: Launched(0))
+    monkeypatch.setattr(jobs, "wait_for", wait)
     monkeypatch.setattr(rank_zero_only, "rank", 0)
     rows = evaluate_files(*arguments)
     assert len(rows) == 4
@@ -320,15 +345,49 @@ def test_processes_of_a_launcher_share_the_students_and_one_writes_the_report(tm
     assert len(trained) == len(set(trained)) == 4
 
 
-def test_launchers_are_recognised(monkeypatch):
-    from lightning_dd.evaluators.schedule import launcher
+def test_a_worker_with_a_gpu_of_its_own_keeps_the_students_identity(tmp_path, monkeypatch):
+    """The device a worker was given says nothing of the result, so another run finds the student again."""
+    file = str(make_distilled(ipc=2).save(tmp_path / "set.safetensors"))
+    seen = []
 
-    assert launcher() is None
-    settings = {"TORCHELASTIC_RUN_ID": "x", "GROUP_RANK": "0", "LOCAL_RANK": "0", "RANK": "1", "WORLD_SIZE": "3"}
-    for name, value in settings.items():
-        monkeypatch.setenv(name, value)
-    found = launcher()
-    assert (found.global_rank(), found.world_size()) == (1, 3)
+    def run_cell(cell, distilled, real, recipe, hardware, *args):
+        seen.append(hardware.devices)
+        return row(accuracy=0.25)
+
+    monkeypatch.setattr(bench, "run_cell", run_cell)
+    monkeypatch.setattr(jobs, "_PLACE", 3)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    (tmp_path / "a").mkdir()
+    here = bench.Bench({"set": file}, {"": Recipe(steps=2)}, tmp_path / "a", DataChoice(), Hardware())
+    cell = Cell("set", SMALL, DISTILLED, 0)
+    assert here.train([cell], 1)
+    assert seen == [[1]]
+    monkeypatch.undo()
+    again = pickle.loads(pickle.dumps(here))
+    assert again.row(cell).accuracy == 0.25
+
+
+def test_students_are_tested_on_the_data_the_user_names(tmp_path):
+    """A set of data that nothing knows any more, scored on a class by its path with arguments."""
+    distilled = replace(make_distilled(ipc=2), data={"name": "Gone", "spec": {}, "fingerprint": "unseen"})
+    file = str(distilled.save(tmp_path / "set.safetensors"))
+    arguments = ([file], [SMALL], str(tmp_path / "a"), 1, Recipe(steps=2))
+    with pytest.raises(UserError, match="made from 'Gone', which is none of"):
+        evaluate_files(*arguments)
+    rows = evaluate_files(*arguments, DataChoice("helpers.TinyData", {"val_fraction": 0.0}))
+    assert {row.accuracy_best for row in rows} == {None}  # no validation split
+    with pytest.raises(UserError, match=r"class names or their order disagree|num_classes disagree"):
+        evaluate_files(*arguments, DataChoice("MNIST5k"))
+
+
+def test_other_test_images_are_another_result(tmp_path, monkeypatch):
+    file = str(make_distilled(ipc=2).save(tmp_path / "set.safetensors"))
+    arguments = ([file], [SMALL], str(tmp_path / "a"), 1, Recipe(steps=2))
+    trained = count_students(monkeypatch)
+    for choice in (DataChoice(), DataChoice("helpers.TinyData"), DataChoice("helpers.TinyData"), DataChoice()):
+        evaluate_files(*arguments, choice)
+    assert len(trained) == 2 + 2
 
 
 def test_sets_of_one_method_are_one_line_with_a_spread_over_distillations(tmp_path):
@@ -353,6 +412,7 @@ def test_sets_of_one_method_are_one_line_with_a_spread_over_distillations(tmp_pa
     [
         ({"seeds": 0}, "seeds must be at least 1"),
         ({"workers": 0}, "workers must be at least 1"),
+        ({"workers": "two"}, "workers must be at least 1, or 'auto', got two"),
         ({"architectures": []}, "at least one file and one architecture"),
         ({"architectures": ["conv:depth=9"]}, "too small for depth 9"),
         ({"architectures": ["convv"]}, "unknown architecture 'convv'"),
@@ -367,6 +427,18 @@ def test_mistakes_are_found_before_the_first_student(changes, message, tmp_path)
     with pytest.raises(UserError, match=message):
         evaluate_files(recipe=Recipe(steps=1), **settings)
     assert not list(tmp_path.rglob("results.json"))
+
+
+def test_the_verb_takes_a_number_of_workers_or_auto(tmp_path, monkeypatch, capsys):
+    file = str(make_distilled(ipc=2, data=MNIST5k).save(tmp_path / "set.safetensors"))
+    asked = []
+    monkeypatch.setattr(bench, "run_jobs", lambda jobs, work, ledger, workers, **_: asked.append(workers))
+    for workers in ("2", "auto"):
+        arguments = ["evaluate", file, f"--architectures={SMALL}", "--output=out", f"--workers={workers}"]
+        assert main(arguments) == 0
+    assert asked == [2, "auto"]
+    assert main([*arguments, "--workers=two"]) == 2
+    assert "workers must be at least 1, or 'auto', got two" in capsys.readouterr().err
 
 
 def test_the_file_alone_rebuilds_its_data(tmp_path):

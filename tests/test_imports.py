@@ -9,6 +9,7 @@ ROOT = Path(__file__).parent.parent / "lightning_dd"
 # From the bottom to the top; a module may import from its own layer and from lower ones.
 LAYERS = [
     {"utils", "report", "statistics", "configs", "parsing", "__init__"},
+    {"utils", "report", "statistics", "parsing", "jobs", "__init__"},
     {"augment", "data", "models"},
     {"losses"},
     {"distilled"},
@@ -27,7 +28,7 @@ LAYERS = [
 ]
 PLAIN_TORCH = [
     *("losses", "models", "augment", "utils/seeding.py", "utils/errors.py", "utils/files.py"),
-    *("data/images.py", "data/preprocess.py", "students/recipe.py"),
+    *("data/images.py", "data/preprocess.py", "students/recipe.py", "students/loop.py", "distilled/batches.py"),
 ]
 FILES = sorted(ROOT.rglob("*.py"))
 
@@ -105,3 +106,10 @@ def test_files_and_functions_stay_small():
             if isinstance(node, ast.FunctionDef):
                 length = node.end_lineno - node.lineno + 1
                 assert length <= 70, f"{path}:{node.name} has {length} lines: split it"
+
+
+def test_one_module_starts_processes():
+    """Another pool would need its own care for killed workers, Ctrl-C and orphans."""
+    starters = ("multiprocessing", "concurrent.futures.ProcessPoolExecutor", "subprocess", "torch.multiprocessing")
+    found = {module for module, path in MODULES.items() if set(imports(path)) & set(starters)}
+    assert found == {"lightning_dd.jobs"}

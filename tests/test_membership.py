@@ -2,7 +2,7 @@
 
 import ast
 import json
-import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,22 +17,22 @@ from sklearn.model_selection import StratifiedKFold, StratifiedShuffleSplit
 from sklearn.preprocessing import StandardScaler
 
 from lightning_dd.applications.membership import attacks as attacks_module
-from lightning_dd.applications.membership import run as run_module
+from lightning_dd.applications.membership import experiment as experiment_module
 from lightning_dd.applications.membership.attacks import GRIDS, Scores, judge, learned_attack, threshold_attack
-from lightning_dd.applications.membership.experiment import RANDOM, REAL, Experiment, Method, Network
+from lightning_dd.applications.membership.experiment import RANDOM, REAL, Experiment, Network
 from lightning_dd.applications.membership.lira import lira, scaled_confidence
 from lightning_dd.applications.membership.report import Row, markdown, spread
 from lightning_dd.applications.membership.run import run_membership
 from lightning_dd.applications.membership.victims import score_victim, true_losses
-from lightning_dd.applications.membership.workers import run_tasks
-from lightning_dd.augment.frepo import Augmentation
 from lightning_dd.cli import main
 from lightning_dd.data import DATA_SETS, RealRows
 from lightning_dd.data.preprocess import Preprocessing, to_unit
+from lightning_dd.data.registry import DataChoice
 from lightning_dd.distilled import DistilledSet
 from lightning_dd.distilled.datamodule import real_data_of
 from lightning_dd.distillers import FRePo
-from lightning_dd.experiment import distil
+from lightning_dd.experiment import Method, distil, parse_methods
+from lightning_dd.jobs import ArrayLedger
 from lightning_dd.losses.labels import initial_labels
 from lightning_dd.students.recipe import Recipe
 from lightning_dd.utils.errors import UserError
@@ -187,9 +187,7 @@ def test_a_memorising_victim_is_caught():
     members, labels = memorising_set(40, random)
     others, other_labels = memorising_set(40, random)
     pool, truth = torch.cat([members.images, others.images]), torch.cat([labels, other_labels])
-    logits, losses = score_victim(
-        members, pool, truth, SMALL, RECIPE, Augmentation("none"), (2, 300), 0, torch.device("cpu")
-    )
+    logits, losses = score_victim(members, pool, truth, SMALL, RECIPE, (2, 300), 0, torch.device("cpu"))
     assert logits.shape == (2, 80, 10)
     assert (logits[1, :40].argmax(1) == labels.numpy()).mean() > 0.95
     assert threshold_attack(losses[1, :40], losses[1, 40:]).auc > 0.9
@@ -201,7 +199,7 @@ def test_a_memorising_victim_is_caught():
 def test_a_shorter_length_is_a_stop_on_the_way():
     random = torch.Generator().manual_seed(0)
     members, labels = memorising_set(12, random)
-    args = (members, members.images, labels, SMALL, RECIPE, Augmentation("crop"))
+    args = (members, members.images, labels, SMALL, replace(RECIPE, augment="crop"))
     both = score_victim(*args, (3, 6), 7, torch.device("cpu"))
     alone = score_victim(*args, (3,), 7, torch.device("cpu"))
     np.testing.assert_array_equal(both[0][0], alone[0][0])
@@ -353,10 +351,10 @@ def test_a_stage_names_what_is_missing(tiny, config, tmp_path):
 def experiment(config, output, **changes):
     settings = {
         "output": Path(output),
-        "data": "TinyData",
+        "data": DataChoice("TinyData"),
         "members": 18,
         "held_out": 0,
-        "methods": {"frepo": Method.parse("frepo", [config])},
+        "methods": parse_methods({"frepo": [config]}),
         "lengths": (2, 5),
         "architecture": SMALL,
         "recipe": RECIPE,
@@ -387,7 +385,7 @@ def test_an_experiment_cut_short_and_run_again_gives_the_same_table(tiny, config
     before = {path.name: path.read_bytes() for path in out.glob("results.*") if path.suffix != ".png"}
     assert len(before) == 3
     calls = []
-    monkeypatch.setattr(run_module, "score_victim", lambda *args: calls.append(1) or score_victim(*args))
+    monkeypatch.setattr(experiment_module, "score_victim", lambda *args: calls.append(1) or score_victim(*args))
     networks, finished = (sorted((out / name).iterdir()) for name in ("networks", "attacks"))
     assert len(networks) == 3 * 2 + 2 * 4
     for path in [*networks[::3], *finished[::2]]:
@@ -420,7 +418,7 @@ def test_victims_learn_from_the_learned_images_and_the_distiller_from_members_al
         trained.append(train)
         return score_victim(train, *args)
 
-    monkeypatch.setattr(run_module, "score_victim", score)
+    monkeypatch.setattr(experiment_module, "score_victim", score)
     this = experiment(config, tmp_path / "out", attacks=("threshold",), victims=1)
     run_membership(this)
     part = RealRows(**this.part_args(0))
@@ -441,11 +439,10 @@ def test_victims_learn_from_the_learned_images_and_the_distiller_from_members_al
     assert torch.equal(frepo.labels, learned.labels)
     assert not keys(frepo.images) & members  # they started as real images, and are not measured as such
     # Another set in the file is another victim, not a remembered one.
-    old = this.task(Network("frepo", 0, 0)).path
+    old = this.job(Network("frepo", 0, 0)).identity
     learned.images = learned.images + 1
     learned.save(file)
-    task = this.task(Network("frepo", 0, 0))
-    assert task.path != old
+    assert this.job(Network("frepo", 0, 0)).identity != old
     run_membership(this)
     assert torch.equal(trained[-1].images, learned.images)
 
@@ -461,32 +458,39 @@ def test_shadow_models_of_a_method_distil_their_own_half(tiny, config, tmp_path)
         part.setup("fit")
         assert shadow.data["fingerprint"] == part.facts.fingerprint
         fingerprints.add(part.facts.fingerprint)
-        task = this.task(Network("frepo", 0, half, shadow=True))
-        assert int(task.inside.sum()) == 27
-        assert torch.equal(task.train.images, shadow.images)
+        network = Network("frepo", 0, half, shadow=True)
+        answers = ArrayLedger(tmp_path / "networks").need(this.job(network).identity)
+        assert int(answers["inside"].sum()) == 27
+        assert torch.equal(this.training_set(network).images, shadow.images)
     assert len(fingerprints) == 4
 
 
 def test_a_file_stands_for_its_own_members_only(tiny, config, tmp_path):
     file = str(distil([config], PART, tmp_path / "stage"))
-    ready = {"methods": {"mine": Method.parse("mine", file)}, "attacks": ("threshold",), "victims": 1}
+    ready = {
+        "methods": {"mine": parse_methods({"mine": file}, finished=True)["mine"]},
+        "attacks": ("threshold",),
+        "victims": 1,
+    }
     rows = run_membership(experiment(config, tmp_path / "a", **ready))
     assert "mine" in {row.source for row in rows}
     with pytest.raises(UserError, match="was not distilled from these members"):
         run_membership(experiment(config, tmp_path / "b", **ready, members=15))
 
 
-def test_tasks_run_in_several_processes(tmp_path):
-    files = [tmp_path / str(number) for number in range(3)]
-    done = []
-    run_tasks(Path.touch, files, 2, lambda: done.append(1))
-    assert all(file.exists() for file in files)
-    assert len(done) == 3
+@pytest.mark.parametrize("mirror", [True, False])
+def test_a_victim_of_real_images_mirrors_them_only_where_the_data_may_be(mirror, tiny, config, tmp_path):
+    this = experiment(config, tmp_path, data=DataChoice("TinyData", {"mirror": mirror}))
+    for source in (REAL, f"{RANDOM}, ipc 1"):
+        assert this.training_set(Network(source, 0, 0)).mirror == mirror
 
 
-def test_a_killed_worker_is_one_line():
-    with pytest.raises(UserError, match=r"was killed, perhaps for want of memory.*fewer workers than 2"):
-        run_tasks(os._exit, [1, 1], 2)
+@pytest.mark.slow
+def test_networks_are_the_same_in_one_process_and_in_two(config, tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    own = {"data": DataChoice("helpers.TinyData"), "attacks": ("threshold",)}
+    one, two = (run_membership(experiment(config, tmp_path / str(count), **own), count) for count in (1, 2))
+    assert one == two
 
 
 # ---- report ------------------------------------------------------------------------------------------------------
@@ -529,13 +533,13 @@ def test_the_table_says_what_cannot_be_measured():
         ({"distil_shadows": 2}, "distil_shadows must be 0 or an even number"),
         ({"members": 40}, "TinyData has 36 training images: too few"),
         ({"members": 4}, "folds must be at least 2 with 4 . folds members.*got 2 folds for 4"),
-        ({"data": "TinyDat"}, "unknown data set 'TinyDat'; did you mean 'TinyData'"),
+        ({"data": DataChoice("TinyDat")}, "unknown data set 'TinyDat'; did you mean 'TinyData'"),
         ({"architecture": "conv:depth=9"}, "too small for depth 9"),
         ({"recipe": Recipe(augment="flop")}, "unknown augmentation 'flop'"),
-        ({"methods": {REAL: Method(files=("a",))}}, "the name is taken"),
-        ({"methods": {"a": Method(files=("a", "b"))}}, "2 distilled sets for 1 seeds"),
-        ({"methods": {"a": Method(files=("none.safetensors",))}}, "no such file"),
-        ({"methods": {"a": Method(configs=("none.yaml",))}}, "no such file"),
+        ({"data": DataChoice()}, "data: name a data set"),
+        ({"methods": {"a": Method("a", files=("a", "b"))}}, "2 distilled sets for 1 seeds"),
+        ({"methods": {"a": Method("a", files=("none.safetensors",))}}, "no such file"),
+        ({"methods": {"a": Method("a", configs=("none.yaml",))}}, "no such file"),
     ],
 )
 def test_mistakes_are_one_line(tiny, config, tmp_path, changes, message):
@@ -546,8 +550,13 @@ def test_mistakes_are_one_line(tiny, config, tmp_path, changes, message):
 
 @pytest.mark.parametrize("words", [[], ["--model.ipc=1"], ["a.yaml", "b.safetensors"], ["b.safetensors", "--x=1"]])
 def test_a_method_is_files_of_one_kind(words):
-    with pytest.raises(UserError, match=r"methods\.mine must be"):
-        Method.parse("mine", words)
+    with pytest.raises(UserError, match=r"methods\.mine must be .* or distilled-set files, got"):
+        parse_methods({"mine": words}, finished=True)
+
+
+def test_a_method_cannot_have_the_name_of_a_source_of_victims():
+    with pytest.raises(UserError, match="a name is letters, digits, _ and -, got 'real members'"):
+        parse_methods({REAL: ["a.safetensors"]}, finished=True)
 
 
 @pytest.mark.parametrize(

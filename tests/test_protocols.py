@@ -75,7 +75,7 @@ def test_a_student_follows_the_protocol_the_set_and_what_is_given(tmp_path):
         rate = Rate()
         tiny_trainer(tmp_path, 4, callbacks=[rate]).fit(student, DistilledData.from_set(distilled, TinyData()))
         rates.append(rate.rate)
-        assert len(student.augmentation.operations) == 6
+        assert len(student.one_step.augmentation.operations) == 6
     assert rates == [0.03, 0.01, 0.5]
 
 

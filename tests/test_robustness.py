@@ -96,7 +96,7 @@ def test_a_report_is_written_and_finished_students_are_not_trained_again(tmp_pat
     assert [row["label_robust"] for row in written] == [record.label_robust() for record in records]
     for suffix in ("csv", "md", "png"):
         assert (tmp_path / "report" / f"results.{suffix}").stat().st_size > 0
-    monkeypatch.setattr("lightning_dd.evaluators.schedule.run_cell", lambda *a: pytest.fail("trained again"))
+    monkeypatch.setattr("lightning_dd.evaluators.bench.run_cell", lambda *a: pytest.fail("trained again"))
     assert score_files(*asked) == records
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from lightning_dd.augment.crops import draw_crops, resample
 from lightning_dd.distilled import DistilledData
-from lightning_dd.distilled.datamodule import SyntheticBatches
+from lightning_dd.distilled.batches import SyntheticBatches
 from lightning_dd.distilled.set import DistilledSet
 from lightning_dd.distilled.views import SoftViews, draw_views
 from lightning_dd.evaluators.sources import random_real
@@ -22,7 +22,8 @@ from lightning_dd.models.pool import rest
 from lightning_dd.pretrained.task import Task
 from lightning_dd.pretrained.teacher import Teacher
 from lightning_dd.students import Student
-from lightning_dd.students.recipe import Recipe, student_loss, train_student
+from lightning_dd.students.loop import train_student
+from lightning_dd.students.recipe import Recipe, student_loss
 from lightning_dd.synthetic import TeacherLabels
 from lightning_dd.synthetic.labels import labelled_views, relabel
 from lightning_dd.utils.errors import UserError
@@ -294,7 +295,7 @@ def test_a_student_augments_only_where_there_are_no_views(views, tmp_path):
     tiny_trainer(tmp_path, 3, callbacks=[]).fit(student, data)
     batches = [images for images, _ in SyntheticBatches(soft.images, soft.labels, 500, 3, 5, views=soft.views)]
     assert all(torch.equal(seen, batch) == views for seen, batch in zip(student.seen, batches, strict=True))
-    assert (student.label_kind, student.temperature) == ("soft", 4.0)
+    assert (student.one_step.label_kind, student.one_step.temperature) == ("soft", 4.0)
 
 
 def test_a_students_loss_is_the_divergence_at_the_sets_temperature(tmp_path):
@@ -312,7 +313,8 @@ def test_the_bare_loop_sees_the_views_too():
     networks = []
     for augment in ("none", "color", None):
         network = build_network(STUDENT, 3, (1, 8, 8), seed=0)
-        train_student(network, soft_set(views=augment is not None), Recipe(steps=4, lr=0.01), augment or "none", seed=0)
+        recipe = Recipe(steps=4, lr=0.01, augment=augment or "none")
+        train_student(network, soft_set(views=augment is not None), recipe, seed=0)
         networks.append(torch.cat([parameter.flatten() for parameter in network.parameters()]))
     assert torch.equal(networks[0], networks[1])
     assert not torch.equal(networks[0], networks[2])
@@ -366,7 +368,8 @@ def test_a_student_learns_from_soft_labels_alone(tmp_path):
     data = TinyData()
     data.setup("fit")
     network = build_network(TEACHER, 3, (1, 8, 8), seed=0)
-    train_student(network, make_distilled(ipc=8, label_kind="hard"), Recipe(steps=60, lr=0.01), "none", seed=0)
+    recipe = Recipe(steps=60, lr=0.01, augment="none")
+    train_student(network, make_distilled(ipc=8, label_kind="hard"), recipe, seed=0)
     views = views_of(soft_set().images, 40, network, flip=False)
     soft = replace(soft_set(), labels=committee_of(network).logits(soft_set().images), views=views)
     student, data = Student(STUDENT, lr=0.01, warmup=0), DistilledData.from_set(soft, TinyData())

@@ -1,75 +1,19 @@
 """The evaluation DataModule: train on the distilled-set file, score on the real data it stands for."""
 
-from collections.abc import Iterator
 from typing import Any
 
 from pytorch_lightning import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 
 from lightning_dd.data import DATA_PARTS, DATA_SETS, RealData
 from lightning_dd.data.memory import recall
 from lightning_dd.data.registry import DataChoice, build_data
-from lightning_dd.data.sampling import ShuffledStream, pass_through
+from lightning_dd.data.sampling import pass_through
+from lightning_dd.distilled.batches import SyntheticBatches
 from lightning_dd.distilled.set import DistilledSet
-from lightning_dd.distilled.views import SoftViews
+from lightning_dd.losses.labels import initial_labels
 from lightning_dd.utils.errors import UserError
-from lightning_dd.utils.seeding import make_generator
-
-
-class SyntheticBatches(IterableDataset[tuple[Tensor, Tensor]]):
-    """An epoch of shuffled batches of a small set that lives on the device; each rank gets its share of a batch.
-
-    Batch k is a function of seed and k alone, so a resumed run that starts at k continues exactly. A set with views
-    is seen through them: pass e over the set takes its stored epoch e.
-
-    Args:
-        images: ``(n, C, H, W)``.
-        labels: ``(n, num_classes)``.
-        batch_size: rows per batch and rank; together the ranks use at most the whole set.
-        steps: batches in the epoch.
-        seed: of the order.
-        start: batches already used.
-        rank: this process.
-        world_size: number of processes.
-        views: of the images, on their device; their logits then stand for ``labels``.
-
-    Raises:
-        UserError: there are more processes than images.
-    """
-
-    def __init__(
-        self,
-        images: Tensor,
-        labels: Tensor,
-        batch_size: int,
-        steps: int,
-        seed: int,
-        start: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        views: SoftViews | None = None,
-    ) -> None:
-        if world_size > len(images):
-            raise UserError(f"{world_size} processes cannot share {len(images)} synthetic images")
-        self.images, self.labels = images, labels
-        self.rows_per_step = batch_size * world_size
-        self.steps, self.seed, self.start = steps, seed, start
-        self.rank, self.world_size, self.views = rank, world_size, views
-
-    def __len__(self) -> int:
-        return self.steps
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        order = make_generator(self.seed, "order", device=self.images.device)
-        stream = ShuffledStream(len(self.images), self.rows_per_step, order)
-        stream.skip(self.start)
-        for step in range(self.start, self.start + self.steps):
-            rows = stream.next()[self.rank :: self.world_size]
-            if self.views is None:
-                yield self.images[rows], self.labels[rows]
-            else:
-                yield self.views.replay(self.images, step // (stream.size // stream.batch_size), rows)
 
 
 class DistilledData(LightningDataModule):
@@ -80,20 +24,27 @@ class DistilledData(LightningDataModule):
     Args:
         file: a distilled-set file.
         real: the real data; ``None`` rebuilds the one named in the file.
-        batch_size: synthetic images per step and process, at most the whole set.
-        seed: of the batch order.
+        batch_size: synthetic images per step and process, at most the whole set; ``None`` takes what the student's
+            protocol says.
+        seed: of the batch order; ``None`` takes the student's.
 
     Raises:
         UserError: the file is unusable, names no known data set, or disagrees with the real data.
     """
 
-    def __init__(self, file: str, real: RealData | None = None, batch_size: int = 500, seed: int = 0) -> None:
+    def __init__(
+        self, file: str, real: RealData | None = None, batch_size: int | None = None, seed: int | None = None
+    ) -> None:
         super().__init__()
         self._assemble(DistilledSet.load(file), real, batch_size, seed)
 
     @classmethod
     def from_set(
-        cls, distilled: DistilledSet, real: RealData | None = None, batch_size: int = 500, seed: int = 0
+        cls,
+        distilled: DistilledSet,
+        real: RealData | None = None,
+        batch_size: int | None = None,
+        seed: int | None = None,
     ) -> "DistilledData":
         """Build from a set in memory instead of a file."""
         data = cls.__new__(cls)
@@ -101,14 +52,21 @@ class DistilledData(LightningDataModule):
         data._assemble(distilled, real, batch_size, seed)
         return data
 
-    def _assemble(self, distilled: DistilledSet, real: RealData | None, batch_size: int, seed: int) -> None:
-        if batch_size < 1:
+    def _assemble(
+        self, distilled: DistilledSet, real: RealData | None, batch_size: int | None, seed: int | None
+    ) -> None:
+        if batch_size is not None and batch_size < 1:
             raise UserError(f"data.batch_size must be at least 1, got {batch_size}")
         self.distilled = distilled
         self.real = real if real is not None else real_data_of(distilled)
         self.real.use_preprocessing(distilled.preprocessing)
-        self.batch_size = batch_size
-        self.seed = seed
+        self.batch_size, self.seed = batch_size, seed
+        self.suit(500, 0)
+
+    def suit(self, batch_size: int, seed: int) -> None:
+        """Let a student say what was not given: images per step and process, and the seed of the batch order."""
+        self._batch_size = batch_size if self.batch_size is None else self.batch_size
+        self._seed = seed if self.seed is None else self.seed
 
     def prepare_data(self) -> None:
         """Let the real data download what it needs."""
@@ -137,7 +95,7 @@ class DistilledData(LightningDataModule):
             start = trainer.global_step * trainer.accumulate_grad_batches
             rank, world = trainer.global_rank, trainer.world_size
         batches = SyntheticBatches(
-            self._images, self._labels, self.batch_size, steps, self.seed, start, rank, world, self._views
+            self._images, self._labels, self._batch_size, steps, self._seed, start, rank, world, self._views
         )
         return pass_through(batches)
 
@@ -184,6 +142,24 @@ def real_data_of(distilled: DistilledSet, choice: DataChoice = DataChoice()) -> 
         return build_data(part or name, {**arguments, **choice.arguments}, choice.root)
     except UserError as error:
         raise UserError(f"the distilled set's data cannot be rebuilt from the file alone: {error}") from None
+
+
+def real_set(real: RealData, images: Tensor, classes: Tensor, label_kind: str, method: str) -> DistilledSet:
+    """Return real images as a set to learn from, in place of synthetic ones.
+
+    Args:
+        real: where they come from; set up.
+        images: ``(n, C, H, W)``, normalised.
+        classes: ``(n,)`` int64.
+        label_kind: ``learned``, ``centred`` or ``hard``: the labels are those a synthetic set of this kind starts from.
+        method: what the set is called.
+    """
+    facts, preprocessing = real.facts, real.preprocessing
+    assert preprocessing is not None
+    classes = classes.cpu()
+    labels = initial_labels(classes, facts.num_classes, label_kind)
+    names, origin = facts.class_names, real.origin()
+    return DistilledSet(images.cpu(), labels, classes, label_kind, names, preprocessing, origin, method)
 
 
 def check_match(distilled: DistilledSet, real: RealData) -> None:

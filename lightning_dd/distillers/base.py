@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lightning_dd.augment.frepo import default_strategy
 from lightning_dd.data.base import RealData
 from lightning_dd.data.facts import DataFacts
 from lightning_dd.data.images import Split
@@ -20,7 +19,8 @@ from lightning_dd.models.interface import Network
 from lightning_dd.models.mixture import Architectures, NetworkMixture
 from lightning_dd.pretrained.task import Task
 from lightning_dd.pretrained.teacher import Committee, Teacher
-from lightning_dd.students.recipe import Recipe, train_student
+from lightning_dd.students.loop import train_student
+from lightning_dd.students.recipe import Recipe
 from lightning_dd.synthetic.labels import Labels, TeacherLabels
 from lightning_dd.synthetic.parameterisation import Parameterisation, Pixels
 from lightning_dd.synthetic.set import SyntheticSet, check_synthetic
@@ -278,7 +278,7 @@ class Distiller(Resumable, ScoredModule):
         seed = derive_seed(self.seed, "probe")
         with torch.inference_mode(mode=False):  # Lightning is in it already, and parameters made in it cannot learn
             probe = self.build_network(seed, self.student_architecture).to(self.device)
-            train_student(probe, self.distilled_set(), self.probe_recipe, default_strategy(self.facts.mirror), seed)
+            train_student(probe, self.distilled_set(), self.probe_recipe, seed)
         self._probe = (probe,)  # in a tuple: a registered network would enter the checkpoint
 
     def scored_logits(self, images: Tensor) -> Tensor:

@@ -5,15 +5,14 @@ import os.path
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 
+from lightning_dd.data.registry import DataChoice
 from lightning_dd.distilled.set import DistilledSet
+from lightning_dd.evaluators.bench import Bench, check_asked, named
 from lightning_dd.evaluators.matrix import Hardware, Row, cells_of
 from lightning_dd.evaluators.report import markdown, write_report
-from lightning_dd.evaluators.schedule import Bench, Job, train_students
 from lightning_dd.students.recipe import Recipe
 from lightning_dd.utils.checkpoint import public_settings
-from lightning_dd.utils.errors import UserError
 from lightning_dd.utils.files import require_writable
 from lightning_dd.utils.silence import quieten
 
@@ -24,9 +23,9 @@ def evaluate_files(
     output: str,
     seeds: int,
     recipe: Recipe | Mapping[str, Recipe],
-    root: str | None = None,
-    hardware: Hardware = Hardware(),  # noqa: B008  (frozen)
-    workers: int = 1,
+    data: DataChoice = DataChoice(),  # noqa: B008  (frozen)
+    hardware: Hardware = Hardware(),  # noqa: B008
+    workers: int | str = 1,
 ) -> list[Row]:
     """Train every architecture and seed on every set and on random real images, and write the report.
 
@@ -41,9 +40,9 @@ def evaluate_files(
         output: folder of the report.
         seeds: students per architecture and source, at least 1.
         recipe: how students are trained; several by name make a matrix of sets by protocols.
-        root: folder of the real data on this machine.
+        data: the real data; what is left out is taken from where a set says it came from.
         hardware: where students are trained.
-        workers: processes of this machine that train students side by side, at least 1.
+        workers: processes of this machine that train students side by side, at least 1; ``auto`` for one per core.
 
     Returns:
         One row per student; nothing on processes that do not write the report.
@@ -51,39 +50,20 @@ def evaluate_files(
     Raises:
         UserError: a file, an architecture, the data or the folder is unusable.
     """
-    if seeds < 1:
-        raise UserError(f"seeds must be at least 1, got {seeds}")
-    if workers < 1:
-        raise UserError(f"workers must be at least 1, got {workers}")
-    if not files or not architectures:
-        raise UserError("evaluate needs at least one file and one architecture")
+    check_asked(files, architectures, seeds, workers)
     folder = require_writable(output)
     recipes = {"": recipe} if isinstance(recipe, Recipe) else dict(recipe)
-    job = Job(named(files), recipes, folder, root, hardware)
-    bench = Bench(job)
+    bench = Bench(named(files), recipes, folder, data, hardware)
     architectures = bench.architectures(architectures)
     quieten(bar_only=True)
     cells = cells_of(list(bench.sets), architectures, seeds, list(recipes))
-    if not train_students(cells, job, bench, workers):
+    if not bench.train(cells, workers):
         return []
-    rows = _in_groups([bench.work(cell) for cell in cells], bench.sets)
+    rows = _in_groups([bench.row(cell) for cell in cells], bench.sets)
     paths = write_report(rows, folder)
     print(f"\n{markdown(rows)}\nreport: {folder}/results.md, .json, .csv; figure: {paths['png']}")
     print(f"student curves: tensorboard --logdir {folder / 'tensorboard'}")
     return rows
-
-
-def named(files: Sequence[str]) -> dict[str, str]:
-    """Name each file by its stem, or by folder and stem where stems repeat."""
-    found: dict[str, str] = {}
-    for file in files:
-        name = Path(file).stem
-        if name in found:
-            name = f"{Path(file).parent.name}-{name}"
-        if name in found:
-            raise UserError(f"two files give the same set name '{name}': rename one")
-        found[name] = file
-    return found
 
 
 def _in_groups(rows: Sequence[Row], sets: dict[str, DistilledSet]) -> list[Row]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pytorch_lightning import Callback, LightningModule, Trainer
-from pytorch_lightning.callbacks import EMAWeightAveraging
+from pytorch_lightning.callbacks import LambdaCallback
 from pytorch_lightning.loggers import TensorBoardLogger
 
 from lightning_dd.data import RealData
@@ -94,7 +94,7 @@ def run_cell(
     recipe: Recipe,
     hardware: Hardware,
     log_dir: Path,
-    on_step: Callable[[], None],
+    on_step: Callable[[], object],
 ) -> Row:
     """Train and test one student.
 
@@ -108,11 +108,11 @@ def run_cell(
         on_step: called after every training step.
     """
     source = SOURCES[cell.source](distilled, real, cell.seed)
-    data = DistilledData.from_set(source, real, recipe.batch_size, seed=cell.seed)
+    data = DistilledData.from_set(source, real)
     student = Student.with_recipe(cell.architecture, recipe, cell.seed)
     steps = recipe.steps_for(len(distilled))
     best = BestWeights()
-    trainer = _trainer(cell, steps, recipe, hardware, log_dir, [StepReport(on_step), best])
+    trainer = _trainer(cell, steps, hardware, log_dir, [LambdaCallback(on_train_batch_end=lambda *_: on_step()), best])
     logger = trainer.loggers[0]
     trainer.fit(student, datamodule=data)
     trainer.logger = None  # tests would each open another event file
@@ -141,10 +141,8 @@ def run_cell(
     )
 
 
-def _trainer(
-    cell: Cell, steps: int, recipe: Recipe, hardware: Hardware, log_dir: Path, callbacks: list[Callback]
-) -> Trainer:
-    """Return a quiet Trainer that validates five times, with the moving average the recipe asks for."""
+def _trainer(cell: Cell, steps: int, hardware: Hardware, log_dir: Path, callbacks: list[Callback]) -> Trainer:
+    """Return a quiet Trainer that validates five times."""
     parts = [cell.architecture, cell.source, str(cell.seed), *([cell.protocol] if cell.protocol else [])]
     version = re.sub(r"[^\w.=-]+", "-", "-".join(parts))
     return Trainer(
@@ -160,27 +158,12 @@ def _trainer(
         enable_model_summary=False,
         enable_checkpointing=False,
         logger=TensorBoardLogger(log_dir, name=cell.set_name, version=version, default_hp_metric=False),
-        callbacks=[*callbacks, *([EMAWeightAveraging(decay=recipe.ema)] if recipe.ema else [])],
+        callbacks=callbacks,
     )
 
 
 def _test(trainer: Trainer, student: Student, data: DistilledData) -> float:
     return float(trainer.test(student, datamodule=data, verbose=False)[0]["test/accuracy"])
-
-
-class StepReport(Callback):
-    """Call a function after every training step.
-
-    Args:
-        on_step: the function.
-    """
-
-    def __init__(self, on_step: Callable[[], None]) -> None:
-        self.on_step = on_step
-
-    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
-        """Report the step."""
-        self.on_step()
 
 
 class BestWeights(Callback):

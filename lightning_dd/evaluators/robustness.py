@@ -18,10 +18,10 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from lightning_dd.data.registry import DataChoice
 from lightning_dd.distilled.set import DistilledSet
-from lightning_dd.evaluators.evaluate import named
+from lightning_dd.evaluators.bench import Bench, check_asked, named
 from lightning_dd.evaluators.matrix import Cell, Hardware
-from lightning_dd.evaluators.schedule import Bench, Job, train_students
 from lightning_dd.evaluators.sources import ALL_REAL, DISTILLED, HARD_LABELS, RANDOM_REAL, SAME_LABELS, WITHOUT_VIEWS
 from lightning_dd.report import markdown_table, write_results
 from lightning_dd.students.recipe import Recipe
@@ -82,9 +82,9 @@ def score_files(
     recipe: Recipe,
     full: Recipe,
     control: str | None = None,
-    root: str | None = None,
-    hardware: Hardware = Hardware(),  # noqa: B008  (frozen)
-    workers: int = 1,
+    data: DataChoice = DataChoice(),  # noqa: B008  (frozen)
+    hardware: Hardware = Hardware(),  # noqa: B008
+    workers: int | str = 1,
 ) -> list[Robustness]:
     """Train the students that both scores need, and write the report; finished students are not trained again.
 
@@ -96,9 +96,9 @@ def score_files(
         recipe: of students on a distilled set or on random real images.
         full: of students on the whole real training split; has ``steps``.
         control: file of random real images with soft labels of the same teacher; needed for sets with soft labels.
-        root: folder of the real data on this machine.
+        data: the real data; what is left out is taken from where a set says it came from.
         hardware: where students are trained.
-        workers: processes of this machine that train students side by side.
+        workers: processes of this machine that train students side by side, at least 1; ``auto`` for one per core.
 
     Returns:
         One record per set, architecture and seed; nothing on processes that do not write the report.
@@ -106,17 +106,13 @@ def score_files(
     Raises:
         UserError: a file, an architecture, the data or the folder is unusable, or a control is missing.
     """
-    if seeds < 1 or workers < 1:
-        raise UserError(f"seeds and workers must be at least 1, got {seeds} and {workers}")
-    if not files or not architectures:
-        raise UserError("scores needs at least one file and one architecture")
+    check_asked(files, architectures, seeds, workers)
     folder = require_writable(output)
     names = named(files)
     if _CONTROL in names:
         raise UserError(f"a set must not be called '{_CONTROL}': rename {names[_CONTROL]}")
     recipes = {_OWN: recipe, _PLAIN: replace(recipe, augment="none"), _FULL: full}
-    job = Job(names | ({_CONTROL: control} if control else {}), recipes, folder, root, hardware)
-    bench = Bench(job)
+    bench = Bench(names | ({_CONTROL: control} if control else {}), recipes, folder, data, hardware)
     for name in names:
         _check_control(name, bench.sets[name], bench.sets.get(_CONTROL))
     architectures = bench.architectures(architectures)
@@ -127,10 +123,10 @@ def score_files(
         for architecture in architectures
         for seed in range(seeds)
     }
-    if not train_students([cell for cells in asked.values() for cell in cells.values()], job, bench, workers):
+    if not bench.train([cell for cells in asked.values() for cell in cells.values()], workers):
         return []
     records = [
-        Robustness(*key, *(bench.work(cells[name]).accuracy for name in _ACCURACIES)) for key, cells in asked.items()
+        Robustness(*key, *(bench.row(cells[name]).accuracy for name in _ACCURACIES)) for key, cells in asked.items()
     ]
     _write(records, folder)
     print(f"\n{markdown(records)}\nreport: {folder}/results.md, .json, .csv, .png")

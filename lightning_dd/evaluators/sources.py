@@ -4,10 +4,10 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from lightning_dd.data import RealData
 from lightning_dd.data.sampling import draw_per_class
+from lightning_dd.distilled.datamodule import real_set
 from lightning_dd.distilled.set import DistilledSet
 from lightning_dd.losses.labels import initial_labels
 from lightning_dd.utils.errors import UserError
@@ -27,7 +27,7 @@ def random_real(distilled: DistilledSet, real: RealData, seed: int) -> Distilled
     label_kind = "hard" if distilled.label_kind == "soft" else distilled.label_kind
     rows = draw_per_class(real.train.labels, distilled.ipc, distilled.num_classes, make_generator(seed, "random-real"))
     classes = torch.arange(distilled.num_classes).repeat_interleave(distilled.ipc)
-    return _real_set(distilled, real.train.take(rows).images, classes, label_kind, RANDOM_REAL)
+    return real_set(real, real.train.take(rows).images, classes, label_kind, RANDOM_REAL)
 
 
 def random_same_labels(distilled: DistilledSet, real: RealData, seed: int) -> DistilledSet:
@@ -65,21 +65,7 @@ def all_real(distilled: DistilledSet, real: RealData, seed: int) -> DistilledSet
     if real.on_disk:
         raise UserError(f"{real.name} is read from disk: training on all of it needs it in memory (data.on_disk false)")
     images, labels = train.everything()
-    return _real_set(distilled, images, labels.cpu(), "hard", ALL_REAL)
-
-
-def _real_set(distilled: DistilledSet, images: Tensor, classes: Tensor, label_kind: str, method: str) -> DistilledSet:
-    """Make a set of real images ``(n, C, H, W)``, normalised as the distilled ones, of ``classes`` ``(n,)``."""
-    return DistilledSet(
-        images=images.cpu(),
-        labels=initial_labels(classes, distilled.num_classes, label_kind),
-        classes=classes,
-        label_kind=label_kind,
-        class_names=distilled.class_names,
-        preprocessing=distilled.preprocessing,
-        data=distilled.data,
-        method=method,
-    )
+    return real_set(real, images, labels, "hard", ALL_REAL)
 
 
 SOURCES: dict[str, Callable[[DistilledSet, RealData, int], DistilledSet]] = {

@@ -22,83 +22,34 @@ _RDED_RATES = (
     ("swin", 1e-4),
 )
 
+_SGD = Recipe(
+    epochs=1000,
+    lr=0.01,
+    warmup=0,
+    batch_size=256,
+    augment="siamese",
+    optimizer="sgd",
+    momentum=0.9,
+    weight_decay=5e-4,
+    schedule="step",
+)
+_ADAMW = Recipe(epochs=300, lr=1e-3, warmup=0, augment="none", optimizer="adamw", weight_decay=0.01)
+
 PROTOCOLS: dict[str, Recipe] = {
     # Zhou et al. 2022, arXiv 2206.00719: Adam, warm-up 500 steps, cosine to 1 %, steps by the number of images.
     "frepo": Recipe(),
     # Zhao et al. 2021, arXiv 2006.05929: SGD, 300 epochs, a tenth at half of them, no augmentation.
-    "dc": Recipe(
-        epochs=300,
-        lr=0.01,
-        warmup=0,
-        batch_size=256,
-        augment="none",
-        optimizer="sgd",
-        momentum=0.9,
-        weight_decay=5e-4,
-        schedule="step",
-    ),
+    "dc": replace(_SGD, epochs=300, augment="none"),
     # Zhao & Bilen 2021, arXiv 2102.08259, and DM (2023): the same for 1,000 epochs with their augmentation.
-    "dsa": Recipe(
-        epochs=1000,
-        lr=0.01,
-        warmup=0,
-        batch_size=256,
-        augment="siamese",
-        optimizer="sgd",
-        momentum=0.9,
-        weight_decay=5e-4,
-        schedule="step",
-    ),
+    "dsa": _SGD,
     # Cazenavette et al. 2022, arXiv 2203.11932, and DATM (Guo et al. 2024): with the step size that was learned.
-    "mtt": Recipe(
-        epochs=1000,
-        lr=0.01,
-        warmup=0,
-        batch_size=256,
-        augment="siamese",
-        optimizer="sgd",
-        momentum=0.9,
-        weight_decay=5e-4,
-        schedule="step",
-        learned_lr=True,
-    ),
+    "mtt": replace(_SGD, learned_lr=True),
     # Cazenavette et al. 2023, arXiv 2305.01649: warm-up for half of the run, then a cosine; a moving average is tested.
-    "glad": Recipe(
-        epochs=1000,
-        lr=1e-3,
-        warmup=10**9,
-        final_lr=0.0,
-        batch_size=256,
-        augment="siamese",
-        optimizer="sgd",
-        momentum=0.9,
-        weight_decay=5e-4,
-        ema=0.995,
-        lr_of=_GLAD_VGG,
-    ),
+    "glad": replace(_SGD, lr=1e-3, warmup=10**9, final_lr=0.0, schedule="cosine", ema=0.995, lr_of=_GLAD_VGG),
     # Yin et al. 2023, arXiv 2306.13092: AdamW and a cosine on replayed views.
-    "sre2l": Recipe(
-        epochs=300,
-        lr=1e-3,
-        warmup=0,
-        final_lr=0.0,
-        batch_size=1024,
-        augment="none",
-        optimizer="adamw",
-        weight_decay=0.01,
-    ),
+    "sre2l": replace(_ADAMW, final_lr=0.0, batch_size=1024),
     # Sun et al. 2024, arXiv 2312.03526: AdamW by architecture, half a cosine, on replayed views.
-    "rded": Recipe(
-        epochs=300,
-        lr=1e-3,
-        warmup=0,
-        batch_size=100,
-        augment="none",
-        optimizer="adamw",
-        weight_decay=0.01,
-        schedule="half_cosine",
-        lr_of=_RDED_RATES,
-    ),
+    "rded": replace(_ADAMW, batch_size=100, schedule="half_cosine", lr_of=_RDED_RATES),
 }
 
 

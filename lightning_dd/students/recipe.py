@@ -15,12 +15,8 @@ from torch.nn import functional as F
 
 from lightning_dd.augment.frepo import Augmentation, default_strategy
 from lightning_dd.augment.siamese import siamese, siamese_strategy
-from lightning_dd.data.sampling import ShuffledStream
-from lightning_dd.distilled.set import DistilledSet
 from lightning_dd.losses.krr import half_squared_error
-from lightning_dd.models.interface import Network
 from lightning_dd.utils.errors import UserError, unknown_name
-from lightning_dd.utils.seeding import derive_seed, make_generator, seeded
 
 _FREPO_STEPS = {10: 1000, 100: 2000, 200: 20000, 400: 5000, 500: 5000, 1000: 10000, 2000: 40000, 5000: 40000}
 
@@ -74,24 +70,19 @@ class Recipe:
         for name, known in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
             if getattr(self, name) not in known:
                 raise unknown_name(f"recipe.{name}", str(getattr(self, name)), known)
-        if self.epochs is not None and self.epochs < 1:
-            raise UserError(f"recipe.epochs must be at least 1, got {self.epochs}")
-        if not 0 <= self.momentum < 1:
-            raise UserError(f"recipe.momentum must be in [0, 1), got {self.momentum}")
-        if self.weight_decay < 0:
-            raise UserError(f"recipe.weight_decay must be at least 0, got {self.weight_decay}")
-        if self.steps is not None and self.steps < 1:
-            raise UserError(f"recipe.steps must be at least 1, got {self.steps}")
-        if self.lr <= 0:
-            raise UserError(f"recipe.lr must be positive, got {self.lr}")
-        if self.warmup < 0:
-            raise UserError(f"recipe.warmup must be at least 0 steps, got {self.warmup}")
-        if not 0 <= self.final_lr <= 1:
-            raise UserError(f"recipe.final_lr must be in [0, 1], got {self.final_lr}")
-        if not 0 <= self.ema < 1:
-            raise UserError(f"recipe.ema must be in [0, 1), got {self.ema}")
-        if self.batch_size < 1:
-            raise UserError(f"recipe.batch_size must be at least 1, got {self.batch_size}")
+        for name, fits, range_ in (
+            ("steps", self.steps is None or self.steps >= 1, "at least 1"),
+            ("epochs", self.epochs is None or self.epochs >= 1, "at least 1"),
+            ("lr", self.lr > 0, "positive"),
+            ("warmup", self.warmup >= 0, "at least 0 steps"),
+            ("final_lr", 0 <= self.final_lr <= 1, "in [0, 1]"),
+            ("batch_size", self.batch_size >= 1, "at least 1"),
+            ("ema", 0 <= self.ema < 1, "in [0, 1)"),
+            ("momentum", 0 <= self.momentum < 1, "in [0, 1)"),
+            ("weight_decay", self.weight_decay >= 0, "at least 0"),
+        ):
+            if not fits:
+                raise UserError(f"recipe.{name} must be {range_}, got {getattr(self, name)}")
 
     def steps_for(self, rows: int) -> int:
         """Training steps for a set of ``rows`` images: ``steps``, ``epochs``, or FRePo's table (next larger entry).
@@ -217,39 +208,3 @@ def student_loss(logits: Tensor, labels: Tensor, label_kind: str, temperature: f
         own, target = (F.log_softmax(rows.float() / temperature, dim=1) for rows in (logits, labels))
         return F.kl_div(own, target, reduction="batchmean", log_target=True)
     return half_squared_error(logits, labels)
-
-
-def train_student(network: Network, distilled: DistilledSet, recipe: Recipe, augment: str, seed: int) -> Network:
-    """Train a network on a synthetic set in a bare loop, for scores watched while distilling.
-
-    Views stored with the set are its augmentation: then there is no other.
-
-    Args:
-        network: trained in place, on its device, and returned in inference mode.
-        distilled: images, labels and what goes with them.
-        recipe: how.
-        augment: the strategy that ``recipe.augment`` stands for.
-        seed: of batch order and augmentation.
-    """
-    device = next(network.parameters()).device
-    images, labels = distilled.images.to(device), distilled.labels.to(device)
-    views = distilled.views and distilled.views.to(device)
-    steps = recipe.steps_for(len(images))
-    optimizer = recipe.build_optimizer(network)
-    scheduler = recipe.scheduler(optimizer, steps)
-    stream = ShuffledStream(len(images), recipe.batch_size, make_generator(seed, "order", device=device))
-    augmentation, draws = Augmentation(augment), make_generator(seed, "augment")
-    network.train().requires_grad_(True)
-    with torch.enable_grad(), seeded(derive_seed(seed, "dropout")):
-        for step in range(steps):
-            rows = stream.next()
-            if views is None:
-                batch, targets = augmentation(images[rows], draws), labels[rows]
-            else:
-                batch, targets = views.replay(images, step // (stream.size // stream.batch_size), rows)
-            loss = student_loss(network(batch), targets, distilled.label_kind, distilled.temperature)
-            torch.autograd.backward(loss)
-            optimizer.step()
-            scheduler.step()
-            optimizer.zero_grad(set_to_none=True)
-    return network.eval().requires_grad_(False)

@@ -3,17 +3,18 @@
 from typing import Any
 
 import torch
+from pytorch_lightning import Callback
+from pytorch_lightning.callbacks import EMAWeightAveraging
 from torch import Tensor
 
-from lightning_dd.augment.frepo import Augmentation
 from lightning_dd.distilled.datamodule import DistilledData
 from lightning_dd.models.factory import build_network
+from lightning_dd.students.loop import StudentStep
 from lightning_dd.students.protocols import protocol as published
-from lightning_dd.students.recipe import Recipe, student_loss
+from lightning_dd.students.recipe import Recipe
 from lightning_dd.utils.checkpoint import check_settings, public_settings
 from lightning_dd.utils.errors import UserError
 from lightning_dd.utils.scoring import ScoredModule
-from lightning_dd.utils.seeding import derive_seed, make_generator, seeded
 
 _STATE = "lightning_dd_student"
 
@@ -21,9 +22,10 @@ _STATE = "lightning_dd_student"
 class Student(ScoredModule):
     """Train one architecture on a distilled set, with FRePo's evaluation protocol (Zhou et al. 2022) as default.
 
-    It knows nothing of distillers: everything it needs comes from :class:`~lightning_dd.evaluators.DistilledData`.
-    Its length is the Trainer's ``max_steps``. For a moving average of the weights add Lightning's
-    ``EMAWeightAveraging`` callback.
+    It knows nothing of distillers: everything it needs comes from :class:`~lightning_dd.distilled.DistilledData`. A
+    protocol is followed as ``evaluate`` follows it. It says how many steps there are where the Trainer has no
+    ``max_steps``, how many images a batch has where the data has no ``batch_size``, and whether a moving average of the
+    weights is tested: the student brings Lightning's ``EMAWeightAveraging`` callback by itself.
 
     Args:
         architecture: any name of the factory, with options as ``name:option=value,...``.
@@ -34,7 +36,8 @@ class Student(ScoredModule):
         final_lr: last learning rate relative to the peak.
         augment: operations joined by ``_``; ``auto`` is FRePo's family for the data, ``siamese`` that of DSA, ``none``
             is none. A set with views is not augmented again.
-        seed: of weights, dropout and augmentation.
+        ema: decay of the moving average of the weights; 0 for none.
+        seed: of weights, dropout and augmentation, and of the batch order where the data has no seed.
 
     Raises:
         UserError: a number is out of range, or the network cannot take the data's images.
@@ -48,12 +51,13 @@ class Student(ScoredModule):
         warmup: int | None = None,
         final_lr: float | None = None,
         augment: str | None = None,
+        ema: float | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
         self.architecture = architecture
-        self.recipe = published(protocol, lr=lr, warmup=warmup, final_lr=final_lr, augment=augment)
+        self.recipe = published(protocol, lr=lr, warmup=warmup, final_lr=final_lr, augment=augment, ema=ema)
         self.seed = seed
 
     @classmethod
@@ -75,14 +79,19 @@ class Student(ScoredModule):
             distilled = self._distilled_data().distilled
             self._build(distilled.num_classes, distilled.image_shape)
 
+    def configure_callbacks(self) -> list[Callback]:
+        """Bring the moving average of the weights, if the recipe has one."""
+        return [EMAWeightAveraging(decay=self.recipe.ema)] if self.recipe.ema else []
+
     def setup(self, stage: str) -> None:
-        """Take the form of the labels and the augmentation from the data; views that come with a set are its own."""
+        """Take labels, views and a learned learning rate from the data; say what neither it nor the Trainer says."""
         data = self._distilled_data()
-        self.label_kind, self.temperature = data.distilled.label_kind, data.distilled.temperature
         learned: float | None = data.distilled.training.get("step_size")
         self.recipe = self.recipe.suited_to(self.architecture, learned)
-        replayed = data.distilled.views is not None
-        self.augmentation = Augmentation("none") if replayed else self.recipe.augmentation(data.real.mirror)
+        self.one_step = StudentStep.on(data.distilled, self.recipe, self.seed, data.real.mirror)
+        data.suit(self.recipe.batch_size, self.seed)
+        if stage == "fit" and self.trainer.max_steps == -1:
+            self.trainer.fit_loop.epoch_loop.max_steps = self.recipe.steps_for(len(data.distilled))
 
     def forward(self, images: Tensor) -> Tensor:
         """Map normalised images ``(N, C, H, W)`` to logits ``(N, num_classes)``."""
@@ -91,11 +100,7 @@ class Student(ScoredModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Fit one batch; randomness depends on seed, rank and step alone, so a resumed run is exact."""
-        images, labels = batch
-        place = (self.global_rank, self.trainer.fit_loop.total_batch_idx)
-        images = self.augmentation(images, make_generator(self.seed, "augment", *place))
-        with seeded(derive_seed(self.seed, "dropout", *place)):
-            loss = student_loss(self(images), labels, self.label_kind, self.temperature)
+        loss = self.one_step.loss(self, *batch, self.trainer.fit_loop.total_batch_idx, self.global_rank)
         self.log("student/loss", loss.detach(), prog_bar=True)
         return loss
 
@@ -131,11 +136,11 @@ class Student(ScoredModule):
             return
         self.num_classes, self.image_shape = num_classes, image_shape
         network = build_network(self.architecture, num_classes, image_shape, self.seed)
-        self.network = network.to(memory_format=torch.channels_last)  # pooling is several times faster so on a CPU
+        self.network = network.to(memory_format=torch.channels_last)  # as in the bare loop
         self.make_accuracy(num_classes)
 
     def configure_optimizers(self) -> Any:
-        """Return Adam with warm-up and cosine over the Trainer's ``max_steps``."""
+        """Return the recipe's optimizer and schedule over the Trainer's ``max_steps``."""
         optimizer = self.recipe.build_optimizer(self.network)
         schedule = self.recipe.scheduler(optimizer, max(1, self.trainer.max_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

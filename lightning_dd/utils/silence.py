@@ -10,6 +10,8 @@ _NOISE = (
     ".*`IterableDataset` has `__len__` defined.*",
     ".*but have no `val_dataloader`.*",
     ".*Total length of `list` across ranks is zero.*",  # data without a validation split
+    ".*`max_epochs` was not set.*",  # a student's protocol says how long it is
+    ".*WeightAveraging callback with a model that overrides.*",  # a student is on one device
     ".*your dataloader is not resumable.*",  # it need not be: modules draw their own batches
 )
 _BARS = logging.getLogger("lightning_dd.bars")  # logs nothing: its switch is the process's

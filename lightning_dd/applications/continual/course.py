@@ -6,11 +6,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lightning_dd.applications.continual.plan import Plan, class_order, split_classes
+from lightning_dd.applications.continual.plan import JOINT, Plan, class_order, split_classes
 from lightning_dd.data import ClassSubset
 from lightning_dd.data.subset import save_preprocessing
+from lightning_dd.distilled.datamodule import real_set
 from lightning_dd.distilled.set import DistilledSet
-from lightning_dd.losses.labels import initial_labels
 from lightning_dd.utils.seeding import derive_seed
 
 
@@ -43,17 +43,17 @@ class Course:
         """Return a seed for a purpose within this order, below 2^31."""
         return derive_seed(self.number, "continual", *names) % 2**31
 
+    def memory_file(self, method: str, step: int) -> Path:
+        """Return where the united memory of a method lies after ``step``."""
+        return self.folder / method / f"step{step + 1}" / "memory.safetensors"
+
     def data_of(self, step: int) -> dict[str, Any]:
         """Return the configuration of a step's data: its own classes only."""
-        arguments: dict[str, Any] = {
-            "source": self.plan.data,
-            "classes": self.steps[step],
-            "source_args": self.plan.data_args,
-            "preprocessing_file": str(self._preprocessing_file),
+        arguments = {"classes": self.steps[step], "preprocessing_file": str(self._preprocessing_file)}
+        return {
+            "class_path": "lightning_dd.data.ClassSubset",
+            "init_args": self.plan.data.as_source() | arguments,
         }
-        if self.plan.root is not None:
-            arguments["root"] = self.plan.root
-        return {"class_path": "lightning_dd.data.ClassSubset", "init_args": arguments}
 
     def seen_data(self, step: int) -> ClassSubset:
         """Return the real data of all classes seen after ``step``, for scoring and the upper line alone."""
@@ -64,22 +64,12 @@ class Course:
         data = self.seen_data(step)
         data.setup("fit")
         assert data.train is not None
-        assert data.preprocessing is not None
-        images, classes = data.train.everything()
-        return DistilledSet(
-            images=images,
-            labels=initial_labels(classes, data.facts.num_classes, "hard"),
-            classes=classes,
-            label_kind="hard",
-            class_names=data.facts.class_names,
-            preprocessing=data.preprocessing,
-            method="joint",
-        )
+        return real_set(data, *data.train.everything(), "hard", JOINT)
 
     @cached_property
     def _preprocessing_file(self) -> Path:
         """The map of the first step, written once."""
-        spec = [self.plan.data, self.plan.data_args, self.steps[0]]
+        spec = [self.plan.data.name, dict(self.plan.data.arguments), self.steps[0]]
         key = hashlib.blake2b(json.dumps(spec, sort_keys=True).encode(), digest_size=8).hexdigest()
         path = self.folder / f"preprocessing-{key}.safetensors"
         if not path.is_file():
@@ -90,5 +80,4 @@ class Course:
         return path
 
     def _subset(self, classes: list[int], preprocessing_file: str | None = None) -> ClassSubset:
-        plan = self.plan
-        return ClassSubset(plan.data, classes, plan.data_args, preprocessing_file, plan.root)
+        return ClassSubset(classes=classes, preprocessing_file=preprocessing_file, **self.plan.data.as_source())

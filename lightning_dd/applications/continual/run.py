@@ -1,70 +1,90 @@
 """Run a continual experiment: distil step by step, train students after each, report; resumable at every step."""
 
-import hashlib
 import time
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from lightning_dd.applications.continual.course import Course
-from lightning_dd.applications.continual.plan import JOINT, Method, Plan
+from lightning_dd.applications.continual.plan import JOINT, Plan
 from lightning_dd.applications.continual.report import Row, forgetting, markdown, write_report
 from lightning_dd.applications.continual.students import score_student
 from lightning_dd.data.registry import build_data
 from lightning_dd.distilled.set import DistilledSet, library_versions
 from lightning_dd.distilled.union import union
-from lightning_dd.evaluators.ledger import Ledger
-from lightning_dd.experiment import distil
+from lightning_dd.experiment import Method, digests, distil
+from lightning_dd.jobs import Job, Ledger, Tick, check_workers, device_of, run_jobs
 from lightning_dd.models.factory import build_network
+from lightning_dd.students.recipe import Recipe
 from lightning_dd.utils.errors import UserError
 from lightning_dd.utils.files import require_writable
 from lightning_dd.utils.silence import quieten
 
-UPPER_LINE = Method(JOINT, ())
+
+@dataclass(frozen=True)
+class Lesson:
+    """One student of one step."""
+
+    method: str
+    """The name of a method, or :data:`~lightning_dd.applications.continual.plan.JOINT`."""
+    step: int
+    architecture: str
+    number: int
 
 
-def run_continual(methods: Sequence[Method], plan: Plan, output: Path | str) -> list[Row]:
+def run_continual(methods: Mapping[str, Method], plan: Plan, output: Path | str, workers: int | str = 1) -> list[Row]:
     """Let classes come in steps; after each, distil its classes, unite the memory and train students from scratch.
 
     A step distils its own classes only, independently of earlier steps; nothing of later classes is used, and no real
     image of earlier ones. Every method's memory is scored with the same students' seeds on the same class orders.
 
-    Everything finished is kept under ``output/order<s>/<method>/step<t>/`` (the distilled set and its run, the united
-    memory, the students' scores): an interrupted experiment goes on where it stopped and ends with the same table, and
-    orders, methods or students' settings can be changed or added later without distilling again.
+    Everything finished is kept: distilled sets with their runs and the united memory under
+    ``output/order<s>/<method>/step<t>/``, students' scores in ``output/students``. An interrupted experiment goes on
+    where it stopped and ends with the same table, and orders, methods or students' settings can be changed or added
+    later without distilling again.
 
     Args:
-        methods: what fills the memory.
+        methods: what fills the memory, by name.
         plan: data, steps, budget and students.
         output: folder of the report and of all files.
+        workers: processes that train students side by side, at least 1; ``auto`` for one per core.
 
     Returns:
-        One row per method, architecture, order and step.
+        One row per method, architecture, order and step; nothing on processes that do not write the report.
 
     Raises:
         UserError: a setting does not fit the data, a configuration is unusable, or the folder holds distillations with
             other settings.
     """
+    check_workers(workers)
+    if not methods or JOINT in methods:
+        raise UserError(f"methods: name at least one, as name: [file.yaml, --option=value], and none '{JOINT}'")
     folder = require_writable(output)
     quieten(bar_only=True)
     num_classes = _check_data(plan)
+    names = [*methods, *([JOINT] if plan.joint else [])]
     courses = [Course(plan, order, num_classes, folder / f"order{order}") for order in range(plan.orders)]
-    rows: list[Row] = []
+    ledger, rows = Ledger(folder / "students"), list[Row]()
     for course in courses:
-        for method in (*methods, *([UPPER_LINE] if plan.joint else [])):
-            records = []
+        for method in methods.values():
             for step in range(plan.steps):
-                start = time.perf_counter()
-                record = _step_record(method, plan, course, step)
-                records.append(record)
-                _say(method, course, step, record, time.perf_counter() - start)
-            rows += rows_of(method.name, course.number, records)
-        paths = write_report(rows, folder)
-    print(f"\n{markdown(rows)}\nreport: {folder}/results.md, .json, .csv; figure: {paths['png']}")
-    print(f"curves: tensorboard --logdir {folder / 'tensorboard'}")
+                _memory(method, plan, course, step)
+        jobs = {lesson: _job(lesson, methods, plan, course) for lesson in _lessons(names, plan)}
+        if not run_jobs(list(jobs.values()), partial(_score, plan, course), ledger, workers, unit="step"):
+            continue
+        for name in names:
+            found = {lesson: ledger.need(job.identity) for lesson, job in jobs.items() if lesson.method == name}
+            records = [_step_record(found, name, step, plan) for step in range(plan.steps)]
+            _say(name, course, records)
+            rows += rows_of(name, course.number, records)
+        write_report(rows, folder)
+    if rows:
+        print(f"\n{markdown(rows)}\nreport: {folder}/results.md, .json, .csv; figure: {folder}/results.png")
+        print(f"curves: tensorboard --logdir {folder / 'tensorboard'}")
     return rows
 
 
@@ -93,71 +113,78 @@ def rows_of(method: str, order: int, records: Sequence[dict[str, Any]]) -> list[
     return rows
 
 
-def _step_record(method: Method, plan: Plan, course: Course, step: int) -> dict[str, Any]:
-    """Return the scores of one step: those on disk, or new ones."""
-    place = course.folder / method.name / f"step{step + 1}"
-    ledger, identity = Ledger(place / "scores"), _identity(method, plan, course, step)
-    found = ledger.read(identity)
-    if found is not None:
-        return found
-    memory = course.joint_set(step) if method is UPPER_LINE else _memory(method, plan, course, step)
-    recipe = plan.joint if method is UPPER_LINE else plan.recipe
-    assert recipe is not None
-    scores = {
-        architecture: [
-            score_student(
-                architecture,
-                memory,
-                course.seen_data(step),
-                recipe,
-                course.seed("student", number),
-                plan.accelerator,
-            )
-            for number in range(plan.students)
-        ]
+def _lessons(names: Sequence[str], plan: Plan) -> list[Lesson]:
+    return [
+        Lesson(name, step, architecture, number)
+        for name in names
+        for step in range(plan.steps)
         for architecture in plan.architectures
-    }
-    record = {"images": len(memory), "class_names": list(memory.class_names), "scores": scores}
-    ledger.write(identity, record)
-    return record
+        for number in range(plan.students)
+    ]
 
 
-def _memory(method: Method, plan: Plan, course: Course, step: int) -> DistilledSet:
-    """Distil a step's classes where that is not done yet, and unite them with those of the steps before."""
-    base = course.folder / method.name
-    for number in range(step + 1):
-        overrides = [
-            f"--seed_everything={course.seed('distil', number)}",
-            f"--model.init_args.ipc={plan.ipc}",
-            "--trainer.enable_progress_bar=false",
-            "--trainer.enable_model_summary=false",
-            "--trainer.limit_val_batches=0",  # the last outer step's set is taken, so no probe need be trained
-            *([] if plan.accelerator == "auto" else [f"--trainer.accelerator={plan.accelerator}"]),
-            *method.options,
-        ]
-        distil(method.configs, course.data_of(number), base / f"step{number + 1}", overrides)
-    memory = union([DistilledSet.load(base / f"step{number + 1}" / "last.safetensors") for number in range(step + 1)])
-    memory.save(base / f"step{step + 1}" / "memory.safetensors")
-    return memory
-
-
-def _identity(method: Method, plan: Plan, course: Course, step: int) -> dict[str, Any]:
-    """Return everything the scores of a step depend on."""
-    upper = method is UPPER_LINE
-    recipe = plan.joint if upper else plan.recipe
-    assert recipe is not None
-    return {
-        "data": [plan.data, plan.data_args],
-        "classes": course.steps[: step + 1],
+def _job(lesson: Lesson, methods: Mapping[str, Method], plan: Plan, course: Course) -> Job:
+    """Return a student as a job, with everything its scores depend on."""
+    recipe, method = _recipe(lesson, plan), methods.get(lesson.method)
+    images = plan.ipc * len(course.seen(lesson.step))
+    identity = {
+        "data": [plan.data.name, dict(plan.data.arguments)],
+        "classes": course.steps[: lesson.step + 1],
         "order": course.number,
-        "configs": [hashlib.blake2b(Path(path).read_bytes(), digest_size=16).hexdigest() for path in method.configs],
-        "options": list(method.options),
-        "ipc": None if upper else plan.ipc,
-        "architectures": list(plan.architectures),
-        "students": plan.students,
+        "method": [digests(method.configs), list(method.options), plan.ipc] if method else JOINT,
+        "architecture": lesson.architecture,
+        "student": lesson.number,
         "recipe": asdict(recipe),
         "versions": library_versions(),
     }
+    name = f"order {course.number} {lesson.method} step {lesson.step + 1} {lesson.architecture} {lesson.number}"
+    return Job(name, identity, lesson, recipe.steps_for(images))
+
+
+def _recipe(lesson: Lesson, plan: Plan) -> Recipe:
+    return plan.joint if lesson.method == JOINT and plan.joint else plan.recipe
+
+
+def _score(plan: Plan, course: Course, lesson: Lesson, tick: Tick) -> dict[str, Any]:
+    """Train and test one student."""
+    if lesson.method == JOINT:
+        memory = course.joint_set(lesson.step)
+    else:
+        memory = DistilledSet.load(course.memory_file(lesson.method, lesson.step))
+    real, seed = course.seen_data(lesson.step), course.seed("student", lesson.number)
+    device = device_of(plan.accelerator)
+    scores = score_student(lesson.architecture, memory, real, _recipe(lesson, plan), seed, device)
+    return {"images": len(memory), "class_names": list(memory.class_names), **scores}
+
+
+def _step_record(found: Mapping[Lesson, dict[str, Any]], name: str, step: int, plan: Plan) -> dict[str, Any]:
+    """Put the scores of a method's students of one step together."""
+    scores = {
+        architecture: [found[Lesson(name, step, architecture, number)] for number in range(plan.students)]
+        for architecture in plan.architectures
+    }
+    first = scores[plan.architectures[0]][0]
+    return {"images": first["images"], "class_names": first["class_names"], "scores": scores}
+
+
+def _memory(method: Method, plan: Plan, course: Course, step: int) -> None:
+    """Distil a step's classes, and unite them with those of the steps before, where that is not done yet."""
+    path, start = course.memory_file(method.name, step), time.perf_counter()
+    overrides = [
+        f"--seed_everything={course.seed('distil', step)}",
+        f"--model.init_args.ipc={plan.ipc}",
+        "--trainer.enable_progress_bar=false",
+        "--trainer.enable_model_summary=false",
+        "--trainer.limit_val_batches=0",  # the last outer step's set is taken, so no probe need be trained
+        *([] if plan.accelerator == "auto" else [f"--trainer.accelerator={plan.accelerator}"]),
+        *method.options,
+    ]
+    distil(method.configs, course.data_of(step), path.parent, overrides)
+    if not path.is_file():
+        parts = [course.memory_file(method.name, number).with_name("last.safetensors") for number in range(step + 1)]
+        union([DistilledSet.load(part) for part in parts]).save(path)
+        seconds = time.perf_counter() - start
+        print(f"order {course.number}  {method.name:<12} step {step + 1}: distilled in {seconds:.0f} s", flush=True)
 
 
 def _check_data(plan: Plan) -> int:
@@ -166,7 +193,7 @@ def _check_data(plan: Plan) -> int:
     Raises:
         UserError: they do not.
     """
-    source = build_data(plan.data, plan.data_args, plan.root)
+    source = build_data(str(plan.data.name), plan.data.arguments, plan.data.root)
     source.prepare_data()
     images, labels, names = source.read(train=True)
     kept, _ = source._split(labels)
@@ -186,10 +213,11 @@ def _mean(values: Sequence[Sequence[float]]) -> list[float]:
     return torch.tensor(values, dtype=torch.float64).mean(0).tolist()
 
 
-def _say(method: Method, course: Course, step: int, record: dict[str, Any], seconds: float) -> None:
-    scores = [student["accuracy"] for students in record["scores"].values() for student in students]
-    print(
-        f"order {course.number}  {method.name:<12} step {step + 1}: {len(record['class_names'])} classes, "
-        f"{record['images']} images, accuracy {100 * sum(scores) / len(scores):.1f} %  ({seconds:.0f} s)",
-        flush=True,
-    )
+def _say(name: str, course: Course, records: Sequence[dict[str, Any]]) -> None:
+    for step, record in enumerate(records, start=1):
+        scores = [student["accuracy"] for students in record["scores"].values() for student in students]
+        print(
+            f"order {course.number}  {name:<12} step {step}: {len(record['class_names'])} classes, "
+            f"{record['images']} images, accuracy {100 * sum(scores) / len(scores):.1f} %",
+            flush=True,
+        )

@@ -1,21 +1,26 @@
 """Students trained from scratch on a memory, scored class by class."""
 
-from typing import Any, cast
+from typing import Any
 
 import torch
-from pytorch_lightning import Trainer
-from pytorch_lightning.callbacks import EMAWeightAveraging
 from torch import Tensor
 
 from lightning_dd.data.base import RealData
-from lightning_dd.distilled import DistilledData
+from lightning_dd.data.sampling import EvalBatches
+from lightning_dd.distilled.datamodule import check_match
 from lightning_dd.distilled.set import DistilledSet
-from lightning_dd.students import Student
+from lightning_dd.models.factory import build_network
+from lightning_dd.students.loop import train_student
 from lightning_dd.students.recipe import Recipe
 
 
 def score_student(
-    architecture: str, memory: DistilledSet, real: RealData, recipe: Recipe, seed: int, accelerator: str = "auto"
+    architecture: str,
+    memory: DistilledSet,
+    real: RealData,
+    recipe: Recipe,
+    seed: int,
+    device: torch.device | str = "cpu",
 ) -> dict[str, Any]:
     """Train one student on a memory and test it on the classes the memory holds.
 
@@ -24,32 +29,24 @@ def score_student(
     Args:
         architecture: a name of the factory.
         memory: what it learns from; all classes seen so far.
-        real: real data of the same classes.
+        real: real data of the same classes, not set up yet.
         recipe: how it is trained.
         seed: of weights, batches, augmentation and dropout.
-        accelerator: Lightning's Trainer argument.
+        device: where.
 
     Returns:
         ``accuracy`` on all test images and ``class_accuracy``, one per class; in [0, 1].
     """
-    student = Student.with_recipe(architecture, recipe, seed)
-    data = DistilledData.from_set(memory, real, recipe.batch_size, seed)
-    trainer = Trainer(
-        accelerator=accelerator,
-        devices=1,
-        max_steps=recipe.steps_for(len(memory)),
-        limit_val_batches=0,
-        num_sanity_val_steps=0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[EMAWeightAveraging(decay=recipe.ema)] if recipe.ema else [],
-    )
-    trainer.fit(student, datamodule=data)
-    predictions = cast(list[Tensor], trainer.predict(student, datamodule=data))
+    real.use_preprocessing(memory.preprocessing)
+    real.setup("test")
+    check_match(memory, real)
     assert real.test is not None
-    return class_scores(torch.cat(predictions).argmax(1).cpu(), real.test.labels.cpu(), memory.num_classes)
+    recipe = recipe.suited_to(architecture, memory.training.get("step_size"))
+    network = build_network(architecture, memory.num_classes, memory.image_shape, seed).to(device)
+    train_student(network, memory, recipe, seed)
+    with torch.no_grad():
+        answers = [network(images.to(device)).argmax(1).cpu() for images, _ in EvalBatches(real.test, 500)]
+    return class_scores(torch.cat(answers), real.test.labels.cpu(), memory.num_classes)
 
 
 def class_scores(answers: Tensor, labels: Tensor, num_classes: int) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from sklearn.metrics import roc_auc_score, roc_curve
 from sklearn.model_selection import GridSearchCV, StratifiedKFold, StratifiedShuffleSplit
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.neural_network import MLPClassifier
-from sklearn.pipeline import make_pipeline
+from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import StandardScaler
 
 from lightning_dd.utils.errors import UserError, unknown_name
@@ -186,22 +186,14 @@ def learned_attack(
     scores = np.empty(2 * size)
     for train, test in StratifiedKFold(folds, shuffle=True, random_state=seed).split(features, truth):
         search = GridSearchCV(
-            make_pipeline(StandardScaler(), _estimator(kind, seed, len(train))),
-            {f"{_STEP[kind]}__{name}": values for name, values in _grid(kind, len(train)).items()},
+            Pipeline([("scale", StandardScaler()), ("model", _estimator(kind, seed, len(train)))]),
+            {f"model__{name}": values for name, values in _grid(kind, len(train)).items()},
             scoring="roc_auc",
             cv=StratifiedShuffleSplit(1, test_size=0.25, random_state=seed),
         )
         search.fit(features[train], truth[train])
         scores[test] = search.predict_proba(features[test])[:, 1]
     return judge(scores[:size], scores[size:], fprs)
-
-
-_STEP = {
-    "logistic": "logisticregression",
-    "mlp": "mlpclassifier",
-    "forest": "randomforestclassifier",
-    "neighbours": "kneighborsclassifier",
-}
 
 
 def _estimator(kind: str, seed: int, rows: int) -> Any:

@@ -1,60 +1,31 @@
 """What is trained on what: the members, the sources of victims, and the networks of a membership experiment."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lightning_dd.applications.membership.attacks import GRIDS
-from lightning_dd.augment.frepo import Augmentation
+from lightning_dd.applications.membership.victims import PoolScores, score_victim
 from lightning_dd.data import RealRows
 from lightning_dd.data.preprocess import to_unit
+from lightning_dd.data.registry import DataChoice
 from lightning_dd.data.sampling import draw_per_class
 from lightning_dd.distilled import DistilledSet
-from lightning_dd.distilled.datamodule import check_match
+from lightning_dd.distilled.datamodule import check_match, real_set
 from lightning_dd.distilled.set import library_versions
-from lightning_dd.evaluators.ledger import Ledger, tensor_digest
-from lightning_dd.experiment import distil
-from lightning_dd.losses.labels import initial_labels
+from lightning_dd.experiment import Method, distil
+from lightning_dd.jobs import Job, Tick, device_of, tensor_digest
 from lightning_dd.students.recipe import Recipe
 from lightning_dd.utils.errors import UserError, unknown_name
 from lightning_dd.utils.seeding import derive_seed, make_generator
 
 REAL, RANDOM = "real members", "random members"
 ATTACKS = ("threshold", *GRIDS, "lira")
-
-
-@dataclass(frozen=True)
-class Method:
-    """How a distilled set comes about: configuration files and options of ``fit``, or finished files, one per seed."""
-
-    configs: tuple[str, ...] = ()
-    overrides: tuple[str, ...] = ()
-    files: tuple[str, ...] = ()
-
-    @classmethod
-    def parse(cls, name: str, words: str | Sequence[str]) -> "Method":
-        """Sort words into YAML files, options and distilled-set files.
-
-        Raises:
-            UserError: there are none, or both kinds of files.
-
-        Example:
-            >>> Method.parse("frepo", ["frepo.yaml", "--model.init_args.ipc=5"]).overrides
-            ('--model.init_args.ipc=5',)
-        """
-        listed = [words] if isinstance(words, str) else list(words)
-        overrides = tuple(word for word in listed if word.startswith("--"))
-        files = tuple(word for word in listed if word.endswith(".safetensors"))
-        configs = tuple(word for word in listed if word not in (*overrides, *files))
-        if bool(configs) == bool(files) or (files and overrides):
-            raise UserError(
-                f"methods.{name} must be configuration files with options of fit, or distilled-set files, got {listed}"
-            )
-        return cls(configs, overrides, files)
 
 
 @dataclass(frozen=True)
@@ -73,19 +44,10 @@ class Network:
         """The half of the pool its data comes from; ``None`` for the members."""
         return self.index if self.shadow else None
 
-
-class Task(NamedTuple):
-    """A network with everything its training needs."""
-
-    train: DistilledSet
-    images: Tensor
-    labels: Tensor
-    inside: Tensor
-    held_out: Tensor
-    recipe: Recipe
-    augmentation: Augmentation
-    seed: int
-    path: Path
+    @property
+    def own_seed(self) -> int:
+        """The seed of its weights, batches, augmentation and dropout."""
+        return derive_seed(self.seed, "shadow" if self.shadow else "victim", self.index)
 
 
 @dataclass(frozen=True)
@@ -94,7 +56,7 @@ class Experiment:
 
     Args:
         output: folder of everything the experiment writes.
-        data: class name of the data set the members are a part of.
+        data: the data set the members are a part of.
         members: images that are distilled and trained on, per seed.
         held_out: non-members cut from the training split; 0 takes the test split.
         methods: distilled sets by name.
@@ -111,8 +73,6 @@ class Experiment:
         shadows: shadow models per real source and seed, 0 or an even number from 4.
         distil_shadows: shadow models per method and seed, each with a distillation of its own; likewise.
         val_fraction: share of the members kept from training for validation; these are then no members.
-        data_args: arguments of the data set other than ``root``.
-        root: folder of the data.
         accelerator: ``cpu``, or anything else for a GPU where there is one.
 
     Raises:
@@ -120,7 +80,7 @@ class Experiment:
     """
 
     output: Path
-    data: str
+    data: DataChoice
     members: int
     held_out: int
     methods: Mapping[str, Method]
@@ -137,8 +97,6 @@ class Experiment:
     shadows: int = 0
     distil_shadows: int = 0
     val_fraction: float = 0.0
-    data_args: Mapping[str, Any] = field(default_factory=dict)
-    root: str | None = None
     accelerator: str = "auto"
 
     def __post_init__(self) -> None:
@@ -155,8 +113,6 @@ class Experiment:
             if count and (count < 4 or count % 2):
                 raise UserError(f"{name} must be 0 or an even number from 4, got {count}")
         for name, method in self.methods.items():
-            if name.startswith((REAL, RANDOM)):
-                raise UserError(f"methods.{name}: the name is taken by a source of victims")
             if method.files and len(method.files) != self.seeds:
                 raise UserError(f"methods.{name}: {len(method.files)} distilled sets for {self.seeds} seeds of members")
         for recipe in (self.recipe, self.real_recipe):
@@ -170,15 +126,12 @@ class Experiment:
 
     def part_args(self, seed: int, half: int | None = None) -> dict[str, Any]:
         """Arguments of the :class:`~lightning_dd.data.RealRows` that holds a seed's members, or a half of its pool."""
-        return {
-            "source": self.data,
+        return self.data.as_source() | {
             "rows": self.members,
             "chunk": seed,
             "held_out": self.held_out,
             "half": half,
             "val_fraction": self.val_fraction,
-            "source_args": dict(self.data_args),
-            **({} if self.root is None else {"root": self.root}),
         }
 
     def distilled_file(self, method: str, seed: int, half: int | None = None) -> Path:
@@ -199,7 +152,7 @@ class Experiment:
         args = self.part_args(seed, half)
         if not chosen.files:
             own = derive_seed(seed, "shadow", half) % 2**31 if half is not None else seed
-            overrides = [f"--seed_everything={own}", f"--trainer.accelerator={self.accelerator}", *chosen.overrides]
+            overrides = [f"--seed_everything={own}", f"--trainer.accelerator={self.accelerator}", *chosen.options]
             spec = {"class_path": RealRows.__name__, "init_args": args}
             distil(chosen.configs, spec, path.parent, overrides)
         distilled = DistilledSet.load(path)
@@ -209,7 +162,7 @@ class Experiment:
         if distilled.data.get("fingerprint") != data.facts.fingerprint:
             raise UserError(
                 f"methods.{method}: '{path}' was not distilled from these members; distil the part of "
-                f"{self.data} that RealRows cuts with rows={self.members}, chunk={seed}, held_out={self.held_out}"
+                f"{self.data.name} that RealRows cuts with rows={self.members}, chunk={seed}, held_out={self.held_out}"
             )
         return distilled
 
@@ -221,37 +174,62 @@ class Experiment:
             return self.shadows
         return 0 if self.methods[source].files else self.distil_shadows
 
-    def task(self, network: Network) -> Task:
-        """Assemble what a network's training needs.
-
-        The file of its answers is named by a hash of all they depend on, so a changed setting or distilled set is
-        another network.
-        """
-        data = RealRows(**self.part_args(network.seed, network.half))
-        real = network.source not in self.methods
-        if real:
-            train = self._real_set(network)
-        else:
-            train = DistilledSet.load(self.distilled_file(network.source, network.seed, network.half))
+    def job(self, network: Network) -> Job:
+        """Return a network as a job; a changed setting or distilled set makes it another one."""
+        data, train = RealRows(**self.part_args(network.seed, network.half)), self.training_set(network)
         pool = data.pool()
-        images = torch.cat([train.preprocessing(to_unit(block)) for block in torch.split(pool.images, 4096)])
-        recipe = self.real_recipe if network.source == REAL else self.recipe
-        seed = derive_seed(network.seed, "shadow" if network.shadow else "victim", network.index)
-        inside, held_out = data.trained_on(pool.labels), torch.arange(len(pool.labels)) >= self.members
         views = {} if train.views is None else train.views.state_dict()
         digest = tensor_digest({"images": train.images, "labels": train.labels, **views})
+        inside = data.trained_on(pool.labels)
         identity = {
-            "train": [digest, train.label_kind, train.temperature],
-            "pool": tensor_digest({"images": images, "labels": pool.labels, "inside": inside}),
+            "train": [digest, train.label_kind, train.temperature, train.mirror],
+            "preprocessing": tensor_digest(train.preprocessing.state_dict()),
+            "pool": tensor_digest({"images": pool.images, "labels": pool.labels, "inside": inside}),
             "architecture": self.architecture,
-            "recipe": asdict(recipe),
-            "mirror": data.mirror,
+            "recipe": asdict(self._recipe(network)),
             "lengths": self.lengths,
-            "seed": seed,
+            "seed": network.own_seed,
             "torch": library_versions(["torch"]),
         }
-        path = Ledger(self.output / "networks").path(identity).with_suffix(".safetensors")
-        return Task(train, images, pool.labels, inside, held_out, recipe, recipe.augmentation(data.mirror), seed, path)
+        return Job(f"{network.source} {network.seed} {network.index}", identity, network, self.lengths[-1])
+
+    def train(self, network: Network, tick: Tick) -> dict[str, Any]:
+        """Train one victim or shadow model and return its answers about the pool: the fields of ``PoolScores``."""
+        data, train = RealRows(**self.part_args(network.seed, network.half)), self.training_set(network)
+        pool = data.pool()
+        images = torch.cat([train.preprocessing(to_unit(block)) for block in torch.split(pool.images, 4096)])
+        logits, losses = score_victim(
+            train,
+            images,
+            pool.labels,
+            self.architecture,
+            self._recipe(network),
+            self.lengths,
+            network.own_seed,
+            device_of(self.accelerator),
+        )
+        return vars(
+            PoolScores(
+                lengths=np.array(self.lengths),
+                logits=logits,
+                losses=losses,
+                labels=pool.labels.numpy(),
+                inside=data.trained_on(pool.labels).numpy(),
+                held_out=np.arange(len(pool.labels)) >= self.members,
+                images=np.array([len(train)]),
+            )
+        )
+
+    def training_set(self, network: Network) -> DistilledSet:
+        """Return what a network learns from: a distilled set, or members with FRePo's fixed labels."""
+        if network.source in self.methods:
+            return DistilledSet.load(self.distilled_file(network.source, network.seed, network.half))
+        members = RealRows(**self.part_args(network.seed))  # a shadow's half is normalised as the victim's images are
+        members.setup("fit")
+        assert members.preprocessing is not None
+        pool, rows = members.pool(), self.real_rows(network)
+        images = members.preprocessing(to_unit(pool.images[rows]))
+        return real_set(members, images, pool.labels[rows], "centred", network.source)
 
     def real_rows(self, network: Network) -> Tensor:
         """Return the places in the pool of the images a network of a real source is trained on.
@@ -269,19 +247,5 @@ class Experiment:
         draw = make_generator(network.seed, "random members", kind, network.index)
         return rows[draw_per_class(pool.labels[rows], ipc, len(pool.class_names), draw)]
 
-    def _real_set(self, network: Network) -> DistilledSet:
-        """All training images of the data, or a random few per class, with FRePo's fixed labels."""
-        members = RealRows(**self.part_args(network.seed))  # a shadow's half is normalised as the victim's images are
-        members.setup("fit")
-        assert members.preprocessing is not None
-        pool, rows = members.pool(), self.real_rows(network)
-        classes = pool.labels[rows]
-        return DistilledSet(
-            images=members.preprocessing(to_unit(pool.images[rows])),
-            labels=initial_labels(classes, len(pool.class_names), "centred"),
-            classes=classes,
-            label_kind="centred",
-            class_names=pool.class_names,
-            preprocessing=members.preprocessing,
-            method=network.source,
-        )
+    def _recipe(self, network: Network) -> Recipe:
+        return self.real_recipe if network.source == REAL else self.recipe

@@ -1,22 +1,19 @@
 """Run a whole membership experiment: distil, train victims and shadow models, attack, report."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from lightning_dd.applications.membership.attacks import GRIDS, AttackResult, judge, learned_attack, threshold_attack
 from lightning_dd.applications.membership.experiment import RANDOM, REAL, Experiment, Network
 from lightning_dd.applications.membership.lira import lira, scaled_confidence
 from lightning_dd.applications.membership.report import Row, markdown, write_report
-from lightning_dd.applications.membership.victims import PoolScores, score_victim
-from lightning_dd.applications.membership.workers import device_of, run_tasks
+from lightning_dd.applications.membership.victims import PoolScores
 from lightning_dd.data import RealRows
-from lightning_dd.evaluators.ledger import Ledger
+from lightning_dd.jobs import ArrayLedger, Job, Ledger, Tick, check_workers, run_jobs
 from lightning_dd.models.factory import build_network
 from lightning_dd.utils.errors import UserError
 from lightning_dd.utils.files import require_writable
@@ -28,15 +25,14 @@ OWN = " (own images)"
 
 @dataclass(frozen=True)
 class Target:
-    """A victim under attack, and the files of its answers and of its shadow models' answers."""
+    """A victim under attack, and the identities of its answers and of its shadow models' answers."""
 
     victim: Network
-    images: int
-    scores: Path
-    shadows: tuple[Path, ...]
+    scores: Mapping[str, Any]
+    shadows: tuple[Mapping[str, Any], ...]
 
 
-def run_membership(experiment: Experiment, workers: int = 1) -> list[Row]:
+def run_membership(experiment: Experiment, workers: int | str = 1) -> list[Row]:
     """Attack networks trained on the members, on random members and on distilled sets; write and print one table.
 
     Distilled sets, networks' answers and attacks each stay in a file of ``output``: the same command again does only
@@ -44,16 +40,15 @@ def run_membership(experiment: Experiment, workers: int = 1) -> list[Row]:
 
     Args:
         experiment: the settings.
-        workers: processes that train and attack side by side, at least 1.
+        workers: processes that train and attack side by side, at least 1; ``auto`` for one per core.
 
     Returns:
-        One row per victim, training length and attack.
+        One row per victim, training length and attack; nothing on processes that do not write the report.
 
     Raises:
         UserError: a setting, a file, the data or the folder is unusable.
     """
-    if workers < 1:
-        raise UserError(f"workers must be at least 1, got {workers}")
+    check_workers(workers)
     require_writable(experiment.output)
     quieten(bar_only=True)
     _check(experiment)
@@ -65,73 +60,41 @@ def run_membership(experiment: Experiment, workers: int = 1) -> list[Row]:
         for shadow, count in ((False, experiment.victims), (True, experiment.has_shadows(source)))
         for index in range(count)
     ]
-    tasks = {network: experiment.task(network) for network in networks}
-    sizes = {network: len(task.train) for network, task in tasks.items()}
-    paths = {network: task.path for network, task in tasks.items()}
-    del tasks  # images of every set
-    missing = [network for network in networks if PoolScores.load(paths[network]) is None]
-    with tqdm(total=len(missing), unit="network", desc="victims and shadow models") as bar:
-        run_tasks(partial(train_network, experiment), missing, workers, lambda: bar.update() and None)
-    targets = [
-        Target(
-            network,
-            sizes[network],
-            paths[network],
-            tuple(
-                paths[other]
-                for other in networks
-                if other.shadow and (other.source, other.seed) == (network.source, network.seed)
-            ),
-        )
-        for network in networks
-        if not network.shadow
-    ]
-    open_ = [target for target in targets if _finished(experiment, target) is None]
-    with tqdm(total=len(open_), unit="victim", desc="attacks") as bar:
-        run_tasks(partial(attack_victim, experiment), open_, workers, lambda: bar.update() and None)
-    rows = [Row(**record) for target in targets for record in _finished(experiment, target) or []]
+    jobs = {network: experiment.job(network) for network in networks}
+    run_jobs(list(jobs.values()), experiment.train, _answers(experiment), workers, unit="step")
+    attacks = [_attack_job(experiment, network, jobs) for network in networks if not network.shadow]
+    ledger = Ledger(experiment.output / "attacks")
+    if not run_jobs(attacks, partial(attack_victim, experiment), ledger, workers, unit="victim"):
+        return []
+    rows = [Row(**record) for job in attacks for record in ledger.need(job.identity)["rows"]]
     _report(rows, experiment)
     return rows
 
 
-def train_network(experiment: Experiment, network: Network) -> None:
-    """Train one victim or shadow model and keep its answers."""
-    task = experiment.task(network)
-    logits, losses = score_victim(
-        task.train,
-        task.images,
-        task.labels,
-        experiment.architecture,
-        task.recipe,
-        task.augmentation,
-        experiment.lengths,
-        task.seed,
-        device_of(experiment.accelerator),
-    )
-    labels, inside, held_out = (part.numpy() for part in (task.labels, task.inside, task.held_out))
-    PoolScores(np.array(experiment.lengths), logits, losses, labels, inside, held_out).save(task.path)
-
-
-def attack_victim(experiment: Experiment, target: Target) -> None:
-    """Run every attack on one victim at every length and keep the rows.
+def attack_victim(experiment: Experiment, target: Target, tick: Tick) -> dict[str, Any]:
+    """Run every attack on one victim at every length and return the rows.
 
     A victim of a few random members is attacked twice: for all members, as the others are, and for the few it was
     trained on, which tells what using them as they are costs those few.
     """
-    victim = _loaded(target.scores)
-    shadows = [_loaded(path) for path in target.shadows]
-    records = _attack_members(experiment, target, victim, shadows)
+    answers = _answers(experiment)
+    victim, *shadows = (PoolScores(**answers.need(identity)) for identity in (target.scores, *target.shadows))
+    records = _attack_members(experiment, target.victim, victim, shadows)
     if target.victim.source.startswith(RANDOM):
         inside = np.zeros_like(victim.inside)
         inside[experiment.real_rows(target.victim).numpy()] = True
-        own = replace(target, victim=replace(target.victim, source=f"{target.victim.source}{OWN}"))
+        own = replace(target.victim, source=f"{target.victim.source}{OWN}")
         # Shadow models drew other images, so there are hardly any that learned from these.
         records += _attack_members(experiment, own, replace(victim, inside=inside), [])
-    Ledger(experiment.output / "attacks").write(_identity(experiment, target), {"rows": records})
+    return {"rows": records}
+
+
+def _answers(experiment: Experiment) -> ArrayLedger:
+    return ArrayLedger(experiment.output / "networks")
 
 
 def _attack_members(
-    experiment: Experiment, target: Target, victim: PoolScores, shadows: Sequence[PoolScores]
+    experiment: Experiment, network: Network, victim: PoolScores, shadows: Sequence[PoolScores]
 ) -> list[dict[str, Any]]:
     records = []
     for index, steps in enumerate(victim.lengths):
@@ -144,10 +107,10 @@ def _attack_members(
                 continue
             result = _attack(attack, victim, shadows, index, experiment)
             row = Row(
-                source=target.victim.source,
-                seed=target.victim.seed,
-                victim=target.victim.index,
-                images=target.images,
+                source=network.source,
+                seed=network.seed,
+                victim=network.index,
+                images=int(victim.images[0]),
                 steps=int(steps),
                 accuracy=accuracy,
                 member_accuracy=member_accuracy,
@@ -214,26 +177,20 @@ def _distil_all(experiment: Experiment) -> list[str]:
     return [REAL, *(f"{RANDOM}, ipc {ipc}" for ipc in sizes), *experiment.methods]
 
 
-def _identity(experiment: Experiment, target: Target) -> dict[str, Any]:
-    return {
-        "victim": [target.victim.source, target.victim.seed, target.victim.index, target.scores.stem],
-        "shadows": [path.stem for path in target.shadows],
-        "attacks": list(experiment.attacks),
+def _attack_job(experiment: Experiment, victim: Network, jobs: Mapping[Network, Job]) -> Job:
+    shadows = tuple(
+        job.identity
+        for network, job in jobs.items()
+        if network.shadow and (network.source, network.seed) == (victim.source, victim.seed)
+    )
+    identity = {
+        "victim": [victim.source, victim.seed, victim.index, jobs[victim].identity],
+        "shadows": shadows,
+        "attacks": experiment.attacks,
         "folds": experiment.folds,
         "attack_rows": experiment.attack_rows,
     }
-
-
-def _finished(experiment: Experiment, target: Target) -> list[dict[str, Any]] | None:
-    record = Ledger(experiment.output / "attacks").read(_identity(experiment, target))
-    return None if record is None else list(record["rows"])
-
-
-def _loaded(path: Path) -> PoolScores:
-    scores = PoolScores.load(path)
-    if scores is None:
-        raise UserError(f"'{path}' has disappeared or is damaged: run the same command again")
-    return scores
+    return Job(f"attacks on {jobs[victim].name}", identity, Target(victim, jobs[victim].identity, shadows))
 
 
 def _report(rows: Sequence[Row], experiment: Experiment) -> None:

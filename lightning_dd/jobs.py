@@ -1,0 +1,313 @@
+"""Many jobs on some processes, and a ledger of their results that survives a kill.
+
+A job is done once: its result is written to the ledger, under a hash of everything it depends on, by the process that
+did it. Whoever is interrupted and starts again does only what is missing. Processes started by torchrun or SLURM share
+the jobs out between them and meet in the ledger's folder. A worker imports neither torch nor Lightning before its first
+job needs them.
+"""
+
+import hashlib
+import json
+import multiprocessing
+import os
+import pickle
+import signal
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, cast
+
+from lightning_utilities.core.rank_zero import rank_zero_only
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+from tqdm import tqdm
+
+from lightning_dd.utils.errors import UserError
+from lightning_dd.utils.files import write_atomically
+from lightning_dd.utils.silence import quieten
+
+if TYPE_CHECKING:
+    import torch
+    from lightning_fabric.plugins.environments.cluster_environment import ClusterEnvironment
+
+Record = Mapping[str, Any]
+Tick = Callable[[], object]
+"""Called by a job whenever it is a unit of its cost further."""
+Work = Callable[[Any, Tick], Record]
+"""From a task to its result; a function, or a method of an object that can be sent to another process."""
+
+_PLACE: int | None = None  # of this process among the workers
+
+
+class Ledger:
+    """Records by identity, in a folder; a record is written atomically once, and read by whoever needs it.
+
+    Args:
+        folder: made if missing.
+    """
+
+    suffix: ClassVar[str] = ".json"
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def path(self, identity: Mapping[str, Any]) -> Path:
+        """Return the file of a record: named by a hash of everything its value depends on."""
+        text = json.dumps(identity, sort_keys=True)
+        return self.folder / (hashlib.blake2b(text.encode(), digest_size=16).hexdigest() + self.suffix)
+
+    def read(self, identity: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Return the record, or ``None`` if there is none yet or its file is damaged."""
+        try:
+            return self._load(self.path(identity))
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+            return None
+
+    def need(self, identity: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the record of a job that is done.
+
+        Raises:
+            UserError: it is gone.
+        """
+        record = self.read(identity)
+        if record is None:
+            raise UserError(f"'{self.path(identity)}' has disappeared or is damaged: run the same command again")
+        return record
+
+    def write(self, identity: Mapping[str, Any], record: Record) -> None:
+        """Keep a record."""
+        write_atomically(self.path(identity), lambda temporary: self._save(temporary, identity, record))
+
+    def _load(self, path: Path) -> dict[str, Any]:
+        return dict(json.loads(path.read_text(encoding="utf-8"))["record"])
+
+    def _save(self, path: Path, identity: Mapping[str, Any], record: Record) -> None:
+        path.write_text(json.dumps({"identity": identity, "record": record}, indent=1) + "\n", encoding="utf-8")
+
+
+class ArrayLedger(Ledger):
+    """A ledger whose records are numpy arrays by name, each record a safetensors file."""
+
+    suffix = ".safetensors"
+
+    def _load(self, path: Path) -> dict[str, Any]:
+        return load_file(path)
+
+    def _save(self, path: Path, identity: Mapping[str, Any], record: Record) -> None:
+        save_file(dict(record), path)
+
+
+def tensor_digest(tensors: "Mapping[str, torch.Tensor]") -> str:
+    """Return a hash of named tensors' values."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Job:
+    """One thing to do."""
+
+    name: str
+    """In words, for the bar and for errors."""
+    identity: Mapping[str, Any]
+    """Everything the result depends on, in plain values; jobs with equal identities are one."""
+    task: Any
+    """What the work is called with."""
+    cost: int = 1
+    """How long it takes, in units of the bar: the longest job is handed out first."""
+
+
+def check_workers(workers: int | str) -> None:
+    """Refuse a number of workers that cannot be.
+
+    Raises:
+        UserError: it is neither a number from 1 nor ``auto``.
+    """
+    if workers != "auto" and not (isinstance(workers, int) and workers >= 1):
+        raise UserError(f"workers must be at least 1, or 'auto', got {workers}")
+
+
+def run_jobs(
+    jobs: Sequence[Job],
+    work: Work,
+    ledger: Ledger,
+    workers: int | str = 1,
+    *,
+    unit: str = "job",
+    together: bool = False,
+) -> bool:
+    """Do what the ledger lacks, in this process or in several, with one bar; the results are in the ledger then.
+
+    Args:
+        jobs: in any order; those with equal identities are done once.
+        work: from a job's task to its record.
+        ledger: where records are kept.
+        workers: processes of this machine, each with its share of the cores; ``auto`` takes as many as there are
+            cores. There are never more than jobs, and one alone is this process.
+        unit: of the jobs' costs.
+        together: the processes of a launcher work on every job together, instead of sharing the jobs out.
+
+    Returns:
+        Whether this process is the one that writes the report.
+
+    Raises:
+        UserError: a job found a mistake of the user's, or a worker was killed.
+    """
+    check_workers(workers)
+    found = None if together else launcher()
+    rank, world = (found.global_rank(), found.world_size()) if found else (0, 1)
+    first = not getattr(rank_zero_only, "rank", 0)  # of the processes of one training
+    leads = rank == 0 if found else first
+    missing = sorted(share_of(jobs, ledger, rank, world), key=lambda job: -job.cost)
+    cores = os.cpu_count() or 1
+    count = min(cores if workers == "auto" else int(workers), len(missing))
+    silent = not (leads and missing)
+    with tqdm(total=sum(job.cost for job in missing), unit=unit, smoothing=0.05, disable=silent) as bar:
+        if count > 1:
+            _in_workers(missing, pickle.dumps((work, ledger)), count, cores, lambda job: bar.update(job.cost))
+        else:
+            done = 0
+            for job in missing:
+                bar.set_description(job.name)
+                record = work(job.task, bar.update)
+                if found or first:
+                    ledger.write(job.identity, record)
+                done += job.cost
+                bar.update(done - bar.n)
+    if found:
+        wait_for(jobs, ledger)
+    return leads
+
+
+def share_of(jobs: Sequence[Job], ledger: Ledger, rank: int, world_size: int) -> list[Job]:
+    """Return the jobs that process ``rank`` of ``world_size`` does: unfinished ones, each identity once.
+
+    Shares are cut from the whole list, so processes that start at different times agree on them.
+    """
+    unique = {ledger.path(job.identity): job for job in jobs}
+    return [job for job in list(unique.values())[rank::world_size] if ledger.read(job.identity) is None]
+
+
+def wait_for(jobs: Sequence[Job], ledger: Ledger, seconds: float = 1.0) -> None:
+    """Wait until other processes have finished these jobs; a launcher that loses one of them ends all."""
+    while any(ledger.read(job.identity) is None for job in jobs):
+        time.sleep(seconds)
+
+
+def launcher() -> "ClusterEnvironment | None":
+    """Return the launcher this process was started by (torchrun, SLURM), if any."""
+    if not os.environ.keys() & {"TORCHELASTIC_RUN_ID", "SLURM_NTASKS"}:
+        return None  # without importing what finds out
+    from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
+    from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+
+    kinds: tuple[type[ClusterEnvironment], ...] = (TorchElasticEnvironment, SLURMEnvironment)
+    return next((kind() for kind in kinds if kind.detect()), None)
+
+
+def place() -> int | None:
+    """Return this worker's number, from 0; ``None`` in a process that is no worker."""
+    return _PLACE
+
+
+def device_of(accelerator: str) -> "torch.device":
+    """Return where this process trains: on a GPU if there is one, every worker on its own as far as they go.
+
+    Args:
+        accelerator: ``cpu``, or anything else for a GPU where there is one.
+    """
+    import torch
+
+    if accelerator == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", (place() or 0) % torch.cuda.device_count())
+
+
+def _in_workers(jobs: Sequence[Job], payload: bytes, count: int, cores: int, on_done: Callable[[Job], object]) -> None:
+    """Hand jobs out to new processes, one at a time; whatever happens, none of them is left."""
+    context = multiprocessing.get_context("spawn")
+    waiting, busy, workers = list(reversed(jobs)), {}, []
+    try:
+        with _environment("OMP_NUM_THREADS", str(max(1, cores // count))):  # read when torch is loaded there
+            for number in range(count):
+                line, theirs = context.Pipe()
+                workers.append(context.Process(target=_serve, args=(theirs, payload, number), daemon=True))
+                workers[-1].start()
+                theirs.close()  # so that the line breaks when the worker dies
+                busy[line] = waiting.pop()
+                _send(line, busy[line])
+        while busy:
+            for line in cast(list[Connection], wait(list(busy))):
+                job = busy.pop(line)
+                _check_answer(line, job, count)
+                on_done(job)
+                if waiting:
+                    busy[line] = waiting.pop()
+                    _send(line, busy[line])
+    finally:
+        for worker in workers:
+            worker.kill()  # ledgers are written atomically, so there is nothing to wait for
+        for worker in workers:
+            worker.join()
+
+
+def _send(line: Connection, job: Job) -> None:
+    with suppress(OSError):  # a worker that is gone is noticed where its answer is awaited
+        line.send(job)
+
+
+def _check_answer(line: Connection, job: Job, count: int) -> None:
+    try:
+        answer = line.recv()
+    except (EOFError, OSError):
+        raise UserError(
+            f"the worker process of '{job.name}' was killed, perhaps for want of memory: run the same command again to "
+            f"go on, with fewer workers than {count}"
+        ) from None
+    if answer is not None:
+        is_mistake, text, trace = answer
+        raise UserError(text) if is_mistake else RuntimeError(f"{job.name}: {text}\n\n{trace}")
+
+
+def _serve(line: Connection, payload: bytes, number: int) -> None:
+    """Work on one job after another, until the parent ends this process, or ends itself."""
+    global _PLACE
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent ends the others
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    quieten(bar_only=True)
+    _PLACE = number
+    try:
+        work, ledger = pickle.loads(payload)  # heavy imports happen here
+        while True:
+            job = line.recv()
+            ledger.write(job.identity, work(job.task, lambda: None))
+            line.send(None)
+    except Exception as error:
+        line.send((isinstance(error, UserError), f"{error}", traceback.format_exc()))
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+
+@contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    old = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        del os.environ[name]
+        if old is not None:
+            os.environ[name] = old

@@ -1,0 +1,110 @@
+"""How a student learns from a synthetic set, step by step. Plain torch.
+
+Step k (its rows, views, augmentation, dropout and loss) is a function of the seed and of k. It is written once, here,
+and two things take such steps: :class:`~lightning_dd.students.student.Student` under a Trainer, on any number of
+devices, and :func:`train_student` in a bare loop. In one process on a CPU both give the same weights, bit for bit.
+"""
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
+
+from lightning_dd.augment.frepo import Augmentation
+from lightning_dd.distilled.batches import SyntheticBatches
+from lightning_dd.distilled.set import DistilledSet
+from lightning_dd.models.interface import Network
+from lightning_dd.students.recipe import Recipe, student_loss
+from lightning_dd.utils.seeding import derive_seed, make_generator, seeded
+
+
+@dataclass(frozen=True)
+class StudentStep:
+    """What a student does with the k-th batch.
+
+    Args:
+        label_kind: form of the labels.
+        temperature: of soft labels.
+        augmentation: of the images.
+        seed: of augmentation and dropout.
+    """
+
+    label_kind: str
+    temperature: float
+    augmentation: Augmentation
+    seed: int
+
+    @classmethod
+    def on(cls, distilled: DistilledSet, recipe: Recipe, seed: int, mirror: bool) -> "StudentStep":
+        """Return the step for a set; views stored with a set are its augmentation, and there is no other then.
+
+        Args:
+            distilled: what is learned from.
+            recipe: how.
+            seed: the student's.
+            mirror: whether images may be mirrored.
+        """
+        augmentation = Augmentation("none") if distilled.views is not None else recipe.augmentation(mirror)
+        return cls(distilled.label_kind, distilled.temperature, augmentation, seed)
+
+    def loss(self, network: nn.Module, images: Tensor, labels: Tensor, step: int, rank: int = 0) -> Tensor:
+        """Augment a batch and return its loss.
+
+        Args:
+            network: maps images to logits ``(N, num_classes)``.
+            images: ``(N, C, H, W)``, normalised.
+            labels: ``(N, num_classes)``.
+            step: k, counted from 0.
+            rank: of this process among those that train the student together.
+        """
+        images = self.augmentation(images, make_generator(self.seed, "augment", rank, step))
+        with seeded(derive_seed(self.seed, "dropout", rank, step)):
+            return student_loss(network(images), labels, self.label_kind, self.temperature)
+
+
+def train_student(
+    network: Network,
+    distilled: DistilledSet,
+    recipe: Recipe,
+    seed: int,
+    stops: Collection[int] = (),
+    at_stop: Callable[[nn.Module], None] = lambda network: None,
+) -> Network:
+    """Train a network on a synthetic set in a bare loop.
+
+    Args:
+        network: trained in place, on its device, and returned in inference mode.
+        distilled: images, labels and what goes with them.
+        recipe: how; its learning rate is taken as it is (:meth:`~lightning_dd.students.recipe.Recipe.suited_to` finds
+            that of an architecture).
+        seed: of batch order, augmentation and dropout.
+        stops: numbers of steps after which ``at_stop`` is called.
+        at_stop: gets a network in inference mode with the weights that would be tested then.
+    """
+    device = next(network.parameters()).device
+    network.to(memory_format=torch.channels_last)  # pooling is several times faster so on a CPU
+    network.train().requires_grad_(True)
+    steps, one_step = recipe.steps_for(len(distilled)), StudentStep.on(distilled, recipe, seed, distilled.mirror)
+    optimizer = recipe.build_optimizer(network)
+    scheduler = recipe.scheduler(optimizer, steps)
+    average = None
+    if recipe.ema:
+        average = AveragedModel(network, avg_fn=get_ema_avg_fn(recipe.ema), use_buffers=True)  # type: ignore[no-untyped-call]
+    images, labels = distilled.images.to(device), distilled.labels.to(device)
+    views = distilled.views and distilled.views.to(device)
+    with torch.enable_grad():
+        for step, batch in enumerate(SyntheticBatches(images, labels, recipe.batch_size, steps, seed, views=views)):
+            torch.autograd.backward(one_step.loss(network, *batch, step))
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad(set_to_none=True)
+            if average is not None:
+                average.update_parameters(network)
+            if step + 1 in stops:
+                at_stop((network if average is None else average.module).eval())
+                network.train()
+    if average is not None:
+        network.load_state_dict(average.module.state_dict())
+    return network.eval().requires_grad_(False)

@@ -1,0 +1,176 @@
+"""A student's steps: the same under a Trainer and in the bare loop, and what a protocol's name stands for."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import TinyData, make_distilled, tiny_trainer
+from torch import nn
+
+from lightning_dd.augment.frepo import default_strategy
+from lightning_dd.cli import main
+from lightning_dd.data import DATA_SETS, MNIST5k
+from lightning_dd.distilled import DistilledData
+from lightning_dd.distilled.views import draw_views
+from lightning_dd.evaluators.matrix import Cell, Hardware, run_cell
+from lightning_dd.models import build_network
+from lightning_dd.students import Student
+from lightning_dd.students.loop import train_student
+from lightning_dd.students.protocols import PROTOCOLS
+from lightning_dd.students.recipe import Recipe
+from lightning_dd.utils.errors import UserError
+
+SMALL = "conv:width=4,depth=2,norm=none"
+DROPS = "vit_tiny_patch16_224:patch_size=4,depth=1,embed_dim=8,num_heads=2,proj_drop_rate=0.5"
+PLAIN = Recipe(steps=7, batch_size=4, lr=0.01)
+AVERAGED = Recipe(steps=7, batch_size=4, lr=0.01, augment="siamese", optimizer="sgd", momentum=0.9, ema=0.9)
+
+
+def set_of(kind):
+    if kind != "soft":
+        return make_distilled(ipc=2, label_kind=kind)
+    views = draw_views(3, (1, 8, 8), 6, 3, torch.Generator().manual_seed(0))
+    views.logits.copy_(torch.randn(views.logits.shape, generator=torch.Generator().manual_seed(1)))
+    hard = make_distilled(ipc=2, label_kind="hard")
+    return replace(hard, labels=4 * hard.labels, label_kind="soft", temperature=4.0, views=views)
+
+
+def new_student(architecture, distilled, recipe, seed):
+    """Build and train a network as a Student of this architecture, recipe and seed is."""
+    network = build_network(architecture, distilled.num_classes, distilled.image_shape, seed)
+    return train_student(network, distilled, recipe.suited_to(architecture, distilled.training.get("step_size")), seed)
+
+
+def under_a_trainer(architecture, distilled, recipe, seed):
+    student = Student.with_recipe(architecture, recipe, seed)
+    data = DistilledData.from_set(distilled, TinyData())
+    tiny_trainer(".", -1, callbacks=[], limit_val_batches=0).fit(student, data)
+    return student.network
+
+
+def assert_same(left, right):
+    assert left.keys() == right.keys()
+    for name, value in left.items():
+        assert torch.equal(value, right[name]), name
+
+
+@pytest.mark.parametrize("recipe", [PLAIN, AVERAGED], ids=["plain", "averaged"])
+@pytest.mark.parametrize("architecture", [SMALL, "convnet:width=4,depth=2,norm=batch", DROPS])
+@pytest.mark.parametrize("kind", ["hard", "learned", "soft"])
+def test_the_bare_loop_takes_the_steps_of_a_student_under_a_trainer(kind, architecture, recipe):
+    distilled = set_of(kind)
+    with_trainer = under_a_trainer(architecture, distilled, recipe, seed=3)
+    bare = new_student(architecture, distilled, recipe, seed=3)
+    assert_same(bare.state_dict(), with_trainer.state_dict())
+    drops = [layer for layer in bare.modules() if isinstance(layer, nn.Dropout) and layer.p > 0]
+    assert bool(drops) == (architecture == DROPS)
+    assert not torch.equal(
+        next(bare.parameters()), next(new_student(architecture, distilled, recipe, seed=4).parameters())
+    )
+
+
+def test_a_learned_learning_rate_and_that_of_an_architecture_reach_both(tmp_path):
+    for changes in ({"learned_lr": True}, {"lr_of": (("conv", 0.3),)}):
+        distilled = replace(set_of("hard"), training={"step_size": 0.2})
+        recipe = replace(PLAIN, optimizer="sgd", warmup=0, **changes)
+        bare = new_student(SMALL, distilled, recipe, seed=0)
+        assert_same(bare.state_dict(), under_a_trainer(SMALL, distilled, recipe, seed=0).state_dict())
+        assert not torch.equal(next(bare.parameters()), next(new_student(SMALL, distilled, PLAIN, seed=0).parameters()))
+
+
+@pytest.mark.parametrize("recipe", [PLAIN, AVERAGED], ids=["plain", "averaged"])
+def test_a_stop_gives_what_a_shorter_training_would(recipe):
+    distilled, seen = set_of("hard"), {}
+    recipe = replace(recipe, schedule="constant", warmup=0)
+
+    def keep(network):
+        assert not network.training
+        seen[3 if not seen else 7] = {name: value.clone() for name, value in network.state_dict().items()}
+
+    long = train_student(build_network(SMALL, 3, (1, 8, 8), seed=0), distilled, recipe, 0, (3, 7), keep)
+    short = new_student(SMALL, distilled, replace(recipe, steps=3), seed=0)
+    assert_same(seen[3], short.state_dict())
+    assert_same(seen[7], long.state_dict())
+    assert_same(long.state_dict(), new_student(SMALL, distilled, recipe, seed=0).state_dict())
+
+
+def test_every_student_is_kept_channels_last(tmp_path):
+    distilled, seen = set_of("hard"), []
+
+    def look(network):
+        seen.extend(layer.weight for layer in network.modules() if isinstance(layer, nn.Conv2d))
+
+    network = build_network("conv:width=4,depth=2", 3, (1, 8, 8), seed=0)
+    look(train_student(network, distilled, AVERAGED, 0, (2,), look))
+    look(under_a_trainer("conv:width=4,depth=2", distilled, PLAIN, 0))
+    assert len(seen) == 3 * 2
+    wide = [weight for weight in seen if weight.shape[1] > 1]  # one channel is the same in either order
+    assert wide
+    assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in wide)
+
+
+@pytest.mark.parametrize("mirror", [True, False])
+def test_whether_images_are_mirrored_is_a_fact_of_the_set(mirror):
+    distilled = replace(make_distilled(ipc=2), data={"name": "x", "spec": {}, "mirror": mirror})
+    for augment, named in (("auto", default_strategy(mirror)), ("siamese", None)):
+        network = new_student(SMALL, distilled, replace(PLAIN, augment=augment), seed=0)
+        if named is not None:
+            other = new_student(SMALL, distilled, replace(PLAIN, augment=named), seed=0)
+            assert_same(network.state_dict(), other.state_dict())
+        opposite = replace(distilled, data={**distilled.data, "mirror": not mirror})
+        other = new_student(SMALL, opposite, replace(PLAIN, augment=augment), seed=0)
+        assert not torch.equal(network.head.weight, other.head.weight)
+
+
+# ---- a protocol means one thing ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def kept(monkeypatch):
+    """The state of every student when its training has ended."""
+    states = []
+
+    def keep(self):
+        state = {name: value.clone() for name, value in self.network.state_dict().items()}
+        states.append((self.trainer.global_step, state))
+
+    monkeypatch.setattr(Student, "on_fit_end", keep)
+    return states
+
+
+@pytest.mark.parametrize("name", ["dsa", "glad", "frepo"])
+def test_fit_and_evaluate_follow_a_protocol_alike(name, kept, tmp_path, monkeypatch):
+    short = {"epochs": 3, "batch_size": 4} if name != "frepo" else {"steps": 6, "batch_size": 4}
+    monkeypatch.setitem(PROTOCOLS, name, replace(PROTOCOLS[name], **short))
+    distilled = make_distilled(ipc=1, data=MNIST5k, label_kind="hard")
+    file = str(distilled.save(tmp_path / "set.safetensors"))
+    architecture = "convnet:width=4,depth=2"
+    arguments = [
+        *("fit", "--seed_everything=5", "--data=DistilledData", f"--data.file={file}", "--model=Student"),
+        *(f"--model.init_args.protocol={name}", f"--model.init_args.architecture={architecture}"),
+        *("--trainer.accelerator=cpu", "--trainer.logger=false", "--trainer.enable_checkpointing=false"),
+        *("--trainer.enable_progress_bar=false", "--trainer.num_sanity_val_steps=0"),
+    ]
+    assert main(arguments) == 0
+    real = MNIST5k()
+    real.setup("test")
+    cell = Cell("set", architecture, "distilled", 5, name)
+    run_cell(cell, distilled, real, PROTOCOLS[name], Hardware("cpu"), tmp_path / "logs", lambda: None)
+    (steps, fitted), (others, evaluated) = kept
+    assert steps == others == (6 if name == "frepo" else 9)
+    assert_same(fitted, evaluated)
+
+
+def test_what_the_trainer_and_the_data_say_wins_over_the_protocol(kept, tmp_path, monkeypatch):
+    monkeypatch.setitem(DATA_SETS, "TinyData", TinyData)
+    distilled = make_distilled(ipc=2, label_kind="hard")
+    student, data = Student(SMALL, "dsa", seed=2), DistilledData.from_set(distilled, TinyData(), batch_size=3, seed=1)
+    tiny_trainer(tmp_path, 5, callbacks=[]).fit(student, data)
+    ((steps, state),) = kept
+    assert steps == 5
+    expected = Student(SMALL, "dsa", seed=2)
+    expected.recipe = replace(expected.recipe, batch_size=3, steps=5)
+    tiny_trainer(tmp_path, -1, callbacks=[]).fit(expected, DistilledData.from_set(distilled, TinyData(), seed=1))
+    assert_same(state, kept[1][1])
+    with pytest.raises(UserError, match="batch_size must be at least 1"):
+        DistilledData.from_set(distilled, TinyData(), batch_size=0)
