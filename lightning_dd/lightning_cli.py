@@ -69,8 +69,8 @@ class Cli(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Fill in what follows from the length of the run, and let ``--trainer.enable_progress_bar=false`` win.
 
-        The latter holds for the trainings of teachers, experts and architectures within the run too; Lightning refuses
-        it beside a bar among the callbacks.
+        It holds for the trainings of teachers, experts and architectures within the run too. Lightning refuses it
+        beside a bar among the callbacks, and likewise ``enable_checkpointing=false`` and ``logger=false``.
         """
         trainer = self.config[self.config.subcommand].trainer
         if trainer.val_check_interval is None and trainer.max_steps > 0:
@@ -80,10 +80,14 @@ class Cli(LightningCLI):
             if callback.class_path == _CHECKPOINT and not options.monitor and options.every_n_train_steps is None:
                 options.every_n_train_steps = min(_SAVE_EVERY, trainer.val_check_interval or _SAVE_EVERY)
         show_bars(trainer.enable_progress_bar is not False)
-        if trainer.enable_progress_bar is False and isinstance(trainer.callbacks, list):
-            trainer.callbacks = [
-                callback for callback in trainer.callbacks if not callback.class_path.endswith("Progress")
-            ]
+        off = {
+            "Progress": trainer.enable_progress_bar,
+            _CHECKPOINT: trainer.enable_checkpointing,
+            "RateMonitor": trainer.logger,
+        }
+        endings = tuple(ending for ending, wanted in off.items() if wanted is False)
+        if isinstance(trainer.callbacks, list):
+            trainer.callbacks = [part for part in trainer.callbacks if not part.class_path.endswith(endings)]
 
     def _parse_ckpt_path(self) -> None:
         """Check the path, and leave the command line as it is.

@@ -404,7 +404,7 @@ def test_victims_learn_from_the_learned_images_and_the_distiller_from_members_al
     shown = []
 
     def spy(self, train):
-        data = self.task.data
+        data = self.trainer.datamodule
         assert data.val is None
         assert data.test is None
         shown.append((data.train.everything().images, train.everything().images))
