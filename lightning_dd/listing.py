@@ -47,7 +47,7 @@ def _architectures() -> Iterator[tuple[str, str]]:
 
 
 def _protocols() -> Iterator[tuple[str, str]]:
-    from lightning_dd.students.protocols import PROTOCOLS
+    from lightning_dd.students.recipe import PROTOCOLS
 
     for name, recipe in PROTOCOLS.items():
         length = f"{recipe.epochs} epochs" if recipe.epochs else "steps by the number of images"

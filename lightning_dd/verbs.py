@@ -103,7 +103,7 @@ class Evaluate(_Students, _Data, _Workers, Verb):
         """Train and report."""
         from lightning_dd.evaluators.evaluate import evaluate_files
         from lightning_dd.evaluators.matrix import Hardware
-        from lightning_dd.students.protocols import protocol
+        from lightning_dd.students.recipe import protocol
 
         recipes = {name: protocol(name, **self.changes(), ema=self.ema) for name in self.protocol}
         hardware = Hardware(self.accelerator, self.devices, self.strategy)
@@ -133,7 +133,7 @@ class Scores(_Students, _Data, _Workers, Verb):
         """Train and report."""
         from lightning_dd.evaluators.matrix import Hardware
         from lightning_dd.evaluators.robustness import score_files
-        from lightning_dd.students.protocols import protocol
+        from lightning_dd.students.recipe import protocol
 
         recipe = protocol(self.protocol, **self.changes())
         full = {"steps": self.full_steps, "lr": self.full_lr, "batch_size": self.full_batch_size}
@@ -225,7 +225,7 @@ class Continual(_Source, Verb):
         """Distil, train and report."""
         from lightning_dd.applications.continual import Plan, run_continual
         from lightning_dd.experiment import parse_methods
-        from lightning_dd.students.protocols import protocol
+        from lightning_dd.students.recipe import protocol
 
         settings = {"lr": self.lr, "batch_size": self.batch_size, "augment": self.augment}
         upper = {"steps": self.joint_steps, "lr": self.joint_lr, "batch_size": self.joint_batch_size}

@@ -16,8 +16,7 @@ from lightning_dd.evaluators.matrix import Cell, Hardware, run_cell
 from lightning_dd.models import build_network
 from lightning_dd.students import Student
 from lightning_dd.students.loop import train_student
-from lightning_dd.students.protocols import PROTOCOLS
-from lightning_dd.students.recipe import Recipe
+from lightning_dd.students.recipe import PROTOCOLS, Recipe
 from lightning_dd.utils.errors import UserError
 
 SMALL = "conv:width=4,depth=2,norm=none"

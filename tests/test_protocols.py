@@ -9,8 +9,7 @@ from lightning_dd.data import DATA_SETS
 from lightning_dd.distilled import DistilledData
 from lightning_dd.evaluators.evaluate import evaluate_files
 from lightning_dd.students import Student
-from lightning_dd.students.protocols import PROTOCOLS, protocol
-from lightning_dd.students.recipe import SCHEDULES, Recipe
+from lightning_dd.students.recipe import PROTOCOLS, SCHEDULES, Recipe, protocol
 from lightning_dd.utils.errors import UserError
 
 SMALL = "conv:width=4,depth=2,norm=none"

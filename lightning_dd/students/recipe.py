@@ -1,4 +1,4 @@
-"""The student recipe: how a network is trained on a synthetic set. Plain torch.
+"""The student recipe: how a network is trained on a synthetic set, and the published ones by name. Plain torch.
 
 One object says loss, optimizer, schedule, length and augmentation, so that the score a distiller watches while it
 runs and the score the evaluation reports come from the same recipe.
@@ -27,7 +27,7 @@ class Recipe:
 
     Regression labels are fitted with half the squared error, hard labels with cross-entropy, soft ones with a
     divergence (:func:`student_loss`). The learning rate warms up linearly from 0 over ``warmup`` steps (at most half
-    the run) and then follows ``schedule``. Published protocols are in :mod:`lightning_dd.students.protocols`.
+    the run) and then follows ``schedule``. Published recipes are in :data:`PROTOCOLS`.
 
     Args:
         steps: training steps; ``None`` takes ``epochs``, or without those FRePo's table by the number of images.
@@ -126,34 +126,15 @@ class Recipe:
 
     def build_optimizer(self, network: nn.Module) -> torch.optim.Optimizer:
         """Return the optimizer of the network's parameters."""
-        settings: dict[str, Any] = {"lr": self.lr, "fused": True}
-        if self.optimizer == "sgd":
-            settings |= {"momentum": self.momentum, "weight_decay": self.weight_decay}
-        elif self.optimizer == "adamw":
-            settings["weight_decay"] = self.weight_decay
-        return OPTIMIZERS[self.optimizer](network.parameters(), **settings)
+        make, names = OPTIMIZERS[self.optimizer]
+        settings = {name: getattr(self, name) for name in names}
+        return make(network.parameters(), lr=self.lr, fused=True, **settings)
 
     def scheduler(self, optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
         """Return the schedule over ``steps`` steps."""
         return torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: SCHEDULES[self.schedule](step, steps, self.warmup, self.final_lr)
         )
-
-
-def warmup_step(step: int, steps: int, warmup: int = 0, final: float = 0.0) -> float:
-    """Learning-rate factor: linear from 0 over ``warmup`` steps, then 1, and a tenth from ``steps / 2`` on."""
-    return warmup_constant(step, steps, warmup) * (0.1 if step >= steps // 2 else 1.0)
-
-
-def warmup_constant(step: int, steps: int, warmup: int = 0, final: float = 0.0) -> float:
-    """Learning-rate factor: linear from 0 over ``warmup`` steps (at most half of all), then 1."""
-    rise = min(warmup, steps // 2)
-    return step / rise if step < rise else 1.0
-
-
-def warmup_half_cosine(step: int, steps: int, warmup: int = 0, final: float = 0.0) -> float:
-    """Learning-rate factor of RDED: ``(1 + cos(pi t / (2 T))) / 2``, which ends at a half."""
-    return warmup_constant(step, steps, warmup) * 0.5 * (1 + math.cos(math.pi * step / (2 * steps)))
 
 
 def warmup_cosine(step: int, steps: int, warmup: int = 0, final: float = 0.0) -> float:
@@ -172,11 +153,28 @@ def warmup_cosine(step: int, steps: int, warmup: int = 0, final: float = 0.0) ->
     return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "adam": torch.optim.Adam,
-    "adamw": torch.optim.AdamW,
-    "sgd": torch.optim.SGD,
+def warmup_constant(step: int, steps: int, warmup: int = 0, final: float = 0.0) -> float:
+    """Learning-rate factor: linear from 0 over ``warmup`` steps (at most half of all), then 1."""
+    rise = min(warmup, steps // 2)
+    return step / rise if step < rise else 1.0
+
+
+def warmup_step(step: int, steps: int, warmup: int = 0, final: float = 0.0) -> float:
+    """Learning-rate factor: as :func:`warmup_constant`, and a tenth of it from ``steps / 2`` on."""
+    return warmup_constant(step, steps, warmup) * (0.1 if step >= steps // 2 else 1.0)
+
+
+def warmup_half_cosine(step: int, steps: int, warmup: int = 0, final: float = 0.0) -> float:
+    """Learning-rate factor of RDED: ``(1 + cos(pi t / (2 T))) / 2``, which ends at a half."""
+    return warmup_constant(step, steps, warmup) * 0.5 * (1 + math.cos(math.pi * step / (2 * steps)))
+
+
+OPTIMIZERS: dict[str, tuple[Callable[..., torch.optim.Optimizer], tuple[str, ...]]] = {
+    "adam": (torch.optim.Adam, ()),
+    "adamw": (torch.optim.AdamW, ("weight_decay",)),
+    "sgd": (torch.optim.SGD, ("momentum", "weight_decay")),
 }
+"""By name: the class, and the settings of a recipe that it takes beside the learning rate."""
 SCHEDULES: dict[str, Callable[[int, int, int, float], float]] = {
     "cosine": warmup_cosine,
     "half_cosine": warmup_half_cosine,
@@ -208,3 +206,71 @@ def student_loss(logits: Tensor, labels: Tensor, label_kind: str, temperature: f
         own, target = (F.log_softmax(rows.float() / temperature, dim=1) for rows in (logits, labels))
         return F.kl_div(own, target, reduction="batchmean", log_target=True)
     return half_squared_error(logits, labels)
+
+
+_RDED_RATES = (
+    ("vgg", 5e-4),
+    ("efficientnet", 2e-3),
+    ("mobilenet", 2.5e-3),
+    ("alexnet", 1e-4),
+    ("vit", 1e-4),
+    ("swin", 1e-4),
+)
+
+_SGD = Recipe(
+    epochs=1000,
+    lr=0.01,
+    warmup=0,
+    batch_size=256,
+    augment="siamese",
+    optimizer="sgd",
+    momentum=0.9,
+    weight_decay=5e-4,
+    schedule="step",
+)
+_ADAMW = Recipe(epochs=300, lr=1e-3, warmup=0, augment="none", optimizer="adamw", weight_decay=0.01)
+
+PROTOCOLS: dict[str, Recipe] = {
+    # Zhou et al. 2022, arXiv 2206.00719: Adam, warm-up 500 steps, cosine to 1 %, steps by the number of images.
+    "frepo": Recipe(),
+    # Zhao et al. 2021, arXiv 2006.05929: SGD, 300 epochs, a tenth at half of them, no augmentation.
+    "dc": replace(_SGD, epochs=300, augment="none"),
+    # Zhao & Bilen 2021, arXiv 2102.08259, and DM (2023): the same for 1,000 epochs with their augmentation.
+    "dsa": _SGD,
+    # Cazenavette et al. 2022, arXiv 2203.11932, and DATM (Guo et al. 2024): with the step size that was learned.
+    "mtt": replace(_SGD, learned_lr=True),
+    # Cazenavette et al. 2023, arXiv 2305.01649: warm-up for half of the run, then a cosine; a moving average is tested.
+    "glad": replace(_SGD, lr=1e-3, warmup=10**9, final_lr=0.0, schedule="cosine", ema=0.995, lr_of=(("vgg", 1e-4),)),
+    # Yin et al. 2023, arXiv 2306.13092: AdamW and a cosine on replayed views.
+    "sre2l": replace(_ADAMW, final_lr=0.0, batch_size=1024),
+    # Sun et al. 2024, arXiv 2312.03526: AdamW by architecture, half a cosine, on replayed views.
+    "rded": replace(_ADAMW, batch_size=100, schedule="half_cosine", lr_of=_RDED_RATES),
+}
+"""Published evaluation protocols by name.
+
+The same distilled set scores differently under each of them, which is the largest source of numbers that do not
+compare; a table of methods by protocols shows it. What belongs to the network (FRePo's students have no normalisation,
+those of DC, DSA, DM and MTT instance normalisation) is said by the architecture, and what belongs to the labels (their
+form, a teacher's temperature, replayed views) travels with the set.
+"""
+
+
+def protocol(name: str, **changes: Any) -> Recipe:
+    """Return a published recipe by name, with some of its settings replaced.
+
+    Args:
+        name: of the recipe.
+        **changes: settings of :class:`Recipe`; ``None`` keeps the published value.
+
+    Raises:
+        UserError: the name is unknown, or a setting is out of range.
+
+    Example:
+        >>> protocol("dsa").steps_for(10), protocol("frepo").steps_for(10)
+        (1000, 1000)
+        >>> protocol("dsa", lr=0.1, warmup=None) == replace(protocol("dsa"), lr=0.1)
+        True
+    """
+    if name not in PROTOCOLS:
+        raise unknown_name("protocol", name, PROTOCOLS)
+    return replace(PROTOCOLS[name], **{key: value for key, value in changes.items() if value is not None})

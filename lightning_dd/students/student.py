@@ -10,8 +10,8 @@ from torch import Tensor
 from lightning_dd.distilled.datamodule import DistilledData
 from lightning_dd.models.factory import build_network
 from lightning_dd.students.loop import StudentStep
-from lightning_dd.students.protocols import protocol as published
 from lightning_dd.students.recipe import Recipe
+from lightning_dd.students.recipe import protocol as published
 from lightning_dd.utils.checkpoint import check_settings, public_settings
 from lightning_dd.utils.errors import UserError
 from lightning_dd.utils.scoring import ScoredModule
@@ -29,7 +29,7 @@ class Student(ScoredModule):
 
     Args:
         architecture: any name of the factory, with options as ``name:option=value,...``.
-        protocol: a published recipe (:data:`~lightning_dd.students.protocols.PROTOCOLS`); the settings below replace
+        protocol: a published recipe (:data:`~lightning_dd.students.recipe.PROTOCOLS`); the settings below replace
             its own.
         lr: peak learning rate.
         warmup: steps of linear warm-up, at most half the run.
@@ -106,8 +106,7 @@ class Student(ScoredModule):
 
     def scored_logits(self, images: Tensor) -> Tensor:
         """Return the network's logits."""
-        logits: Tensor = self(images)
-        return logits
+        return self.forward(images)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what it takes to rebuild the network without its data."""
