@@ -22,10 +22,13 @@ from typing import Any
 import yaml
 from environment import environment
 
+from lightning_dd.utils.silence import quiet_trainers
+
 HERE = Path(__file__).resolve().parent
 WARM_UP = 10
 
 
+@quiet_trainers()
 def measure(experiment: dict[str, Any], setting: str | None, steps: int, threads: int) -> dict[str, float]:
     """Distil ``steps`` outer steps after a warm-up; return seconds per step without and with MetaDD, and memory."""
     import torch
@@ -35,7 +38,6 @@ def measure(experiment: dict[str, Any], setting: str | None, steps: int, threads
 
     import lightning_dd.distillers
     from lightning_dd.callbacks import PoolAlternation
-    from lightning_dd.utils.silence import quieten
 
     class Clock(Callback):
         """Keep the time after every outer step."""
@@ -47,7 +49,6 @@ def measure(experiment: dict[str, Any], setting: str | None, steps: int, threads
             self.times.append(time.perf_counter())
 
     torch.set_num_threads(threads)
-    quieten(bar_only=True)
     data = real_data(experiment["data"])
     arguments = dict(experiment["distiller"])
     distiller = getattr(lightning_dd.distillers, arguments.pop("class"))(**arguments, seed=0)

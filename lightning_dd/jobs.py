@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from lightning_dd.utils.errors import UserError
 from lightning_dd.utils.files import write_atomically
-from lightning_dd.utils.silence import quieten
+from lightning_dd.utils.silence import quiet_trainers
 
 if TYPE_CHECKING:
     import torch
@@ -277,12 +277,12 @@ def _check_answer(line: Connection, job: Job, count: int) -> None:
         raise UserError(text) if is_mistake else RuntimeError(f"{job.name}: {text}\n\n{trace}")
 
 
+@quiet_trainers()
 def _serve(line: Connection, payload: bytes, number: int) -> None:
     """Work on one job after another, until the parent ends this process, or ends itself."""
     global _PLACE
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent ends the others
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    quieten(bar_only=True)
     _PLACE = number
     try:
         work, ledger = pickle.loads(payload)  # heavy imports happen here

@@ -12,7 +12,7 @@ from lightning_dd.configs import found, run_name
 from lightning_dd.parsing import OneLineErrors, explain, user_error_in
 from lightning_dd.synthetic import Labels, Parameterisation
 from lightning_dd.utils.errors import UserError
-from lightning_dd.utils.silence import quieten, show_bars
+from lightning_dd.utils.silence import quieten
 
 _CHECKPOINT = "pytorch_lightning.callbacks.ModelCheckpoint"
 _LOGGER = "pytorch_lightning.loggers.TensorBoardLogger"
@@ -79,7 +79,6 @@ class Cli(LightningCLI):
             options = callback.get("init_args", {})
             if callback.class_path == _CHECKPOINT and not options.monitor and options.every_n_train_steps is None:
                 options.every_n_train_steps = min(_SAVE_EVERY, trainer.val_check_interval or _SAVE_EVERY)
-        show_bars(trainer.enable_progress_bar is not False)
         off = {
             "Progress": trainer.enable_progress_bar,
             _CHECKPOINT: trainer.enable_checkpointing,

@@ -15,8 +15,8 @@ from lightning_dd.distillers.base import Probe
 from lightning_dd.distillers.load import distilled_from_checkpoint
 from lightning_dd.losses.coresets import herding, k_center
 from lightning_dd.pretrained import classifier
+from lightning_dd.pretrained.classifier import Teacher
 from lightning_dd.pretrained.task import Task
-from lightning_dd.pretrained.teacher import Teacher
 from lightning_dd.synthetic import TeacherLabels
 from lightning_dd.utils.errors import UserError
 

@@ -21,7 +21,7 @@ from lightning_dd.distillers import FRePo, Herding
 from lightning_dd.distillers.base import Probe
 from lightning_dd.evaluators.sources import ALL_REAL, SOURCES, random_real
 from lightning_dd.pretrained import ClassifierRecipe
-from lightning_dd.pretrained.teacher import Teacher
+from lightning_dd.pretrained.classifier import Teacher
 from lightning_dd.utils.errors import UserError
 
 REAL_DATA = os.environ.get("LIGHTNING_DD_DATA")  # read before the fixture below hides it

@@ -252,8 +252,8 @@ def test_a_trained_generator_shows_the_class_it_is_asked_for(tmp_path, preproces
 
 def test_the_generator_is_trained_once_and_shared_between_runs(tmp_path, monkeypatch):
     trained = []
-    fit = pretrained.fit_quietly
-    monkeypatch.setattr(pretrained, "fit_quietly", lambda *args: (trained.append(1), fit(*args)))
+    fit = pretrained.fit
+    monkeypatch.setattr(pretrained, "fit", lambda *args: (trained.append(1), fit(*args)))
     space = Latents(width=4, steps=3, seed=5)
     with pytest.raises(UserError, match="train_missing is false"):
         fitted(tmp_path, frepo(space, train_missing=False))
@@ -280,11 +280,11 @@ def test_a_damaged_file_in_the_cache_is_replaced(tmp_path):
 
 
 def test_a_training_that_diverges_is_said(tmp_path, monkeypatch):
-    def diverge(training, *args):
+    def diverge(task, networks, *args):
         with torch.no_grad():
-            training.generator.start.bias.fill_(float("nan"))
+            networks[0].start.bias.fill_(float("nan"))
 
-    monkeypatch.setattr(pretrained, "fit_quietly", diverge)
+    monkeypatch.setattr(pretrained, "fit", diverge)
     with pytest.raises(UserError, match=r"diverged: lower latents' lr, which is 0\.5"):
         fitted(tmp_path, frepo(Latents(width=4, steps=3, lr=0.5)))
 

@@ -264,8 +264,7 @@ def test_snapshots_are_those_of_a_plain_sgd_loop(cache, labels):
 
 def test_an_epoch_is_a_pass_over_whole_batches_and_augmentation_counts(cache, monkeypatch):
     steps = []
-    plain = experts._Expert.training_step
-    monkeypatch.setattr(experts._Expert, "training_step", lambda *args: steps.append(1) or plain(*args))
+    monkeypatch.setattr(experts, "student_loss", lambda *args: steps.append(1) or student_loss(*args))
     path, data = one_expert()
     assert len(steps) == 3 * (len(data.train.labels) // 8)
     augmented, _ = one_expert(augment="flip_color")
@@ -279,8 +278,8 @@ def test_an_epoch_is_a_pass_over_whole_batches_and_augmentation_counts(cache, mo
 @pytest.fixture
 def trained(monkeypatch):
     """Titles of the experts that were trained, in order."""
-    titles, fit = [], experts.fit_quietly
-    monkeypatch.setattr(experts, "fit_quietly", lambda *args: titles.append(args[-1]) or fit(*args))
+    titles, fit = [], experts.fit
+    monkeypatch.setattr(experts, "fit", lambda *args: titles.append(args[-1]) or fit(*args))
     return titles
 
 

@@ -9,7 +9,7 @@ from lightning_dd.augment.crops import draw_crops, resample
 from lightning_dd.distillers import RDED
 from lightning_dd.distillers.base import Probe
 from lightning_dd.distillers.rded import tile
-from lightning_dd.pretrained.teacher import Teacher
+from lightning_dd.pretrained.classifier import Teacher
 from lightning_dd.utils.errors import UserError
 from lightning_dd.utils.seeding import make_generator
 

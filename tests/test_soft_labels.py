@@ -19,8 +19,8 @@ from lightning_dd.distilled.views import SoftViews, draw_views
 from lightning_dd.evaluators.sources import random_real
 from lightning_dd.models import build_network
 from lightning_dd.models.pool import rest
+from lightning_dd.pretrained.classifier import Teacher
 from lightning_dd.pretrained.task import Task
-from lightning_dd.pretrained.teacher import Teacher
 from lightning_dd.students import Student
 from lightning_dd.students.loop import train_student
 from lightning_dd.students.recipe import Recipe, student_loss

@@ -17,8 +17,8 @@ from lightning_dd.losses.batchnorm import StatisticsDistance, batch_norm_layers
 from lightning_dd.models import build_network
 from lightning_dd.models.pool import rest
 from lightning_dd.pretrained import ClassifierRecipe
+from lightning_dd.pretrained.classifier import Teacher
 from lightning_dd.pretrained.task import Task
-from lightning_dd.pretrained.teacher import Teacher
 from lightning_dd.synthetic import TeacherLabels
 from lightning_dd.utils.errors import UserError
 

@@ -17,8 +17,8 @@ from lightning_dd.losses.labels import LABEL_KINDS
 from lightning_dd.models.factory import build_network
 from lightning_dd.models.interface import Network
 from lightning_dd.models.mixture import Architectures, NetworkMixture
+from lightning_dd.pretrained.classifier import Committee, Teacher
 from lightning_dd.pretrained.task import Task
-from lightning_dd.pretrained.teacher import Committee, Teacher
 from lightning_dd.students.loop import train_student
 from lightning_dd.students.recipe import Recipe
 from lightning_dd.synthetic.labels import Labels, TeacherLabels

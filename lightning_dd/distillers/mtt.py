@@ -17,7 +17,7 @@ from lightning_dd.losses.trajectory import InnerStep, functional_loss
 from lightning_dd.models.interface import Network
 from lightning_dd.models.mixture import Architectures
 from lightning_dd.models.pool import rest
-from lightning_dd.pretrained.experts import ExpertRecipe, Trajectories, expert_file, refuse_batch_statistics
+from lightning_dd.pretrained.experts import ExpertRecipe, Trajectories, expert_file
 from lightning_dd.students.recipe import student_loss
 from lightning_dd.synthetic.labels import Labels
 from lightning_dd.utils.errors import UserError
@@ -129,7 +129,6 @@ class MTT(Distiller):
             return
         device = self.task.device
         network = self.build_network(self.expert_seed).to(device)
-        refuse_batch_statistics(self.architecture, network)
         rest(network)
         self._student = (network,)
         if self.augment == "auto":

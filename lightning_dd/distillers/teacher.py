@@ -4,7 +4,7 @@ from typing import Any
 
 from lightning_dd.distillers.base import Distiller
 from lightning_dd.models.interface import Network
-from lightning_dd.pretrained.teacher import Committee, Teacher
+from lightning_dd.pretrained.classifier import Committee, Teacher
 from lightning_dd.synthetic.labels import Labels
 
 

@@ -14,9 +14,10 @@ from lightning_dd.evaluators.report import markdown, write_report
 from lightning_dd.students.recipe import Recipe
 from lightning_dd.utils.checkpoint import public_settings
 from lightning_dd.utils.files import require_writable
-from lightning_dd.utils.silence import quieten
+from lightning_dd.utils.silence import quiet_trainers
 
 
+@quiet_trainers()
 def evaluate_files(
     files: Sequence[str],
     architectures: Sequence[str],
@@ -55,7 +56,6 @@ def evaluate_files(
     recipes = {"": recipe} if isinstance(recipe, Recipe) else dict(recipe)
     bench = Bench(named(files), recipes, folder, data, hardware)
     architectures = bench.architectures(architectures)
-    quieten(bar_only=True)
     cells = cells_of(list(bench.sets), architectures, seeds, list(recipes))
     if not bench.train(cells, workers):
         return []

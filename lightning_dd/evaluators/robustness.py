@@ -27,7 +27,7 @@ from lightning_dd.report import markdown_table, write_results
 from lightning_dd.students.recipe import Recipe
 from lightning_dd.utils.errors import UserError
 from lightning_dd.utils.files import require_writable
-from lightning_dd.utils.silence import quieten
+from lightning_dd.utils.silence import quiet_trainers
 
 _OWN, _PLAIN, _FULL, _CONTROL = "own", "plain", "full", "control"
 
@@ -74,6 +74,7 @@ class Robustness:
 _ACCURACIES = ("own", "hard", "random", "plain", "random_plain", "all_real")
 
 
+@quiet_trainers()
 def score_files(
     files: Sequence[str],
     architectures: Sequence[str],
@@ -116,7 +117,6 @@ def score_files(
     for name in names:
         _check_control(name, bench.sets[name], bench.sets.get(_CONTROL))
     architectures = bench.architectures(architectures)
-    quieten(bar_only=True)
     asked = {
         (name, architecture, seed): cells_of_scores(name, bench.sets[name], architecture, seed)
         for name in names

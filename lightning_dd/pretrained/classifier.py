@@ -1,27 +1,26 @@
-"""Classifiers trained on the real data: teachers, and the architectures that MetaDD compares."""
+"""Classifiers trained on the real data: teachers, committees of them, and the architectures that MetaDD compares."""
 
-from dataclasses import asdict, dataclass
-from functools import partial
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
 
 import torch
-from pytorch_lightning import Trainer
 from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_dd.augment.frepo import Augmentation, default_strategy
-from lightning_dd.data.images import Split
-from lightning_dd.data.sampling import EvalBatches, ShuffledStream, next_batch, pass_through
+from lightning_dd.data.sampling import EvalBatches, next_batch
 from lightning_dd.models.factory import build_network
 from lightning_dd.models.interface import Network
+from lightning_dd.models.mixture import Architectures, NetworkMixture
 from lightning_dd.models.pool import rest
-from lightning_dd.pretrained.once import Made, fit_quietly, read_trained, state_of, train_once
-from lightning_dd.pretrained.task import Task
-from lightning_dd.students.recipe import warmup_cosine
+from lightning_dd.pretrained.task import Made, Task, fit, read_trained, train_once
+from lightning_dd.students.recipe import Recipe
 from lightning_dd.utils.errors import UserError
-from lightning_dd.utils.scoring import ScoredModule
 from lightning_dd.utils.seeding import derive_seed, make_generator, seeded
+
+_ROWS = 512
+"""Images in one forward pass of a teacher."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,96 +70,155 @@ def trained_classifier(
         UserError: the file is unusable or of other data, nothing is there and nothing may be trained, or the network is
             at chance on the validation split.
     """
-    facts = task.facts
-    network = build_network(
-        architecture, facts.num_classes, facts.image_shape, derive_seed(seed, "architecture", architecture)
-    )
-    own = {"architecture": architecture, **task.identity()}
-    what = f"architecture '{architecture}'"
+
+    def make() -> Made:
+        accuracy = _fit(architecture, network, task, recipe, seed)
+        if accuracy < 1.5 / facts.num_classes:
+            raise UserError(
+                f"{what} is at chance on the validation split ({100 * accuracy:.1f} % of {facts.num_classes} classes): "
+                "train it longer or with another learning rate, or choose another"
+            )
+        return network.state_dict(), {"accuracy": accuracy}
+
+    facts, what = task.facts, f"architecture '{architecture}'"
+    weights = derive_seed(seed, "architecture", architecture)
+    network = build_network(architecture, facts.num_classes, facts.image_shape, weights)
     if file is None:
-        settings = {key: asdict(recipe)[key] for key in ClassifierRecipe.__dataclass_fields__}
-        identity = {**own, "recipe": settings, "mirror": facts.mirror, "seed": seed}
-        make = partial(_train, architecture, network, task, recipe, seed)
-        made = train_once("classifiers", identity, make, task, what)
+        settings = {setting.name: getattr(recipe, setting.name) for setting in fields(ClassifierRecipe)}
+        identity = {"architecture": architecture, "recipe": settings, "mirror": facts.mirror, "seed": seed}
+        trained = train_once("classifiers", identity, make, task, what)
     else:
-        made = read_trained(Path(file), f"file of {what}")
-        for name, here in own.items():
-            if made.facts.get(name) != here:
-                there = made.facts.get(name)
+        trained = read_trained(Path(file), f"file of {what}")
+        for name, here in {"architecture": architecture, **task.identity()}.items():
+            if (there := trained.facts.get(name)) != here:
                 raise UserError(f"file of {what} '{file}' is of other {name}: {there!r} there and {here!r} here")
-    accuracy = _above_chance(architecture, float(made.facts["accuracy"]), facts.num_classes)
-    network.load_state_dict(made.tensors())
+    network.load_state_dict(trained.tensors())
     rest(network)
-    return network.to(task.device), accuracy
-
-
-def _above_chance(architecture: str, accuracy: float, num_classes: int) -> float:
-    if accuracy < 1.5 / num_classes:
-        raise UserError(
-            f"architecture '{architecture}' is at chance on the validation split ({100 * accuracy:.1f} % of "
-            f"{num_classes} classes): train it longer or with another learning rate, or choose another"
-        )
-    return accuracy
-
-
-def _train(architecture: str, network: Network, task: Task, recipe: ClassifierRecipe, seed: int) -> Made:
-    """Train; return the weights and the validation accuracy."""
-    accuracy = _fit(architecture, network, task, recipe, seed)
-    return state_of(network), {"accuracy": _above_chance(architecture, accuracy, task.facts.num_classes)}
+    return network.to(task.device), float(trained.facts["accuracy"])
 
 
 def _fit(architecture: str, network: Network, task: Task, recipe: ClassifierRecipe, seed: int) -> float:
-    """Train in place by an ordinary Lightning fit and return the validation accuracy."""
-    strategy = default_strategy(task.facts.mirror)
-    classifier = RealClassifier(network, task.train, recipe, strategy, derive_seed(seed, "classifier", architecture))
-    fit_quietly(classifier, recipe.steps, task.accelerator, f"training {architecture}")
-    judge = Trainer(
-        accelerator=task.accelerator, devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False
+    """Train in place with cross-entropy; return the validation accuracy in [0, 1]."""
+    seed = derive_seed(seed, "classifier", architecture)
+    stream, augmentation = task.stream(recipe.batch_size, seed), Augmentation(default_strategy(task.facts.mirror))
+
+    def loss_at(step: int) -> Tensor:
+        images, labels = next_batch(task.train, stream, task.device)
+        images = augmentation(images, make_generator(seed, "augment", step))
+        with seeded(derive_seed(seed, "dropout", step)):
+            return F.cross_entropy(network(images).float(), labels)
+
+    adamw = Recipe(
+        steps=recipe.steps,
+        lr=recipe.lr,
+        warmup=recipe.steps // 10,
+        final_lr=0.0,
+        optimizer="adamw",
+        weight_decay=recipe.weight_decay,
     )
-    scores = judge.validate(classifier, pass_through(EvalBatches(task.judges, 500)), verbose=False)
-    return float(scores[0]["val/accuracy"])
+    fit(task, network, adamw, loss_at, f"training {architecture}")
+    network.eval()
+    with torch.no_grad():
+        correct = [
+            network(images.to(task.device)).argmax(1) == labels.to(task.device)
+            for images, labels in EvalBatches(task.judges, 500)
+        ]
+    return float(torch.cat(correct).float().mean())
 
 
-class RealClassifier(ScoredModule):
-    """Train a network on real images with cross-entropy, AdamW, warm-up and cosine; it draws its own batches.
+@dataclass(frozen=True)
+class Teacher(ClassifierRecipe):
+    """Which networks teach, and how they are trained on the real data.
 
     Args:
-        network: what is trained.
-        train: the training images.
-        recipe: how.
-        augment: operations joined by ``_``.
-        seed: of batches, augmentation and dropout.
+        architecture: a name of the factory; several names, or names with weights, are a committee. ``None`` takes the
+            architecture of the distiller.
+        seed: of weights and batches; kept apart from the run's seed, so that runs share teachers.
+        file: a trained teacher of your own instead (written by this project); of one architecture.
+        steps: training steps of each.
+        lr: peak learning rate of AdamW.
+        weight_decay: of AdamW.
+        batch_size: images per step.
+
+    Raises:
+        UserError: a number is out of range.
     """
 
-    def __init__(self, network: Network, train: Split, recipe: ClassifierRecipe, augment: str, seed: int) -> None:
-        super().__init__()
-        self.network = network
-        self.recipe, self.seed = recipe, seed
-        self.augmentation = Augmentation(augment)
-        self._train = train
-        order = make_generator(seed, "order", device=train.labels.device)
-        self._stream = ShuffledStream(len(train), recipe.batch_size, order)
-        self.make_accuracy(network.num_classes)
+    architecture: Architectures | None = None
+    seed: int = 0
+    file: str | None = None
 
-    def scored_logits(self, images: Tensor) -> Tensor:
-        """Return the network's logits."""
-        logits: Tensor = self.network(images)
-        return logits
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.architecture is not None:
+            NetworkMixture.parse(self.architecture)
 
-    def training_step(self, batch: int, batch_idx: int) -> Tensor:
-        """One step on a batch of its own; ``batch`` only counts."""
-        images, labels = next_batch(self._train, self._stream, self.device)
-        images = self.augmentation(images, make_generator(self.seed, "augment", batch_idx))
-        with seeded(derive_seed(self.seed, "dropout", batch_idx)):
-            loss = F.cross_entropy(self.network(images).float(), labels)
-        self.log("classifier/loss", loss.detach(), prog_bar=True)
-        return loss
+    def mixture(self, otherwise: str) -> NetworkMixture:
+        """Return the architectures and their weights; ``otherwise`` where none is named."""
+        found = NetworkMixture.parse(otherwise if self.architecture is None else self.architecture)
+        if self.file is not None and len(found.names) > 1:
+            raise UserError(f"teacher.file holds one network, and the committee has {len(found.names)}")
+        return found
 
-    def configure_optimizers(self) -> Any:
-        """Return AdamW with a warm-up of a tenth of the run and a cosine to 0."""
-        recipe, steps = self.recipe, max(1, self.trainer.max_steps)
-        optimizer = torch.optim.AdamW(
-            self.network.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True
-        )
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, steps, steps // 10))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+    def committee(self, task: Task, otherwise: str) -> "Committee":
+        """Return the trained networks: from a file, from the cache, or trained now by all processes together.
+
+        Args:
+            task: the run's data; without images (a checkpoint that is only read), nothing is trained.
+            otherwise: the architecture where none is named.
+
+        Raises:
+            UserError: one cannot be trained or read, or is at chance.
+        """
+        mixture = self.mixture(otherwise)
+        networks = [trained_classifier(name, task, self, self.seed, self.file)[0] for name in mixture.names]
+        return Committee(networks, mixture)
+
+
+class Committee:
+    """Frozen teachers and how much each of them counts.
+
+    Args:
+        networks: in inference mode, their parameters without gradient, on one device.
+        mixture: their architectures and weights, in the same order.
+    """
+
+    def __init__(self, networks: list[Network], mixture: NetworkMixture) -> None:
+        self.networks, self.mixture = networks, mixture
+
+    def __iter__(self) -> Iterator[Network]:
+        return iter(self.networks)
+
+    def __len__(self) -> int:
+        return len(self.networks)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the teachers are."""
+        return next((parameter.device for parameter in self.main.parameters()), torch.device("cpu"))
+
+    @property
+    def main(self) -> Network:
+        """The teacher with the largest weight."""
+        return self.networks[self.mixture.names.index(self.mixture.main)]
+
+    def draw(self, generator: torch.Generator) -> Network:
+        """Draw one of them by their weights."""
+        return self.networks[self.mixture.names.index(self.mixture.draw(generator))]
+
+    @torch.no_grad()
+    def logits(self, images: Tensor) -> Tensor:
+        """Return the weighted mean of the teachers' logits ``(N, num_classes)``: float32, on their device.
+
+        Args:
+            images: ``(N, C, H, W)``, normalised, on any device.
+        """
+        here = images.to(self.device)
+        with torch.autocast(here.device.type, enabled=False):
+            answers = [
+                torch.cat([teacher(part).float() for part in torch.split(here, _ROWS)]) for teacher in self.networks
+            ]
+        if len(answers) == 1:
+            return answers[0]
+        weights = torch.tensor(self.mixture.probabilities, device=here.device)
+        return torch.einsum("t,tnc->nc", weights, torch.stack(answers))

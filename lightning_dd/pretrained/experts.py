@@ -11,21 +11,18 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from pytorch_lightning import LightningModule
 from safetensors import safe_open
 from torch import Tensor, nn
 
 from lightning_dd.augment.siamese import siamese
-from lightning_dd.data.images import Split
-from lightning_dd.data.sampling import ShuffledStream
+from lightning_dd.data.sampling import next_batch
 from lightning_dd.losses.krr import centred_one_hot
 from lightning_dd.losses.labels import initial_labels
 from lightning_dd.losses.trajectory import parameter_vector
 from lightning_dd.models.factory import build_network
 from lightning_dd.models.interface import Network
-from lightning_dd.pretrained.once import Made, fit_quietly, train_once
-from lightning_dd.pretrained.task import Task
-from lightning_dd.students.recipe import student_loss
+from lightning_dd.pretrained.task import Made, Task, fit, train_once
+from lightning_dd.students.recipe import Recipe, student_loss
 from lightning_dd.utils.errors import UserError
 from lightning_dd.utils.seeding import derive_seed, make_generator
 
@@ -79,19 +76,18 @@ def expert_file(architecture: str, task: Task, recipe: ExpertRecipe, seed: int, 
         named = derive_seed(seed, "expert", architecture, index)
         weights = derive_seed(named, "weights")
         network = build_network(architecture, task.facts.num_classes, task.facts.image_shape, weights)
-        refuse_batch_statistics(architecture, network)
-        expert = _Expert(network, task.train, recipe, named)
-        fit_quietly(expert, recipe.epochs * expert.steps_per_epoch, task.accelerator, f"expert {index}")
-        if not bool(torch.isfinite(expert.snapshots[-1]).all()):
+        _refuse_batch_statistics(architecture, network)
+        snapshots = _trajectory(network, task, recipe, named, f"expert {index}")
+        if not bool(torch.isfinite(snapshots[-1]).all()):
             raise UserError(
                 f"{what} diverged: its parameters are not finite after {recipe.epochs} epochs; lower expert_lr "
                 f"(now {recipe.lr})"
             )
-        return {_name(epoch): snapshot for epoch, snapshot in enumerate(expert.snapshots)}, {}
+        return {_name(epoch): snapshot for epoch, snapshot in enumerate(snapshots)}, {}
 
     what = f"expert {index} of '{architecture}'"
     own = {"architecture": architecture, "recipe": asdict(recipe), "seed": seed, "index": index}
-    made = train_once("experts", {**own, **task.identity()}, make, task, what)
+    made = train_once("experts", own, make, task, what)
     if made.file is None:
         raise UserError(f"{what} cannot be kept: set LIGHTNING_DD_CACHE to a folder that can be written")
     return made.file
@@ -116,12 +112,8 @@ class Trajectories:
         return cast(Tensor, self._files[expert].get_tensor(_name(epoch)))
 
 
-def refuse_batch_statistics(architecture: str, network: Network) -> None:
-    """Refuse a network with batch normalisation: its running statistics are no parameters and cannot be matched.
-
-    Raises:
-        UserError: it has some.
-    """
+def _refuse_batch_statistics(architecture: str, network: Network) -> None:
+    """Refuse batch normalisation: its running statistics are no parameters, and so cannot be matched."""
     kinds = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
     if any(isinstance(module, kinds) and module.track_running_stats for module in network.modules()):
         raise UserError(
@@ -130,47 +122,24 @@ def refuse_batch_statistics(architecture: str, network: Network) -> None:
         )
 
 
-class _Expert(LightningModule):
-    """A network on real batches of its own. It stays in inference mode, as the student's steps do: no dropout."""
+def _trajectory(network: Network, task: Task, recipe: ExpertRecipe, seed: int, title: str) -> list[Tensor]:
+    """Train an expert in inference mode, as the inner steps run; return its parameters after every epoch from 0 on."""
+    stream, augment = task.stream(recipe.batch_size, seed), siamese(recipe.augment, shared=False)
+    per_epoch, count = stream.size // stream.batch_size, network.num_classes
+    snapshots: list[Tensor] = []
 
-    def __init__(self, network: Network, train: Split, recipe: ExpertRecipe, seed: int) -> None:
-        super().__init__()
-        self.network = network
-        self.recipe, self.seed = recipe, seed
-        self.snapshots: list[Tensor] = []
-        self._train = train  # a tuple: not a buffer, and not in the checkpoint
-        self._augment = siamese(recipe.augment, shared=False)
-        order = make_generator(seed, "order", device=train.labels.device)
-        self._stream = ShuffledStream(len(train.labels), recipe.batch_size, order)
-        self.steps_per_epoch = self._stream.size // self._stream.batch_size
-
-    def on_train_start(self) -> None:
-        """Take the first snapshot."""
-        self.network.eval()
-        self._keep()
-
-    def training_step(self, batch: int, batch_idx: int) -> Tensor:
-        """One step on a batch of its own; ``batch`` only counts."""
-        images, classes = self._train.take(self._stream.next(), self.device)
-        images = self._augment(images, make_generator(self.seed, "augment", batch_idx))
-        count = self.network.num_classes
-        hard = self.recipe.labels == "hard"
+    def loss_at(step: int) -> Tensor:
+        if step % per_epoch == 0:
+            snapshots.append(parameter_vector(network).cpu())
+        images, classes = next_batch(task.train, stream, task.device)
+        images = augment(images, make_generator(seed, "augment", step))
+        hard = recipe.labels == "hard"
         targets = initial_labels(classes, count, "hard") if hard else centred_one_hot(classes, count)
-        loss = student_loss(self.network(images), targets, self.recipe.labels)
-        self.log("expert/loss", loss.detach(), prog_bar=True)
-        return loss
+        return student_loss(network(images), targets, recipe.labels)
 
-    def on_train_batch_end(self, outputs: Any, batch: int, batch_idx: int) -> None:
-        """Take a snapshot at the end of an epoch."""
-        if (batch_idx + 1) % self.steps_per_epoch == 0:
-            self._keep()
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Return plain SGD."""
-        return torch.optim.SGD(self.network.parameters(), lr=self.recipe.lr)
-
-    def _keep(self) -> None:
-        self.snapshots.append(parameter_vector(self.network).cpu())  # a copy: the parameters live on
+    sgd = Recipe(steps=recipe.epochs * per_epoch, lr=recipe.lr, optimizer="sgd", warmup=0, schedule="constant")
+    fit(task, network.eval(), sgd, loss_at, title)
+    return [*snapshots, parameter_vector(network).cpu()]
 
 
 def _name(epoch: int) -> str:

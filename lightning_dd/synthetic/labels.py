@@ -12,8 +12,8 @@ from lightning_dd.distilled.datamodule import check_match
 from lightning_dd.distilled.set import DistilledSet
 from lightning_dd.distilled.views import SoftViews, draw_views
 from lightning_dd.losses.labels import LABEL_KINDS
+from lightning_dd.pretrained.classifier import Committee, Teacher
 from lightning_dd.pretrained.task import Task
-from lightning_dd.pretrained.teacher import Committee, Teacher
 from lightning_dd.utils.arguments import RemembersArguments
 from lightning_dd.utils.checkpoint import plain_values
 from lightning_dd.utils.errors import UserError

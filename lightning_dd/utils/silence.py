@@ -2,6 +2,8 @@
 
 import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 _NOISE = (
     ".*LeafSpec.*",
@@ -14,33 +16,29 @@ _NOISE = (
     ".*WeightAveraging callback with a model that overrides.*",  # a student is on one device
     ".*your dataloader is not resumable.*",  # it need not be: modules draw their own batches
 )
-_BARS = logging.getLogger("lightning_dd.bars")  # logs nothing: its switch is the process's
 
 
-def quieten(*, bar_only: bool = False) -> None:
-    """Filter known noise out of warnings and log.
-
-    Args:
-        bar_only: keep Lightning's messages about each Trainer, and bars of trainings within one, out as well: for one
-            bar or one line per result over many Trainers.
-    """
+def quieten() -> None:
+    """Filter known noise out of warnings and log."""
     for text in _NOISE:
         warnings.filterwarnings("ignore", message=text)
     warnings.filterwarnings("ignore", module="pytorch_lightning.cli")  # its calls of older jsonargparse functions
     logging.getLogger("pytorch_lightning.utilities.rank_zero").addFilter(_no_tips)
-    if bar_only:
-        for name in ("pytorch_lightning", "lightning_fabric.utilities.seed"):
-            logging.getLogger(name).setLevel(logging.WARNING)
 
 
-def show_bars(wanted: bool) -> None:
-    """Say whether trainings within the run that follows may show bars of their own."""
-    _BARS.disabled = not wanted
-
-
-def wants_bars() -> bool:
-    """Tell whether a training within a run may show a bar of its own."""
-    return not _BARS.disabled and logging.getLogger("pytorch_lightning").getEffectiveLevel() < logging.WARNING
+@contextmanager
+def quiet_trainers() -> Iterator[None]:
+    """Keep what Lightning says of each Trainer out of a block, or of a function, that shows many as one bar."""
+    quieten()
+    loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning_fabric.utilities.seed")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.WARNING)
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _no_tips(record: logging.LogRecord) -> bool:

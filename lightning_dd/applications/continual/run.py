@@ -22,7 +22,7 @@ from lightning_dd.models.factory import build_network
 from lightning_dd.students.recipe import Recipe
 from lightning_dd.utils.errors import UserError
 from lightning_dd.utils.files import require_writable
-from lightning_dd.utils.silence import quieten
+from lightning_dd.utils.silence import quiet_trainers
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class Lesson:
     number: int
 
 
+@quiet_trainers()
 def run_continual(methods: Mapping[str, Method], plan: Plan, output: Path | str, workers: int | str = 1) -> list[Row]:
     """Let classes come in steps; after each, distil its classes, unite the memory and train students from scratch.
 
@@ -64,7 +65,6 @@ def run_continual(methods: Mapping[str, Method], plan: Plan, output: Path | str,
     if not methods or JOINT in methods:
         raise UserError(f"methods: name at least one, as name: [file.yaml, --option=value], and none '{JOINT}'")
     folder = require_writable(output)
-    quieten(bar_only=True)
     num_classes = _check_data(plan)
     names = [*methods, *([JOINT] if plan.joint else [])]
     courses = [Course(plan, order, num_classes, folder / f"order{order}") for order in range(plan.orders)]

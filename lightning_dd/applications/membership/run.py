@@ -18,7 +18,7 @@ from lightning_dd.models.factory import build_network
 from lightning_dd.utils.errors import UserError
 from lightning_dd.utils.files import require_writable
 from lightning_dd.utils.seeding import derive_seed
-from lightning_dd.utils.silence import quieten
+from lightning_dd.utils.silence import quiet_trainers
 
 OWN = " (own images)"
 
@@ -32,6 +32,7 @@ class Target:
     shadows: tuple[Mapping[str, Any], ...]
 
 
+@quiet_trainers()
 def run_membership(experiment: Experiment, workers: int | str = 1) -> list[Row]:
     """Attack networks trained on the members, on random members and on distilled sets; write and print one table.
 
@@ -50,7 +51,6 @@ def run_membership(experiment: Experiment, workers: int | str = 1) -> list[Row]:
     """
     check_workers(workers)
     require_writable(experiment.output)
-    quieten(bar_only=True)
     _check(experiment)
     sources = _distil_all(experiment)
     networks = [
