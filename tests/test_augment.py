@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from lightning_dd.augment.frepo import FREPO_STRATEGY, OPERATIONS, Augmentation, apply, default_strategy
+from lightning_dd.augment.siamese import siamese
+from lightning_dd.utils.arguments import nothing_imported
 from lightning_dd.utils.errors import UserError
 
 
@@ -86,6 +88,56 @@ def test_no_strategy_leaves_images_alone_and_unknown_names_are_refused():
     assert Augmentation("none")(images, generator()) is images
     with pytest.raises(UserError, match="unknown augmentation 'blur'"):
         Augmentation("flip_blur")
+
+
+def darken(images, generator):
+    return images - torch.rand(len(images), 1, 1, 1, generator=generator, device=images.device)
+
+
+NO_OPERATION = 3
+
+
+def test_an_operation_of_ones_own_is_given_by_its_path():
+    assert len(Augmentation("flip_crop+test_augment.darken").operations) == 3
+    augment, images = Augmentation("test_augment.darken"), torch.zeros(8, 1, 4, 4, requires_grad=True)
+    drawn = augment(images, generator())
+    assert len(drawn[:, 0, 0, 0].unique()) == 8
+    drawn.sum().backward()
+    assert (images.grad == 1).all()
+
+
+def test_in_siamese_use_ones_own_operation_treats_all_images_alike():
+    draw = siamese("test_augment.darken").draw(generator())
+    real, synthetic = apply(torch.zeros(8, 1, 4, 4), draw), apply(torch.zeros(2, 1, 4, 4), draw)
+    assert len(real.unique()) == 1
+    assert torch.equal(real[:2], synthetic)
+    own = siamese("test_augment.darken", shared=False)(torch.zeros(8, 1, 4, 4), generator())
+    assert len(own.unique()) == 8
+
+
+@pytest.mark.parametrize(
+    ("strategy", "message"),
+    [
+        (
+            "test_augment.lighten",
+            "augmentation 'test_augment.lighten' cannot be imported: module",
+        ),
+        ("flip+no_package.blur", r"augmentation 'no_package.blur' cannot be imported: No module named 'no_package'"),
+        ("test_augment.NO_OPERATION", "must be a function of images"),
+        ("flip+", "unknown augmentation ''"),
+    ],
+)
+def test_a_path_that_leads_nowhere_is_one_line(strategy, message):
+    with pytest.raises(UserError, match=message) as caught:
+        Augmentation(strategy)
+    assert "\n" not in str(caught.value)
+
+
+def test_for_a_file_nothing_is_imported():
+    with nothing_imported():
+        assert Augmentation("test_augment.darken").operations  # has been imported
+        with pytest.raises(UserError, match="nothing is imported for a file"):
+            Augmentation("antigravity.geohash")
 
 
 def test_digits_are_not_mirrored():

@@ -14,7 +14,7 @@ from lightning_dd.distillers import FRePo
 from lightning_dd.distillers.base import Probe
 from lightning_dd.distillers.load import distilled_from_checkpoint
 from lightning_dd.models import build_network
-from lightning_dd.models.features import features_in_slices
+from lightning_dd.models.interface import features_in_slices
 from lightning_dd.models.pool import rest
 from lightning_dd.students.recipe import warmup_cosine
 from lightning_dd.utils.errors import UserError

@@ -6,10 +6,21 @@ import sys
 
 import pytest
 import torch
+from helpers import TinyData, tiny_trainer
 from torch import nn
 
-from lightning_dd.models import ArchitectureSpec, ConvNet, FRePoConv, build_network, known_architectures
+from lightning_dd.callbacks import MetaDD
+from lightning_dd.data import DATA_SETS
+from lightning_dd.distillers import DSA
+from lightning_dd.distillers.base import Probe
+from lightning_dd.evaluators.evaluate import evaluate_files
+from lightning_dd.models import ArchitectureSpec, ConvNet, FRePoConv, Network, build_network, known_architectures
 from lightning_dd.models.library import LibraryNetwork
+from lightning_dd.models.zoo import expand
+from lightning_dd.pretrained.teacher import Teacher
+from lightning_dd.students.recipe import Recipe
+from lightning_dd.synthetic import TeacherLabels
+from lightning_dd.utils.arguments import nothing_imported
 from lightning_dd.utils.errors import UserError
 from lightning_dd.utils.seeding import seeded
 
@@ -30,6 +41,25 @@ LIBRARY = [  # name, number of features, the last map's side at 28, 32 and 64 px
     (SMALL_VIT, 48, (8, 8, 8)),
     ("deit_tiny_distilled_patch16_224:depth=1,embed_dim=48,num_heads=3", 48, (8, 8, 8)),
 ]
+
+
+class Mine(Network):
+    """A network of somebody's own, with a map of 8 x 8 and options."""
+
+    def __init__(self, in_channels, num_classes, image_size, width=8):
+        super().__init__()
+        self.num_features, self.num_classes = width * 64, num_classes
+        self.body = nn.Sequential(nn.Conv2d(in_channels, width, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(8))
+        self.head = nn.Linear(width * 64, num_classes)
+
+    def features(self, images):
+        return self.body(images).flatten(1)
+
+    def classify(self, features):
+        return self.head(features)
+
+
+MINE = "test_models.Mine:width=4"
 
 
 def images(shape: tuple[int, int, int], n: int = 2) -> torch.Tensor:
@@ -304,13 +334,18 @@ def test_spec_reads_and_writes():
         ("vgg11:width=0", (3, 32, 32), "option 'width' of architecture 'vgg11' must be"),
         ("hrnet_w18_small:foo=1", (3, 32, 32), "unknown option 'foo'"),
         ("resmlp_12_224:patch_size=4", (3, 32, 32), "option 'patch_size' of architecture 'resmlp_12_224' is fixed"),
-        ("torchvision/resnet18:foo=1", (3, 32, 32), "unknown option 'foo' of architecture 'resnet18'"),
+        ("torchvision/resnet18:foo=1", (3, 32, 32), "unknown option 'foo' of architecture 'torchvision/resnet18'"),
         ("resnet18:num_classes=5", (3, 32, 32), "option 'num_classes' of architecture 'resnet18' comes from the data"),
         ("resnet18:checkpoint_path=x", (3, 32, 32), "weights start at random"),
         (SMALL_VIT + ",embed_dim=47", (3, 32, 32), "cannot read the options"),
         ("vit_tiny_patch16_224:embed_dim=47", (1, 28, 28), "cannot build architecture 'vit_tiny_patch16_224:embed_"),
         ("torchvision/squeezenet1_1", (3, 32, 32), "does not end in a linear layer"),
         ("torchvision/alexnet", (3, 32, 32), "for images of shape (3, 32, 32): "),
+        ("test_models.Mine:widht=4", (3, 32, 32), "unknown option of test_models.Mine 'widht'; did you mean 'width'"),
+        ("test_models.Yours", (3, 32, 32), "architecture 'test_models.Yours' cannot be imported: module 'test_models'"),
+        ("no_package.Net", (3, 32, 32), "architecture 'no_package.Net' cannot be imported: No module named"),
+        ("test_models.images", (3, 32, 32), "'test_models.images' is no subclass of lightning_dd.models.interface.Net"),
+        (".Net", (3, 32, 32), "cannot read architecture '.Net'"),
         ("conv", (3, 32), "image_shape must be (channels, height, width), got (3, 32)"),
         ("conv", (3, 0, 32), "image_shape must be a whole number"),
     ],
@@ -320,6 +355,37 @@ def test_bad_input_is_one_clear_line(architecture, shape, words):
         build_network(architecture, 10, shape)
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_network_of_ones_own_is_given_by_its_path():
+    network = build_network(MINE, 7, (3, 20, 32), seed=0)
+    assert isinstance(network, Mine)
+    assert network(images((3, 20, 32))).shape == (2, 7)
+    assert same_state(network, build_network(MINE, 7, (3, 20, 32), seed=0))
+    assert expand([MINE], (3, 32, 32)) == [MINE]
+    assert build_network("resnet10t.c3_in1k:channels=[8,8,8,8]", 7, (3, 32, 32)).num_features == 8  # no path but timm's
+    with nothing_imported():
+        build_network(MINE, 7, (3, 32, 32))
+        with pytest.raises(UserError, match="nothing is imported for a file"):
+            build_network("antigravity.Net", 7, (3, 32, 32))
+
+
+def test_a_network_of_ones_own_serves_as_pool_teacher_judge_and_student(tmp_path, monkeypatch):
+    monkeypatch.setattr("lightning_dd.pretrained.classifier._fit", lambda *args: 1.0)
+    monkeypatch.setitem(DATA_SETS, "TinyData", TinyData)
+    labels = TeacherLabels(Teacher([MINE, "conv:width=4,depth=2"], steps=1), epochs=0)
+    model = DSA(
+        ipc=1, architecture=[MINE, "convnet:width=4,depth=2"], labels=labels, pool_size=2, lifetime=1, inner_steps=2,
+        real_per_class=4, augment="flip+test_augment.darken", probe=Probe(steps=1),
+    )  # fmt: skip
+    metadd = MetaDD([MINE, "convnet:width=4,depth=2"], every=1, augment="test_augment.darken")
+    trainer = tiny_trainer(tmp_path, 4, callbacks=[metadd])
+    trainer.fit(model, TinyData(val_fraction=0.25))
+    assert {member.architecture for member in model.pool.members} <= {MINE, "convnet:width=4,depth=2"}
+    file = model.distilled_set().save(tmp_path / "set.safetensors")
+    recipe = Recipe(steps=1, augment="test_augment.darken")
+    rows = evaluate_files([str(file)], [MINE], tmp_path / "report", 1, recipe)
+    assert {row.architecture for row in rows} == {MINE}
 
 
 @pytest.mark.parametrize("architecture", [*OWN, "resnet18:channels=[8,16,32,64]", "vgg11:width=8"])

@@ -4,20 +4,22 @@ import pytest
 import torch
 from helpers import LinearNetwork
 
+from lightning_dd.models.mixture import NetworkMixture
 from lightning_dd.models.pool import ModelPool
 from lightning_dd.utils.errors import UserError
 from lightning_dd.utils.seeding import seeded
 
 
-def build(seed):
+def build(seed, architecture):
     with seeded(seed):
-        return LinearNetwork()
+        return LinearNetwork(num_classes={"one": 10, "other": 3}[architecture])
 
 
-def make_pool(size=10, lifetime=100, seed=0):
+def make_pool(size=10, lifetime=100, seed=0, architectures="one"):
     return ModelPool(
         build,
         lambda parameters: torch.optim.Adam(parameters, lr=1e-2),
+        NetworkMixture.parse(architectures),
         size,
         lifetime,
         torch.Generator().manual_seed(seed),
@@ -93,21 +95,70 @@ def test_select_visits_every_network_about_equally():
     assert counts.min() > 70
 
 
-def test_state_round_trip_continues_bit_for_bit():
+def test_fresh_networks_draw_their_architecture_by_its_probability():
+    pool = make_pool(size=200, lifetime=1, architectures={"one": 3, "other": 1})
+    others = [member.architecture for member in pool.members].count("other")
+    assert 30 < others < 75
+    for member in pool.members:
+        assert member.network.num_classes == {"one": 10, "other": 3}[member.architecture]
+    seen = set()
+    for _ in range(40):
+        pool.advance(inner_loss)
+        pool.advance(inner_loss)  # too old by now: replaced
+        assert pool.network.num_classes == {"one": 10, "other": 3}[pool.current.architecture]
+        seen.add(pool.current.architecture)
+    assert seen == {"one", "other"}
+
+
+def test_balanced_terms_are_in_units_of_what_is_usual_for_the_architecture():
+    pool = make_pool(size=2, lifetime=9, architectures=["one", "other"])
+    sizes = {"one": 100.0, "other": 0.01}
+    for _ in range(30):
+        size = sizes[pool.current.architecture]
+        terms = pool.balanced({"fit": torch.tensor(0.75 * size, requires_grad=True), "margin": torch.tensor(-size / 4)})
+        assert terms["fit"].item() == pytest.approx(0.75)
+        assert terms["margin"].item() == pytest.approx(-0.25)
+        assert terms["fit"].requires_grad
+        pool.select()
+    size = 3 * sizes[pool.current.architecture]
+    assert pool.balanced({"fit": torch.tensor(size)})["fit"].item() == pytest.approx(3 / (0.9 + 0.1 * 3))
+    assert pool.balanced({"fit": torch.tensor(float("inf"))})["fit"].isinf()
+    assert pool.balanced({"fit": torch.tensor(size)})["fit"].isfinite()  # what overflowed is not remembered
+    alone = {"fit": torch.tensor(7.0)}
+    assert make_pool(size=2).balanced(alone) is alone
+
+
+@pytest.mark.parametrize("architectures", ["one", ["one", "other"]])
+def test_state_round_trip_continues_bit_for_bit(architectures):
     def run(pool, steps):
         for _ in range(steps):
+            found.append(pool.balanced({"loss": inner_loss(pool.network)})["loss"].item())
             pool.advance(inner_loss)
             pool.select()
+        return found[-17:]
 
-    straight, first = make_pool(size=3, lifetime=5), make_pool(size=3, lifetime=5)
-    run(straight, 30)
+    found = []
+    straight, first, second = (
+        make_pool(size=3, lifetime=5, seed=seed, architectures=architectures) for seed in (0, 0, 99)
+    )
+    whole = run(straight, 30)
     run(first, 13)
-    second = make_pool(size=3, lifetime=5, seed=99)
     second.load_state_dict(first.state_dict())
-    run(second, 17)
+    assert run(second, 17) == whole
     assert [m.age for m in second.members] == [m.age for m in straight.members]
     for left, right in zip(second.members, straight.members, strict=True):
+        assert left.architecture == right.architecture
         assert torch.equal(weights(left.network), weights(right.network))
+
+
+def test_a_pool_of_an_older_checkpoint_has_one_architecture():
+    state = make_pool(size=2).state_dict()
+    del state["sizes"]
+    for member in state["members"]:
+        del member["architecture"]
+    pool = make_pool(size=2, seed=5)
+    pool.load_state_dict(state)
+    assert [member.architecture for member in pool.members] == ["one", "one"]
 
 
 def test_bad_settings_and_foreign_states_give_one_line():
@@ -117,3 +168,5 @@ def test_bad_settings_and_foreign_states_give_one_line():
         make_pool(lifetime=-1)
     with pytest.raises(UserError, match="pool has 3 networks, pool_size is 2"):
         make_pool(size=2).load_state_dict(make_pool(size=3).state_dict())
+    with pytest.raises(UserError, match="pool has architecture 'other', the run has none"):
+        make_pool(size=2).load_state_dict(make_pool(size=2, architectures="other").state_dict())

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_dd.utils.errors import unknown_name
+from lightning_dd.utils.arguments import find_object
+from lightning_dd.utils.errors import UserError, unknown_name
 
 Operation = Callable[[Tensor, torch.Generator], Tensor]
+"""From images ``(N, C, H, W)`` and a generator on their device to images, differentiable."""
 
 
 class Draw(NamedTuple):
@@ -29,8 +31,10 @@ class Augmentation:
     """Apply one randomly drawn operation of a strategy to a batch.
 
     Args:
-        strategy: operation names joined by ``_``; an empty string or ``none`` leaves images alone.
+        strategy: operation names joined by ``_``, and dotted paths to operations of your own joined by ``+``, as in
+            ``flip_crop+my_package.blur``; an empty string or ``none`` leaves images alone.
         operations: the operations by name; ``None`` takes FRePo's.
+        shared: give all images of a batch the same random numbers in operations of your own.
 
     Raises:
         UserError: an operation is unknown.
@@ -41,13 +45,17 @@ class Augmentation:
         torch.Size([4, 1, 8, 8])
     """
 
-    def __init__(self, strategy: str, operations: Mapping[str, Operation] | None = None) -> None:
+    def __init__(self, strategy: str, operations: Mapping[str, Operation] | None = None, shared: bool = False) -> None:
         known = OPERATIONS if operations is None else operations
-        names = [] if strategy in ("", "none") else strategy.split("_")
-        for name in names:
-            if name not in known:
-                raise unknown_name("augmentation", name, known)
-        self.operations = [known[name] for name in names]
+        self.operations: list[Operation] = []
+        for part in [] if strategy in ("", "none") else strategy.split("+"):
+            if "." in part:
+                self.operations.append(_operation_at(part, shared))
+                continue
+            for name in part.split("_"):
+                if name not in known:
+                    raise unknown_name("augmentation", name, known)
+                self.operations.append(known[name])
 
     def draw(self, generator: torch.Generator) -> Draw:
         """Draw an operation and the seed of its parameters from a CPU generator (so no device is waited for).
@@ -67,6 +75,20 @@ class Augmentation:
 def apply(images: Tensor, draw: Draw) -> Tensor:
     """Apply a draw to ``(N, C, H, W)``: a pure function of its arguments on one kind of device."""
     return draw.operation(images, torch.Generator(images.device).manual_seed(draw.seed))
+
+
+def _operation_at(path: str, shared: bool) -> Operation:
+    """Import an operation of somebody's own."""
+    found = find_object(path, "augmentation")
+    if not callable(found):
+        raise UserError(f"augmentation '{path}' must be a function of images (N, C, H, W) and a torch.Generator")
+    operation: Operation = found
+
+    def alike(images: Tensor, generator: torch.Generator) -> Tensor:
+        one_image = torch.func.vmap(lambda image: operation(image[None], generator)[0], randomness="same")
+        return one_image(images)
+
+    return alike if shared else operation
 
 
 def keep(images: Tensor, generator: torch.Generator) -> Tensor:

@@ -33,13 +33,14 @@ def siamese(strategy: str, shared: bool = True) -> Augmentation:
     """Return an augmentation of this family.
 
     Args:
-        strategy: operation names joined by ``_``; an empty string or ``none`` leaves images alone.
+        strategy: see :class:`~lightning_dd.augment.frepo.Augmentation`.
         shared: give all images of a batch the same random numbers; otherwise each gets its own.
 
     Raises:
         UserError: an operation is unknown.
     """
-    return Augmentation(strategy, {name: _operation(transform, shared) for name, transform in TRANSFORMS.items()})
+    operations = {name: _operation(transform, shared) for name, transform in TRANSFORMS.items()}
+    return Augmentation(strategy, operations, shared)
 
 
 def siamese_strategy(mirror: bool) -> str:

@@ -22,6 +22,7 @@ from torch.utils.data import TensorDataset
 from lightning_dd.data import DATA_SETS
 from lightning_dd.data.preprocess import Preprocessing
 from lightning_dd.distilled.views import SoftViews
+from lightning_dd.models.mixture import Architectures
 from lightning_dd.utils.errors import UserError
 from lightning_dd.utils.files import write_atomically
 
@@ -119,8 +120,8 @@ class DistilledSet:
         return channels, height, width
 
     @property
-    def architecture(self) -> str | None:
-        """The architecture it was distilled with, if any."""
+    def architecture(self) -> Architectures | None:
+        """The architecture, or architectures, it was distilled with, if any."""
         return self.config.get("architecture")
 
     @property

@@ -7,7 +7,7 @@ from lightning_dd.data.images import Split
 from lightning_dd.data.sampling import draw_per_class
 from lightning_dd.distillers.selection import SelectionDistiller
 from lightning_dd.losses.coresets import herding, k_center
-from lightning_dd.models.features import features_in_slices
+from lightning_dd.models.interface import features_in_slices
 from lightning_dd.utils.seeding import make_generator
 
 

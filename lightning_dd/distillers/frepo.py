@@ -17,8 +17,7 @@ from lightning_dd.losses.krr import (
     label_margin_loss,
 )
 from lightning_dd.models.factory import ArchitectureSpec
-from lightning_dd.models.features import Features, features_in_slices, network_features
-from lightning_dd.models.interface import Network
+from lightning_dd.models.interface import Features, Network, features_in_slices, network_features
 from lightning_dd.students.recipe import warmup_cosine
 
 

@@ -8,7 +8,7 @@ import torch
 from lightning_dd.distilled.set import DistilledSet
 from lightning_dd.distillers.base import Distiller
 from lightning_dd.distillers.resume import read_state
-from lightning_dd.utils.arguments import known_class
+from lightning_dd.utils.arguments import known_class, nothing_imported
 from lightning_dd.utils.checkpoint import public_settings
 from lightning_dd.utils.errors import UserError
 
@@ -22,15 +22,16 @@ def distilled_from_checkpoint(path: Path | str) -> DistilledSet:
         UserError: the file is missing, is no distiller's checkpoint, or names a class that is not known here.
     """
     checkpoint = read_checkpoint(path)
-    try:
-        state = read_state(checkpoint)
-        cls: type[Distiller] = known_class(state["method"], Distiller, "method")  # type: ignore[type-abstract]
-        distiller = cls(**public_settings(checkpoint["hyper_parameters"]))
-    except (UserError, TypeError) as error:
-        raise UserError(f"checkpoint '{path}': {error}") from None
-    distiller.on_load_checkpoint(checkpoint)
-    distiller.load_state_dict(checkpoint["state_dict"])
-    return distiller.distilled_set(outer_step=int(checkpoint["global_step"]))
+    with nothing_imported():
+        try:
+            state = read_state(checkpoint)
+            cls: type[Distiller] = known_class(state["method"], Distiller, "method")  # type: ignore[type-abstract]
+            distiller = cls(**public_settings(checkpoint["hyper_parameters"]))
+        except (UserError, TypeError) as error:
+            raise UserError(f"checkpoint '{path}': {error}") from None
+        distiller.on_load_checkpoint(checkpoint)
+        distiller.load_state_dict(checkpoint["state_dict"])
+        return distiller.distilled_set(outer_step=int(checkpoint["global_step"]))
 
 
 def read_checkpoint(path: Path | str) -> dict[str, Any]:

@@ -35,6 +35,8 @@ class PoolDistiller(Distiller):
             code replaces a network whose age exceeds 100.)
         inner_lr: learning rate of the inner Adam.
         inner_batch_size: synthetic images per inner step, at most all of them.
+        balance: where several architectures are mixed, divide the outer loss by the size that is usual for the
+            current one's (:meth:`~lightning_dd.models.pool.ModelPool.balanced`).
         **kwargs: see :class:`Distiller`.
 
     Attributes:
@@ -53,6 +55,7 @@ class PoolDistiller(Distiller):
         lifetime: int = 101,
         inner_lr: float = 3e-4,
         inner_batch_size: int = 1000,
+        balance: bool = True,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -63,7 +66,7 @@ class PoolDistiller(Distiller):
         if inner_batch_size < 1:
             raise UserError(f"inner_batch_size must be at least 1, got {inner_batch_size}")
         self.real_batch_size, self.pool_size, self.lifetime = real_batch_size, pool_size, lifetime
-        self.inner_lr, self.inner_batch_size = inner_lr, inner_batch_size
+        self.inner_lr, self.inner_batch_size, self.balance = inner_lr, inner_batch_size, balance
 
     @abstractmethod
     def outer_loss(self, network: Network, images: Tensor, labels: Tensor, real: Batch) -> dict[str, Tensor]:
@@ -79,7 +82,8 @@ class PoolDistiller(Distiller):
     def outer_terms(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Return :meth:`outer_loss` on the current network and a real batch."""
         self.watch(**{"pool/age": torch.tensor(float(self.pool.current.age))})
-        return self.outer_loss(self.network, images, labels, self.draw_real())
+        terms = self.outer_loss(self.network, images, labels, self.draw_real())
+        return self.pool.balanced(terms) if self.balance else terms
 
     def draw_real(self) -> Batch:
         """Draw the next ``real_batch_size`` training images of a shuffled stream: ``(B, C, H, W)``, and classes."""
@@ -108,6 +112,7 @@ class PoolDistiller(Distiller):
         return ModelPool(
             build=self.build_network,
             build_optimizer=self.configure_inner_optimizer,
+            mixture=self.networks,
             size=self.pool_size,
             lifetime=self.lifetime,
             generator=generator,

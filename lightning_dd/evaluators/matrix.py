@@ -15,6 +15,7 @@ from lightning_dd.distilled.datamodule import DistilledData
 from lightning_dd.distilled.set import DistilledSet
 from lightning_dd.evaluators.sources import DISTILLED, RANDOM_REAL, SOURCES
 from lightning_dd.models.factory import ArchitectureSpec
+from lightning_dd.models.mixture import NetworkMixture
 from lightning_dd.students.recipe import Recipe
 from lightning_dd.students.student import Student
 
@@ -83,8 +84,8 @@ def cells_of(
 
 def is_seen(architecture: str, distilled: DistilledSet) -> bool:
     """Tell whether a set was distilled with an architecture of this name, whatever the options of either."""
-    own = distilled.architecture
-    return own is not None and ArchitectureSpec.parse(own).name == ArchitectureSpec.parse(architecture).name
+    own = () if distilled.architecture is None else NetworkMixture.parse(distilled.architecture).names
+    return ArchitectureSpec.parse(architecture).name in {ArchitectureSpec.parse(name).name for name in own}
 
 
 def run_cell(

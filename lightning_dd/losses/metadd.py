@@ -16,8 +16,7 @@ from torch import Tensor
 
 from lightning_dd.losses.cam import CAM_KINDS, wide
 from lightning_dd.losses.labels import LABEL_KINDS
-from lightning_dd.models.checks import check_count
-from lightning_dd.utils.errors import UserError, unknown_name
+from lightning_dd.utils.errors import UserError, check_count, unknown_name
 
 KL_DIRECTIONS = ("reverse", "forward")
 CONSENSUS = ("ensemble", "distiller")

@@ -1,54 +1,59 @@
-"""The two plain convolutional networks of the dataset-distillation literature.
+"""The plain convolutional networks of the dataset-distillation literature.
 
-They look alike and differ in widths, order, normalisation and initial weights, which is enough to make numbers
-incomparable: ``conv`` is FRePo's, ``convnet`` is the one of DC, DSA, DM and MTT.
+``conv`` and ``convnet`` look alike and differ in widths, order, normalisation and initial weights, which is enough to
+make numbers incomparable: ``conv`` is FRePo's, ``convnet`` is the one of DC, DSA, DM and MTT. ``alexnet`` is what the
+literature tests transfer with.
 """
 
 import math
+from abc import abstractmethod
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_dd.models.checks import check_count, check_images
-from lightning_dd.models.interface import Network
-from lightning_dd.utils.errors import UserError, unknown_name
-
-NORMS = ("batch", "instance", "group", "layer", "none")
+from lightning_dd.models.interface import Network, check_images
+from lightning_dd.models.norms import make_norm
+from lightning_dd.utils.errors import UserError, check_count
 
 # The standard deviation of a unit normal cut off at two; dividing by it gives the cut-off normal unit variance.
 _TRUNCATED_STD = 0.87962566103423978
+_ALEXNET_WIDTHS = (128, 192, 256, 192, 192)
 
 
-class _PlainConv(Network):
-    """What both networks share: ``depth`` blocks that each halve the map, and a linear head on the flat last map.
+class _PlainNetwork(Network):
+    """A network whose features are its last map, flattened, and that ends in a linear head."""
 
-    Raises:
-        UserError: a count is not a whole number of at least 1, or the image has no pixel left after ``depth`` halvings.
-    """
+    head: nn.Linear
 
     def __init__(
-        self, in_channels: int, num_classes: int, image_size: tuple[int, int], width: int, depth: int, growth: int
+        self, in_channels: int, num_classes: int, image_size: tuple[int, int], width: int, halvings: int, what: str
     ) -> None:
         super().__init__()
         self.in_channels = check_count("in_channels", in_channels)
         self.num_classes = check_count("num_classes", num_classes)
         self.width = check_count("width", width)
-        self.depth = check_count("depth", depth)
-        self.widths = [width * growth**index for index in range(depth)]
-        height, breadth = (_map_side(side, depth, image_size) for side in image_size)
-        inputs = [in_channels, *self.widths[:-1]]
-        paddings = [_first_padding(image_size)] + [(1, 1)] * (depth - 1)
-        self.convs = nn.ModuleList(
-            _Conv3x3(i, o, 3, padding=padding) for i, o, padding in zip(inputs, self.widths, paddings, strict=True)
-        )
-        self.num_features = self.widths[-1] * height * breadth
-        self.head = nn.Linear(self.num_features, num_classes)
+        sides = [(32 if side == 28 else check_count("image_size", side)) >> halvings for side in image_size]
+        if min(sides) == 0:
+            raise UserError(
+                f"image_size {image_size[0]}x{image_size[1]} is too small for {what}: "
+                f"no pixel is left after {halvings} halvings"
+            )
+        self.last_cells = sides[0] * sides[1]
 
+    def make_head(self, channels: int) -> nn.Linear:
+        """Return the linear layer that reads a last map of so many channels."""
+        self.num_features = channels * self.last_cells
+        return nn.Linear(self.num_features, self.num_classes)
+
+    @abstractmethod
     def feature_maps(self, images: Tensor) -> Tensor:
-        """Map normalised images ``(N, C, H, W)`` to the last activation ``(N, widths[-1], h, w)``."""
-        raise NotImplementedError
+        """Map normalised images ``(N, C, H, W)`` to the last activation ``(N, channels, h, w)``.
+
+        Raises:
+            UserError: the images have another number of channels than the network.
+        """
 
     def features(self, images: Tensor) -> Tensor:
         """Map normalised images ``(N, C, H, W)`` to ``(N, num_features)``: the last activation, flattened.
@@ -62,10 +67,42 @@ class _PlainConv(Network):
 
     def classify(self, features: Tensor) -> Tensor:
         """Map features ``(N, num_features)`` to logits ``(N, num_classes)``."""
-        return cast(Tensor, self.head(features))
+        logits: Tensor = self.head(features)
+        return logits
 
 
-class FRePoConv(_PlainConv):
+class _Blocks(_PlainNetwork):
+    """``depth`` blocks of convolution, ReLU and average pooling that each halve the map; subclasses add ``norms``."""
+
+    norms: nn.ModuleList
+
+    def __init__(
+        self, in_channels: int, num_classes: int, image_size: tuple[int, int], width: int, depth: int, growth: int
+    ) -> None:
+        super().__init__(in_channels, num_classes, image_size, width, check_count("depth", depth), f"depth {depth}")
+        self.depth = depth
+        self.widths = [width * growth**index for index in range(depth)]
+        inputs = [in_channels, *self.widths[:-1]]
+        paddings = [_first_padding(image_size, 3)] + [(1, 1)] * (depth - 1)
+        self.convs = nn.ModuleList(
+            _Conv3x3(i, o, 3, padding=padding) for i, o, padding in zip(inputs, self.widths, paddings, strict=True)
+        )
+        self.head = self.make_head(self.widths[-1])
+
+    def feature_maps(self, images: Tensor) -> Tensor:
+        """Map normalised images ``(N, C, H, W)`` to the last activation ``(N, widths[-1], h, w)``."""
+        check_images(images, self.in_channels)
+        x = images
+        for norm, conv in zip(self.norms, self.convs, strict=True):
+            x = F.avg_pool2d(_relu(self.normed_conv(norm, conv, x)), 2)
+        return x
+
+    @abstractmethod
+    def normed_conv(self, norm: nn.Module, conv: nn.Module, x: Tensor) -> Tensor:
+        """Apply a block's convolution and its normalisation, in the network's order."""
+
+
+class FRePoConv(_Blocks):
     """FRePo's network ``conv`` (Zhou et al. 2022, arXiv 2206.00719).
 
     A block is [norm, from the second block on] -> conv3x3 -> ReLU -> average pool 2; widths double: w, 2w, 4w, ...
@@ -78,8 +115,8 @@ class FRePoConv(_PlainConv):
         image_size: ``(height, width)`` in pixels; a side of 28 is zero-padded to 32 by the first convolution.
         width: channels of the first block.
         depth: number of blocks.
-        norm: one of ``batch``, ``instance`` (GroupNorm with a group per channel), ``group`` (up to 32 groups),
-            ``layer`` (one group) and ``none``. FRePo distils with ``batch`` and trains students with ``none``.
+        norm: see :func:`~lightning_dd.models.norms.make_norm`; ``group`` makes up to 32 groups. FRePo distils with
+            ``batch`` and trains students with ``none``.
 
     Raises:
         UserError: a setting is out of range, or the image is too small for the depth.
@@ -108,28 +145,24 @@ class FRePoConv(_PlainConv):
             lecun_normal_(cast(Tensor, module.weight))
             nn.init.zeros_(cast(Tensor, module.bias))
 
-    def feature_maps(self, images: Tensor) -> Tensor:
-        """Map normalised images ``(N, C, H, W)`` to the last activation ``(N, widths[-1], h, w)``."""
-        check_images(images, self.in_channels)
-        x = images
-        for norm, conv in zip(self.norms, self.convs, strict=True):
-            x = F.avg_pool2d(_relu(conv(norm(x))), 2)
-        return x
+    def normed_conv(self, norm: nn.Module, conv: nn.Module, x: Tensor) -> Tensor:
+        """Normalise, then convolve."""
+        return cast(Tensor, conv(norm(x)))
 
 
-class ConvNet(_PlainConv):
+class ConvNet(_Blocks):
     """The field's ConvNet (Zhao et al. 2021, arXiv 2006.05929, and most methods since).
 
     A block is conv3x3 -> norm -> ReLU -> average pool 2, with the same width in every block and PyTorch's initial
-    weights. "Instance" normalisation is GroupNorm with one group per channel, with scale and shift.
+    weights.
 
     Args:
         in_channels: image channels C.
         num_classes: number of logits.
-        image_size: ``(height, width)`` in pixels; a side of 28 is zero-padded to 32 by the first convolution.
+        image_size: as for :class:`FRePoConv`.
         width: channels of every block.
         depth: number of blocks; the literature takes 3 at 32 px, 4 at 64, 5 at 128, 6 at 256.
-        norm: one of ``batch``, ``instance``, ``group`` (up to 4 groups), ``layer`` (one group) and ``none``.
+        norm: see :func:`~lightning_dd.models.norms.make_norm`; ``group`` makes up to 4 groups.
 
     Raises:
         UserError: a setting is out of range, or the image is too small for the depth.
@@ -151,13 +184,43 @@ class ConvNet(_PlainConv):
         super().__init__(in_channels, num_classes, image_size, width, depth, growth=1)
         self.norms = nn.ModuleList(make_norm(norm, channels, groups=4, momentum=0.1) for channels in self.widths)
 
+    def normed_conv(self, norm: nn.Module, conv: nn.Module, x: Tensor) -> Tensor:
+        """Convolve, then normalise."""
+        return cast(Tensor, norm(conv(x)))
+
+
+class AlexNet(_PlainNetwork):
+    """AlexNet in the form of DC (arXiv 2006.05929).
+
+    Five convolutions, three max pools, one linear layer; no normalisation.
+
+    Args:
+        in_channels: image channels C.
+        num_classes: number of logits.
+        image_size: as for :class:`FRePoConv`.
+        width: channels of the first convolution; the others scale with it (128 gives 128, 192, 256, 192, 192).
+
+    Raises:
+        UserError: a setting is out of range, or the image is smaller than 8 pixels.
+    """
+
+    def __init__(self, in_channels: int, num_classes: int, image_size: tuple[int, int], width: int = 128) -> None:
+        super().__init__(in_channels, num_classes, image_size, width, 3, "alexnet")
+        self.widths = [max(1, channels * width // _ALEXNET_WIDTHS[0]) for channels in _ALEXNET_WIDTHS]
+        a, b, c, d, e = self.widths
+        self.trunk = nn.Sequential(
+            *(nn.Conv2d(in_channels, a, 5, padding=_first_padding(image_size, 5)), nn.ReLU(), nn.MaxPool2d(2)),
+            *(nn.Conv2d(a, b, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2)),
+            *(nn.Conv2d(b, c, 3, padding=1), nn.ReLU()),
+            *(nn.Conv2d(c, d, 3, padding=1), nn.ReLU()),
+            *(nn.Conv2d(d, e, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+        )
+        self.head = self.make_head(e)
+
     def feature_maps(self, images: Tensor) -> Tensor:
-        """Map normalised images ``(N, C, H, W)`` to the last activation ``(N, width, h, w)``."""
+        """Map normalised images ``(N, C, H, W)`` to the last activation ``(N, widths[-1], h, w)``."""
         check_images(images, self.in_channels)
-        x = images
-        for norm, conv in zip(self.norms, self.convs, strict=True):
-            x = F.avg_pool2d(_relu(norm(conv(x))), 2)
-        return x
+        return cast(Tensor, self.trunk(images))
 
 
 class _Conv3x3(nn.Conv2d):
@@ -179,46 +242,9 @@ class _Conv3x3(nn.Conv2d):
         return F.conv2d(input, weight, self.bias, padding=cast(tuple[int, int], self.padding))
 
 
-class _GroupNorm(nn.GroupNorm):
-    """Group normalisation that avoids a slow kernel.
-
-    On a CPU, eager and in half precision, the backward of channels-last maps is so slow that converting them first
-    makes a whole training step of ``convnet`` three times as fast.
-    """
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Map ``(N, C, H, W)`` to the same shape."""
-        if input.device.type == "cpu" and input.dtype != torch.float32 and not torch.compiler.is_compiling():
-            input = input.contiguous()
-        return super().forward(input)
-
-
-def make_norm(norm: str, channels: int, groups: int, momentum: float) -> nn.Module:
-    """Return a normalisation layer for maps ``(N, channels, H, W)``.
-
-    Args:
-        norm: one of :data:`NORMS`.
-        channels: number of channels.
-        groups: for ``group``, the number of groups; the greatest common divisor with ``channels`` is taken.
-        momentum: for ``batch``, the fraction of the new statistic that enters the running one.
-
-    Raises:
-        UserError: the name is unknown.
-    """
-    if norm == "batch":
-        return nn.BatchNorm2d(channels, momentum=momentum)
-    if norm == "none":
-        return nn.Identity()
-    by_name = {"instance": channels, "group": math.gcd(groups, channels), "layer": 1}
-    if norm not in by_name:
-        raise unknown_name("norm", str(norm), NORMS)
-    return _GroupNorm(by_name[norm], channels)
-
-
 def lecun_normal_(weight: Tensor) -> Tensor:
     """Fill a weight ``(out, in, ...)`` with flax's LeCun normal: variance ``1 / fan_in``, cut off at two deviations."""
-    fan_in = weight[0].numel()
-    std = math.sqrt(1.0 / fan_in) / _TRUNCATED_STD
+    std = math.sqrt(1.0 / weight[0].numel()) / _TRUNCATED_STD
     return nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
 
 
@@ -227,18 +253,7 @@ def _relu(x: Tensor) -> Tensor:
     return F.relu(x, inplace=not torch.is_grad_enabled())
 
 
-def _first_padding(image_size: tuple[int, int]) -> tuple[int, int]:
+def _first_padding(image_size: tuple[int, int], kernel: int) -> tuple[int, int]:
     """Padding that turns a side of 28 into 32, as the literature does for MNIST-like data, and keeps any other."""
-    height, width = (3 if side == 28 else 1 for side in image_size)
+    height, width = (kernel // 2 + (2 if side == 28 else 0) for side in image_size)
     return height, width
-
-
-def _map_side(side: int, depth: int, image_size: tuple[int, int]) -> int:
-    """Side of the last map after ``depth`` halvings."""
-    last = (32 if side == 28 else check_count("image_size", side)) >> depth
-    if last == 0:
-        raise UserError(
-            f"image_size {image_size[0]}x{image_size[1]} is too small for depth {depth}: no pixel is left "
-            f"after {depth} halvings; choose a smaller depth"
-        )
-    return last

@@ -1,27 +1,26 @@
-"""Networks by name: ``conv``, ``resnet18:channels=[16,32,64,128]``, ``torchvision/mobilenet_v2``."""
+"""Networks by name: ``conv``, ``resnet18:channels=[8,16,32,64]``, ``torchvision/mobilenet_v2``, ``my_package.Net``."""
 
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from functools import partial
 from typing import Any
 
 import yaml
 
-from lightning_dd.models.alexnet import AlexNet
-from lightning_dd.models.checks import check_count
-from lightning_dd.models.convnet import ConvNet, FRePoConv
+from lightning_dd.models.convnet import AlexNet, ConvNet, FRePoConv
 from lightning_dd.models.interface import Network
-from lightning_dd.utils.errors import UserError, unknown_name
+from lightning_dd.utils.arguments import find_class
+from lightning_dd.utils.errors import UserError, check_count, unknown_name
 from lightning_dd.utils.seeding import seeded
 
-_OWN: dict[str, type[FRePoConv] | type[ConvNet] | type[AlexNet]] = {
-    "alexnet": AlexNet,
-    "conv": FRePoConv,
-    "convnet": ConvNet,
-}
+Builder = Callable[[Mapping[str, Any], int, tuple[int, int, int]], Network]
+"""From options, number of classes and the images' ``(C, H, W)`` to a network with random weights."""
+
+_OWN: dict[str, type[Network]] = {"alexnet": AlexNet, "conv": FRePoConv, "convnet": ConvNet}
 _LIBRARIES = ("timm", "torchvision")
 _SYNTAX = "write name or name:option=value,option=value, as in conv:norm=none,width=32"
 
@@ -53,7 +52,7 @@ class ArchitectureSpec:
             UserError: the text has another form.
         """
         name, colon, body = str(text).strip().partition(":")
-        if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name):
             raise UserError(f"cannot read architecture '{text}': {_SYNTAX}")
         return cls(name, _read_options(body, text) if colon else {})
 
@@ -74,7 +73,8 @@ def build_network(
     """Build a network by name, with random weights, on the CPU, in train mode.
 
     A name is looked up among the project's own (:func:`known_architectures`), then timm's, then torchvision's;
-    ``timm/`` or ``torchvision/`` before it asks for that library's.
+    ``timm/`` or ``torchvision/`` before it asks for that library's. Any other name with a dot is imported: a
+    :class:`~lightning_dd.models.Network` of your own.
 
     Args:
         architecture: see :class:`ArchitectureSpec`.
@@ -96,13 +96,10 @@ def build_network(
         raise UserError(f"image_shape must be (channels, height, width), got {tuple(image_shape)}")
     for side in image_shape:
         check_count("image_shape", side)
-    own = _OWN.get(spec.name)
-    library = None if own else _library_of(spec.name)
+    build = find_builder(spec.name)
     with nullcontext() if seed is None else seeded(seed):
         try:
-            if own is not None:
-                return _build_own(own, spec, num_classes, image_shape)
-            return _build_from_library(library, spec, num_classes, image_shape)
+            return build(spec.options, num_classes, image_shape)
         except UserError:
             raise
         except Exception as error:  # whatever a library raises for a combination it cannot build or run
@@ -119,25 +116,57 @@ def known_architectures() -> list[str]:
 def every_architecture() -> list[tuple[str, str]]:
     """Return every name the factory takes, with where it comes from."""
     import timm
-    import torchvision
 
-    own = [(name, "lightning_dd") for name in known_architectures()]
-    classifiers = torchvision.models.list_models(module=torchvision.models)
     return [
-        *own,
+        *((name, "lightning_dd") for name in known_architectures()),
         *((name, "timm") for name in timm.list_models()),
-        *((f"torchvision/{name}", "torchvision") for name in classifiers),
+        *((f"torchvision/{name}", "torchvision") for name in _torchvision_classifiers()),
     ]
 
 
-def check_known(name: str) -> None:
-    """Refuse a name, without options, that neither the project nor a library has.
+def find_builder(name: str) -> Builder:
+    """Return what builds the architecture of a name without options.
 
     Raises:
         UserError: no network is called so.
     """
-    if name not in _OWN:
-        _library_of(name)
+    if name in _OWN:
+        return partial(_build_class, _OWN[name], name)
+    import timm  # here, not above: importing it takes seconds, and most runs need only the project's own networks
+
+    from lightning_dd.models.library import build_from_library
+
+    prefix, slash, bare = name.rpartition("/")
+    if slash and prefix not in _LIBRARIES:
+        raise unknown_name("library", prefix, _LIBRARIES)
+    if prefix != "torchvision" and timm.is_model(bare):
+        return partial(build_from_library, "timm", bare)
+    if prefix != "timm" and bare in _torchvision_classifiers():
+        return partial(build_from_library, "torchvision", bare)
+    if "." in name and not slash:
+        return partial(_build_class, find_class(name, Network, "architecture"), name)  # type: ignore[type-abstract]
+    close = get_close_matches(bare, {*_OWN, *timm.list_models(), *_torchvision_classifiers()}, n=1)
+    error = unknown_name("architecture", name, {*_OWN, *close})
+    raise UserError(f"{error}, and every classification model of timm and torchvision")
+
+
+def _torchvision_classifiers() -> list[str]:
+    import torchvision
+
+    names: list[str] = torchvision.models.list_models(module=torchvision.models)
+    return names
+
+
+def _build_class(
+    cls: type[Network], name: str, options: Mapping[str, Any], num_classes: int, image_shape: tuple[int, int, int]
+) -> Network:
+    parameters = list(inspect.signature(cls).parameters.values())[3:]  # the first three are not options
+    accepted = [parameter.name for parameter in parameters]
+    for option in options:
+        if option not in accepted and all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters):
+            raise unknown_name(f"option of {name}", option, accepted)
+    channels, height, width = image_shape
+    return cls(channels, num_classes, (height, width), **options)
 
 
 def _read_options(body: str, text: str) -> dict[str, Any]:
@@ -156,48 +185,3 @@ def _number(value: Any) -> Any:
     """Turn ``1e-6`` into a number: YAML 1.1 asks for ``1.0e-6`` and calls the rest text."""
     is_number = isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value)
     return float(value) if is_number else value
-
-
-def _build_own(
-    own: type[FRePoConv] | type[ConvNet] | type[AlexNet],
-    spec: ArchitectureSpec,
-    num_classes: int,
-    image_shape: tuple[int, int, int],
-) -> Network:
-    accepted = list(inspect.signature(own).parameters)[3:]  # the first three are not options
-    for option in spec.options:
-        if option not in accepted:
-            raise unknown_name(f"option of {spec.name}", option, accepted)
-    channels, height, width = image_shape
-    return own(channels, num_classes, (height, width), **spec.options)
-
-
-def _library_of(name: str) -> str:
-    """Return the library that has an architecture.
-
-    Raises:
-        UserError: none has.
-    """
-    import timm  # here, not above: importing it takes seconds, and most runs need only the project's own networks
-    import torchvision
-
-    classifiers = torchvision.models.list_models(module=torchvision.models)
-    prefix, slash, bare = name.rpartition("/")
-    if slash and prefix not in _LIBRARIES:
-        raise unknown_name("library", prefix, _LIBRARIES)
-    if prefix != "torchvision" and timm.is_model(bare):
-        return "timm"
-    if prefix != "timm" and bare in classifiers:
-        return "torchvision"
-    close = get_close_matches(bare, {*_OWN, *timm.list_models(), *classifiers}, n=1)
-    error = unknown_name("architecture", name, {*_OWN, *close})
-    raise UserError(f"{error}, and every classification model of timm and torchvision")
-
-
-def _build_from_library(
-    library: str | None, spec: ArchitectureSpec, num_classes: int, image_shape: tuple[int, int, int]
-) -> Network:
-    from lightning_dd.models.library import build_timm, build_torchvision
-
-    build = build_timm if library == "timm" else build_torchvision
-    return build(spec.name.rpartition("/")[2], spec.options, num_classes, image_shape)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_dd.models.checks import check_count
+from lightning_dd.utils.errors import check_count
 
 _STYLE_SIZE = 64
 _SMALLEST_SIDE = 4

@@ -2,18 +2,17 @@
 
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_dd.models.checks import check_images
-from lightning_dd.models.families import BASE_WIDTH, googlenet, mixer_builder, take_width
-from lightning_dd.models.interface import Network
+from lightning_dd.models.interface import Network, check_images
 from lightning_dd.models.norms import exchange_batch_norm
 from lightning_dd.models.stems import LARGEST_SMALL_SIDE, fit_stem
-from lightning_dd.utils.errors import UserError
+from lightning_dd.utils.errors import UserError, check_count
 
 ImageShape = tuple[int, int, int]
 
@@ -22,6 +21,9 @@ _NOT_OFFERED = (
     *("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "weights", "progress"),
     *("features_only", "out_indices", "scriptable", "exportable", "no_jit", "device", "dtype"),
 )
+_BASE_WIDTH = 64  # channels of the first convolution of VGG and GoogLeNet as published
+_MIXERS = {"s": (8, 512), "b": (12, 768), "l": (24, 1024)}  # blocks and width of the sizes of arXiv 2105.01601
+_TIMM_VGG = r"vgg\d"
 _TOKENS = 8  # patches per side of a small image: the literature's patch size 4 at 32 px
 
 
@@ -74,79 +76,85 @@ class LibraryNetwork(Network):
         return cast(Tensor, self.head(features))
 
 
-def build_timm(name: str, options: Mapping[str, Any], num_classes: int, image_shape: ImageShape) -> LibraryNetwork:
-    """Build a network of timm, with random weights, fitted to the image shape.
+def build_from_library(
+    library: str, name: str, options: Mapping[str, Any], num_classes: int, image_shape: ImageShape
+) -> LibraryNetwork:
+    """Build a classifier of timm or torchvision, with random weights, fitted to the image shape.
 
-    Vision transformers and mixers get a patch size that makes 8x8 tokens of an image up to 64 px, Swin windows of 4,
-    VGG the literature's single linear layer after global pooling, and convolutional networks a stem of smaller stride;
-    see :func:`~lightning_dd.models.stems.fit_stem`. Options of the same name win, and ``output_stride`` or
-    ``patch_size`` leaves the stem alone.
+    Convolutional networks get a stem of smaller stride, see :func:`~lightning_dd.models.stems.fit_stem`. Of timm,
+    vision transformers and mixers get a patch size that makes 8x8 tokens of an image up to 64 px, Swin windows of 4,
+    and VGG the literature's single linear layer after global pooling. Options of the same name win, and
+    ``output_stride`` or ``patch_size`` leaves the stem alone.
 
     Args:
-        name: a name that timm knows.
-        options: keyword arguments for timm's model; ``width`` (base 64) for a VGG; ``norm`` for networks with batch
-            normalisation, see :func:`~lightning_dd.models.norms.exchange_batch_norm`.
+        library: ``timm`` or ``torchvision``.
+        name: a name that the library knows.
+        options: keyword arguments for the library's model; ``width`` (base 64) for timm's VGG and torchvision's
+            GoogLeNet; ``norm`` for networks with batch normalisation, see
+            :func:`~lightning_dd.models.norms.exchange_batch_norm`.
         num_classes: number of logits.
         image_shape: ``(C, H, W)`` before padding.
 
     Raises:
-        UserError: an option is unknown or not offered.
+        UserError: an option is unknown or not offered, or a network of torchvision does not end in a linear layer.
     """
-    import timm  # here, not above: importing timm takes seconds, and most runs need only the project's own networks
+    title = name if library == "timm" else f"torchvision/{name}"
+    for option in options:
+        if option in _FROM_THE_DATA:
+            raise UserError(f"option '{option}' of architecture '{title}' comes from the data and cannot be set")
+        if option in _NOT_OFFERED:
+            raise UserError(f"option '{option}' of architecture '{title}' is not offered: weights start at random")
+    theirs = {option: value for option, value in options.items() if option != "norm"}  # no library knows our norm
+    model, head = (_timm if library == "timm" else _torchvision)(title, theirs, num_classes, image_shape)
+    exchange_batch_norm(title, model, options.get("norm"))
+    stem_is_chosen = {"output_stride", "patch_size"} & set(options) or re.match(_TIMM_VGG, title)
+    return _assemble(model, head, num_classes, image_shape, refit=not stem_is_chosen)
+
+
+def _timm(
+    name: str, options: dict[str, Any], num_classes: int, image_shape: ImageShape
+) -> tuple[nn.Module, nn.Linear | None]:
+    """Return a network of timm that ends in its features, and its linear head if it has a single one."""
+    import timm
     from timm.layers.config import set_fused_attn
 
     # Double backward (gradient matching, class activation maps) needs attention written out: the fused kernels have
     # no second derivative. timm reads this switch when it makes a layer, so it must be off before.
     set_fused_attn(False)
-    _check_options(name, options)
     channels = image_shape[0]
+    if re.match(_TIMM_VGG, name):
+        return _vgg(name, options, num_classes, channels)
     size = (_padded(image_shape[1]), _padded(image_shape[2]))
-    options = dict(options)
-    norm = options.pop("norm", None)  # ours: no library knows it
-    if re.match(r"vgg\d", name):
-        trunk, linear = _vgg(name, options, num_classes, channels)
-        exchange_batch_norm(name, trunk, norm)
-        return _assemble(trunk, linear, num_classes, image_shape, refit=False)
     ours: dict[str, Any] = {"img_size": size[0] if size[0] == size[1] else size, **_token_options(name, min(size))}
-    mixer = mixer_builder(name)
+    mixer = re.fullmatch(r"mixer_([sbl])(\d+)_224", name)
 
     def create(**kwargs: Any) -> nn.Module:
         kwargs |= {"num_classes": num_classes, "in_chans": channels}
-        return mixer(**kwargs) if mixer else timm.create_model(name, pretrained=False, **kwargs)
+        if mixer:  # timm's own function takes neither another depth, nor another width or patch size
+            from timm.models.mlp_mixer import MlpMixer
+
+            blocks, dims = _MIXERS[mixer[1]]
+            return MlpMixer(**({"patch_size": int(mixer[2]), "num_blocks": blocks, "embed_dim": dims} | kwargs))
+        return timm.create_model(name, pretrained=False, **kwargs)
 
     model: Any = _call(name, create, ours, options)
-    exchange_batch_norm(name, model, norm)
     head = _cut_head(model, model.get_classifier())
     if head is None:  # two heads, or one that is not a linear layer: ask for none, and add our own
         model.reset_classifier(0)
-    refit = not {"output_stride", "patch_size"} & set(options)
-    return _assemble(model, head, num_classes, image_shape, refit)
+    return model, head
 
 
-def build_torchvision(
-    name: str, options: Mapping[str, Any], num_classes: int, image_shape: ImageShape
-) -> LibraryNetwork:
-    """Build a classification network of torchvision, with random weights, fitted to the image shape.
+def _torchvision(
+    title: str, options: dict[str, Any], num_classes: int, image_shape: ImageShape
+) -> tuple[nn.Module, nn.Linear]:
+    """Return a network of torchvision that ends in its features, and its linear head.
 
-    The last linear layer becomes the classifier, what enters it the features; the first convolution is replaced
-    when the images do not have three channels. Stems change as timm's do, patch sizes do not.
-
-    Args:
-        name: a name that torchvision knows.
-        options: keyword arguments for torchvision's model; ``width`` (base 64) for GoogLeNet; ``norm`` for networks
-            with batch normalisation, see :func:`~lightning_dd.models.norms.exchange_batch_norm`.
-        num_classes: number of logits.
-        image_shape: ``(C, H, W)`` before padding.
-
-    Raises:
-        UserError: an option is unknown or not offered, or the network does not end in a linear layer.
+    The last linear layer is the head; the first convolution is replaced when images do not have three channels.
     """
-    import torchvision  # here, not above: see build_timm
+    import torchvision
 
-    _check_options(name, options)
-    options = dict(options)
-    norm = options.pop("norm", None)  # ours: no library knows it
-    width = take_width(name, options) if name == "googlenet" else BASE_WIDTH
+    name = title.rpartition("/")[2]
+    width = _take_width(title, options) if name == "googlenet" else _BASE_WIDTH
     ours: dict[str, Any] = {}
     if name.startswith("vit_"):
         ours["image_size"] = _padded(image_shape[1])
@@ -155,18 +163,17 @@ def build_torchvision(
 
     def create(**kwargs: Any) -> nn.Module:
         if name == "googlenet":
-            return googlenet(name, num_classes, width, **kwargs)
+            return _googlenet(title, num_classes, width, **kwargs)
         return cast(nn.Module, torchvision.models.get_model(name, weights=None, num_classes=num_classes, **kwargs))
 
-    model = _call(name, create, ours, options)
-    exchange_batch_norm(f"torchvision/{name}", model, norm)
+    model = _call(title, create, ours, options)
     if image_shape[0] != 3:
         _replace_first_convolution(model, image_shape[0])
     linears = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
     head = _cut_head(model, linears[-1]) if linears and linears[-1].out_features == num_classes else None
     if head is None:
-        raise UserError(f"architecture 'torchvision/{name}' does not end in a linear layer, so it has no features")
-    return _assemble(model, head, num_classes, image_shape, refit=True)
+        raise UserError(f"architecture '{title}' does not end in a linear layer, so it has no features")
+    return model, head
 
 
 def _assemble(
@@ -218,14 +225,6 @@ def _call(name: str, create: Callable[..., nn.Module], ours: dict[str, Any], opt
             del ours[found[2]]
 
 
-def _check_options(name: str, options: Mapping[str, Any]) -> None:
-    for option in options:
-        if option in _FROM_THE_DATA:
-            raise UserError(f"option '{option}' of architecture '{name}' comes from the data and cannot be set")
-        if option in _NOT_OFFERED:
-            raise UserError(f"option '{option}' of architecture '{name}' is not offered: weights start at random")
-
-
 def _token_options(name: str, side: int) -> dict[str, Any]:
     """Options that give a transformer a grid of tokens worth the name on a small image."""
     if side > LARGEST_SMALL_SIDE:
@@ -245,8 +244,8 @@ def _vgg(name: str, options: dict[str, Any], num_classes: int, channels: int) ->
     from timm.models import vgg
 
     depth, _, norm = name.partition("_")
-    width = take_width(name, options)
-    layers = [max(1, entry * width // BASE_WIDTH) if isinstance(entry, int) else entry for entry in vgg.cfgs[depth]]
+    width = _take_width(name, options)
+    layers = [max(1, entry * width // _BASE_WIDTH) if isinstance(entry, int) else entry for entry in vgg.cfgs[depth]]
     ours = {"mlp_ratio": 1 / 4096, "norm_layer": nn.BatchNorm2d if norm == "bn" else None}
 
     def create(**kwargs: Any) -> nn.Module:
@@ -256,6 +255,31 @@ def _vgg(name: str, options: dict[str, Any], num_classes: int, channels: int) ->
     last = next(layer for layer in reversed(list(features.modules())) if isinstance(layer, nn.Conv2d))
     trunk = nn.Sequential(features, nn.AdaptiveAvgPool2d(1), nn.Flatten())
     return trunk, nn.Linear(last.out_channels, num_classes)
+
+
+def _take_width(name: str, options: dict[str, Any]) -> int:
+    return check_count(f"option 'width' of architecture '{name}'", options.pop("width", _BASE_WIDTH))
+
+
+def _googlenet(name: str, num_classes: int, width: int, **options: Any) -> nn.Module:
+    """Build torchvision's GoogLeNet (Szegedy et al. 2015, arXiv 1409.4842); all widths scale with the first."""
+    from torchvision.models.googlenet import BasicConv2d, GoogLeNet, Inception, InceptionAux
+
+    if width % 4:
+        raise UserError(f"option 'width' of architecture '{name}' must be a multiple of 4, got {width}")
+
+    def scaled(channels: int) -> int:
+        return channels * width // _BASE_WIDTH
+
+    def block(inputs: int, outputs: int, **kwargs: Any) -> nn.Module:
+        inputs = inputs if inputs == 3 else scaled(inputs)  # only the image has three channels
+        return cast(nn.Module, BasicConv2d(inputs, scaled(outputs), **kwargs))
+
+    blocks = [block, partial(Inception, conv_block=block), InceptionAux]
+    model = GoogLeNet(num_classes, blocks=blocks, **options)
+    if width != _BASE_WIDTH:
+        model.fc = nn.Linear(scaled(model.fc.in_features), num_classes)
+    return cast(nn.Module, model)
 
 
 def _cut_head(model: nn.Module, head: object) -> nn.Linear | None:

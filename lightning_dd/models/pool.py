@@ -12,17 +12,22 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dd.models.interface import Network
+from lightning_dd.models.mixture import NetworkMixture
 from lightning_dd.utils.errors import UserError
 
-BuildNetwork = Callable[[int], Network]
+BuildNetwork = Callable[[int, str], Network]
+"""From a seed and an architecture to a fresh network."""
 BuildOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 InnerLoss = Callable[[Network], Tensor]
+
+_SIZE_DECAY = 0.9  # of what came before, in the running mean of a loss's size
 
 
 @dataclass
 class PoolMember:
     """One network, its optimizer, and how many inner steps it has counted since its reset."""
 
+    architecture: str
     network: Network
     optimizer: torch.optim.Optimizer
     age: int
@@ -36,12 +41,15 @@ class ModelPool:
     one when its age has reached ``lifetime``; :meth:`select` draws the next. FRePo's rule (Zhou et al. 2022): the i-th
     network starts with its age *counter* at ``i * (lifetime // size)``, untrained, so that resets are spread out.
 
+    Where several architectures are mixed, every fresh network draws its own.
+
     Args:
-        build: makes a fresh network from a seed.
+        build: makes a fresh network.
         build_optimizer: makes the inner optimizer for a network's parameters.
+        mixture: the architectures of the networks.
         size: number of networks, at least 1.
         lifetime: inner steps a network takes before it is replaced; 0 replaces it every time.
-        generator: CPU generator for the networks' seeds and for the choice of the next.
+        generator: CPU generator for the networks' architectures and seeds, and for the choice of the next.
         device: where the networks live.
 
     Raises:
@@ -52,6 +60,7 @@ class ModelPool:
         self,
         build: BuildNetwork,
         build_optimizer: BuildOptimizer,
+        mixture: NetworkMixture,
         size: int,
         lifetime: int,
         generator: torch.Generator,
@@ -61,15 +70,11 @@ class ModelPool:
             raise UserError(f"pool_size must be at least 1, got {size}")
         if lifetime < 0:
             raise UserError(f"lifetime must be at least 0, got {lifetime}")
-        self.lifetime = lifetime
-        self._build = build
-        self._generator = generator
-        self.members: list[PoolMember] = []
-        for index in range(size):
-            network = build(self._next_seed()).to(device).to(memory_format=torch.channels_last)
-            rest(network)
-            optimizer = build_optimizer(list(network.parameters()))
-            self.members.append(PoolMember(network, optimizer, age=index * (lifetime // size)))
+        self.lifetime, self.mixture = lifetime, mixture
+        self._build, self._build_optimizer = build, build_optimizer
+        self._generator, self._device = generator, device
+        self._sizes: dict[str, Tensor] = {}
+        self.members = [self._member(*self._draw(), age=index * (lifetime // size)) for index in range(size)]
         self._current = 0
         self.select()
 
@@ -98,7 +103,7 @@ class ModelPool:
         """
         member = self.current
         if member.age >= self.lifetime:
-            self._reset(member)
+            self._replace_current()
             return False
         member.network.train().requires_grad_(True)
         with torch.enable_grad():
@@ -110,11 +115,27 @@ class ModelPool:
         member.age += 1
         return True
 
+    def balanced(self, terms: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Divide an outer loss's terms, as seen through the current network, by the size that is usual for its kind.
+
+        Losses grow with a network's features, and the architecture with most of them would decide alone what becomes
+        of the images. The usual size is the running mean, over the outer steps of one architecture, of the sum of the
+        terms' magnitudes. A pool of one architecture leaves the terms as they are.
+        """
+        if len(self.mixture.names) == 1:
+            return terms
+        size = torch.stack([term.detach().float().abs() for term in terms.values()]).sum()
+        usual = self._sizes.get(self.current.architecture, size).to(size.device)
+        usual = torch.where(size.isfinite(), torch.lerp(size, usual, _SIZE_DECAY), usual)
+        self._sizes[self.current.architecture] = usual
+        return {name: term / usual.clamp(min=1e-12) for name, term in terms.items()}
+
     def state_dict(self) -> dict[str, Any]:
-        """Return networks, optimizers, ages and generator: plain tensors and numbers."""
+        """Return networks, optimizers, ages, usual sizes and generator: plain tensors and numbers."""
         return {
             "members": [
                 {
+                    "architecture": member.architecture,
                     "network": {name: value.cpu() for name, value in member.network.state_dict().items()},
                     "optimizer": member.optimizer.state_dict(),
                     "age": member.age,
@@ -122,6 +143,7 @@ class ModelPool:
                 for member in self.members
             ],
             "current": self._current,
+            "sizes": dict(self._sizes),
             "generator": self._generator.get_state(),
         }
 
@@ -129,27 +151,46 @@ class ModelPool:
         """Continue exactly from :meth:`state_dict`.
 
         Raises:
-            UserError: the state has another number of networks.
+            UserError: the state has another number of networks, or networks of another architecture.
         """
         if len(state["members"]) != len(self.members):
             raise UserError(
                 f"the checkpoint's pool has {len(state['members'])} networks, pool_size is {len(self.members)}"
             )
-        for member, saved in zip(self.members, state["members"], strict=True):
+        for index, saved in enumerate(state["members"]):
+            architecture = saved.get("architecture", self.mixture.main)  # older checkpoints have one
+            if architecture not in self.mixture.names:
+                raise UserError(f"the checkpoint's pool has architecture '{architecture}', the run has none")
+            if architecture != self.members[index].architecture:
+                self.members[index] = self._member(architecture, self._build(0, architecture), age=0)
+            member = self.members[index]
             member.network.load_state_dict(saved["network"])
             member.optimizer.load_state_dict(saved["optimizer"])
             member.age = int(saved["age"])
         self._current = int(state["current"])
+        self._sizes = dict(state.get("sizes", {}))
         self._generator.set_state(state["generator"].cpu())
 
-    def _reset(self, member: PoolMember) -> None:
-        """Load fresh weights into the same module, so that a compiled one stays compiled."""
-        member.network.load_state_dict(self._build(self._next_seed()).state_dict())
-        member.optimizer.state.clear()
-        member.age = 0
+    def _draw(self) -> tuple[str, Network]:
+        architecture = self.mixture.draw(self._generator)
+        seed = int(torch.randint(2**62, (), generator=self._generator))
+        return architecture, self._build(seed, architecture)
 
-    def _next_seed(self) -> int:
-        return int(torch.randint(2**62, (), generator=self._generator))
+    def _member(self, architecture: str, network: Network, age: int) -> PoolMember:
+        network = network.to(self._device).to(memory_format=torch.channels_last)
+        rest(network)
+        return PoolMember(architecture, network, self._build_optimizer(list(network.parameters())), age)
+
+    def _replace_current(self) -> None:
+        """Put a fresh network in place of the current one."""
+        architecture, network = self._draw()
+        old = self.current
+        if architecture != old.architecture:
+            self.members[self._current] = self._member(architecture, network, age=0)
+            return
+        old.network.load_state_dict(network.state_dict())  # in the same module, so that a compiled one stays compiled
+        old.optimizer.state.clear()
+        old.age = 0
 
 
 def rest(network: Network) -> None:

@@ -16,7 +16,7 @@ import math
 from collections.abc import Sequence
 from difflib import get_close_matches
 
-from lightning_dd.models.factory import ArchitectureSpec, check_known
+from lightning_dd.models.factory import ArchitectureSpec, find_builder
 from lightning_dd.utils.errors import UserError
 
 _RESNET = "zero_init_last=false,norm=layer"
@@ -117,7 +117,7 @@ def expand(names: Sequence[str], image_shape: tuple[int, int, int] | None = None
             spec = _with_depth(spec, image_shape)
             text = str(spec)
         try:
-            check_known(spec.name)
+            find_builder(spec.name)
         except UserError as error:
             close = get_close_matches(spec.name, GROUPS, n=1)
             hint = f"did you mean the group '{close[0]}'? " if close else ""

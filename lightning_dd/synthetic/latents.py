@@ -8,13 +8,12 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lightning_dd.data.images import Split
-from lightning_dd.models.checks import check_count
 from lightning_dd.models.exported import ExportedGenerator
 from lightning_dd.models.generator import Generator
 from lightning_dd.pretrained.generator import GeneratorRecipe, prepare_generator
 from lightning_dd.pretrained.task import Task
 from lightning_dd.synthetic.parameterisation import Parameterisation
-from lightning_dd.utils.errors import UserError
+from lightning_dd.utils.errors import UserError, check_count
 from lightning_dd.utils.seeding import derive_seed, seeded
 
 _DEFAULT_LEVEL = 2

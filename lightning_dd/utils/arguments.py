@@ -4,11 +4,14 @@ import importlib
 import inspect
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, Self, TypeVar
 
 from lightning_dd.utils.errors import UserError, unknown_name
 
 Kind = TypeVar("Kind")
+_MAY_IMPORT = ContextVar("_MAY_IMPORT", default=True)
 
 
 class RemembersArguments:
@@ -94,23 +97,39 @@ def revive(plain: Any) -> Any:
 
 
 def find_class(name: str, base: type[Kind], what: str) -> type[Kind]:
-    """Return a class by name, or by a path that is imported now. For what the user wrote, never for what a file says.
+    """Return a class by name, or by a path that is imported now: see :func:`find_object`.
 
     Raises:
         UserError: there is no such class, or it is no subclass of ``base``.
     """
-    module, dot, attribute = name.rpartition(".")
-    if not dot:
+    if "." not in name:
         return known_class(name, base, what)
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"{what} '{name}' cannot be imported: {error}") from None
+    found = find_object(name, what)
     if not (inspect.isclass(found) and issubclass(found, base)):
         raise UserError(f"{what} '{name}' is no subclass of {class_path(base)}")
     return found
 
 
-def is_imported(name: str) -> bool:
-    """Tell whether the module that a path ``package.module.Class`` names has been imported."""
-    return name.rpartition(".")[0] in sys.modules
+def find_object(path: str, what: str) -> Any:
+    """Import what a path ``package.module.name`` names. For what the user wrote, never for what a file says.
+
+    Raises:
+        UserError: it cannot be imported, or must not be: see :func:`nothing_imported`.
+    """
+    module, _, attribute = path.rpartition(".")
+    if not _MAY_IMPORT.get() and module not in sys.modules:
+        raise UserError(f"{what} '{path}' has not been imported, and nothing is imported for a file")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"{what} '{path}' cannot be imported: {error}") from None
+
+
+@contextmanager
+def nothing_imported() -> Iterator[None]:
+    """Within the block, names come from a file: they are looked up among what has been imported."""
+    token = _MAY_IMPORT.set(False)
+    try:
+        yield
+    finally:
+        _MAY_IMPORT.reset(token)

@@ -24,3 +24,18 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:
     hint = f" did you mean '{close[0]}'?" if close else ""
     shown = ", ".join(names[:40]) + (f" and {len(names) - 40} more" if len(names) > 40 else "")
     return UserError(f"unknown {kind} '{name}';{hint} known: {shown}")
+
+
+def check_count(setting: str, value: object) -> int:
+    """Return ``value`` if it is a whole number of at least 1.
+
+    Raises:
+        UserError: it is anything else.
+
+    Example:
+        >>> check_count("width", 32)
+        32
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise UserError(f"{setting} must be a whole number of at least 1, got {value!r}")
+    return value
