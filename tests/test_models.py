@@ -17,7 +17,7 @@ from lightning_dd.evaluators.evaluate import evaluate_files
 from lightning_dd.models import ArchitectureSpec, ConvNet, FRePoConv, Network, build_network, known_architectures
 from lightning_dd.models.library import LibraryNetwork
 from lightning_dd.models.zoo import expand
-from lightning_dd.pretrained.teacher import Teacher
+from lightning_dd.pretrained import Teacher
 from lightning_dd.students.recipe import Recipe
 from lightning_dd.synthetic import TeacherLabels
 from lightning_dd.utils.arguments import nothing_imported

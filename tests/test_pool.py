@@ -12,7 +12,7 @@ from lightning_dd.utils.seeding import seeded
 
 def build(seed, architecture):
     with seeded(seed):
-        return LinearNetwork(num_classes={"one": 10, "other": 3}[architecture])
+        return LinearNetwork(num_classes={"one": 3, "other": 2}[architecture])
 
 
 def make_pool(size=10, lifetime=100, seed=0, architectures="one"):
@@ -100,12 +100,12 @@ def test_fresh_networks_draw_their_architecture_by_its_probability():
     others = [member.architecture for member in pool.members].count("other")
     assert 30 < others < 75
     for member in pool.members:
-        assert member.network.num_classes == {"one": 10, "other": 3}[member.architecture]
+        assert member.network.num_classes == {"one": 3, "other": 2}[member.architecture]
     seen = set()
     for _ in range(40):
         pool.advance(inner_loss)
         pool.advance(inner_loss)  # too old by now: replaced
-        assert pool.network.num_classes == {"one": 10, "other": 3}[pool.current.architecture]
+        assert pool.network.num_classes == {"one": 3, "other": 2}[pool.current.architecture]
         seen.add(pool.current.architecture)
     assert seen == {"one", "other"}
 
