@@ -3,13 +3,16 @@
 import csv
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from matplotlib.figure import Figure
 
 from lightning_dd.utils.files import write_atomically, write_text
+
+Item = TypeVar("Item")
+Key = TypeVar("Key")
 
 
 def write_results(
@@ -45,6 +48,19 @@ def write_results(
         "md": write_text(folder / "results.md", markdown),
         "png": write_atomically(folder / "results.png", lambda path: figure.savefig(path, dpi=120)),
     }
+
+
+def grouped(items: Iterable[Item], key: Callable[[Item], Key]) -> dict[Key, list[Item]]:
+    """Collect items by a key, in the order in which the keys first appear.
+
+    Example:
+        >>> grouped(["bear", "ape", "bee"], lambda word: word[0])
+        {'b': ['bear', 'bee'], 'a': ['ape']}
+    """
+    found: dict[Key, list[Item]] = {}
+    for item in items:
+        found.setdefault(key(item), []).append(item)
+    return found
 
 
 def markdown_table(cells: Sequence[Sequence[str]]) -> str:

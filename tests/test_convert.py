@@ -264,7 +264,7 @@ def test_settings_that_make_no_sense():
     file = write_dc()
     assert "unknown layout 'dcc'; did you mean 'dc'?" in refused("dcc", file)
     assert "unknown preprocessing 'whiten'" in refused("dc", file, "whiten")
-    assert "unknown data 'CIFAR11'" in refused("dc", file, data="CIFAR11")
+    assert "unknown data set 'CIFAR11'" in refused("dc", file, data="CIFAR11")
     assert "layout dc holds its labels" in refused("dc", file, labels=file)
     assert "layout mtt needs its labels" in refused("mtt", file)
     assert "no such file" in refused("mtt", file, labels="nothing.pt")
@@ -278,7 +278,7 @@ def test_settings_that_make_no_sense():
     assert "no numbers are published for Colours" in refused("dc", file, mean=None, std=None)
     assert "leave them out" in refused(**write_mtt(), preprocessing="kornia-zca", mean=[0.5], std=[0.5])
     assert "experiment must be in [0, 1)" in refused("dc", file, experiment=1)
-    assert "data_args do not build Colours" in refused("dc", file, data_args={"size": 3})
+    assert "the arguments do not fit data set 'Colours'" in refused("dc", file, data_args={"size": 3})
 
 
 def test_statistics_for_another_number_of_channels():
@@ -310,7 +310,9 @@ def test_content_that_does_not_fit():
     assert "no entry 'data'; found Tensor" in refused("dc", _saved(images))
     assert "a list of pairs" in refused("dc", _saved({"data": [images]}))
     assert "no entry 'label'; found image" in refused("frepo", _npz(image=images.numpy()))
-    assert "'images' must have four axes" in refused("dc", write_dc(pairs=[[images[0], CLASSES]]))
+    assert "'images' must be (images, channels, height, width), found (3, 8, 8)" in refused(
+        "dc", write_dc(pairs=[[images[0], CLASSES]])
+    )
     assert "must be a tensor of numbers, found str" in refused("dc", write_dc(pairs=[["x", CLASSES]]))
     assert "'label' must be (images, classes)" in refused("frepo", write_frepo(label=np.zeros(6)))
     assert "one whole number per image" in refused("dc", write_dc(pairs=[[images, CLASSES + 0.5]]))

@@ -19,7 +19,7 @@ from lightning_dd.data.mapped import mapped_split
 from lightning_dd.data.sampling import EvalBatches, ShuffledStream, next_batch
 from lightning_dd.distillers import FRePo, Herding
 from lightning_dd.distillers.base import Probe
-from lightning_dd.evaluators.sources import ALL_REAL, SOURCES, random_real
+from lightning_dd.evaluators.matrix import ALL_REAL, SOURCES, random_real
 from lightning_dd.pretrained import ClassifierRecipe
 from lightning_dd.pretrained.classifier import Teacher
 from lightning_dd.utils.errors import UserError

@@ -158,7 +158,7 @@ def test_students_on_two_processes_take_the_steps_of_one(tmp_path):
 
 
 def test_more_processes_than_synthetic_images_are_refused():
-    from lightning_dd.distilled.batches import SyntheticBatches
+    from lightning_dd.distilled.views import SyntheticBatches
 
     with pytest.raises(UserError, match="4 processes cannot share 3 synthetic images"):
         SyntheticBatches(torch.zeros(3, 1, 2, 2), torch.zeros(3, 3), 5, 1, 0, world_size=4)

@@ -18,14 +18,13 @@ from lightning_dd.data import DATA_SETS, MNIST5k
 from lightning_dd.data.preprocess import Preprocessing
 from lightning_dd.data.registry import DataChoice
 from lightning_dd.distilled import DistilledData
-from lightning_dd.distilled.batches import SyntheticBatches
 from lightning_dd.distilled.datamodule import real_data_of
 from lightning_dd.distilled.set import DistilledSet
-from lightning_dd.evaluators import bench
+from lightning_dd.distilled.views import SyntheticBatches
+from lightning_dd.evaluators import evaluate as bench
 from lightning_dd.evaluators.evaluate import evaluate_files
-from lightning_dd.evaluators.matrix import Cell, Hardware, Row
+from lightning_dd.evaluators.matrix import DISTILLED, RANDOM_REAL, Cell, Hardware, Row, random_real
 from lightning_dd.evaluators.report import markdown, summarise
-from lightning_dd.evaluators.sources import DISTILLED, RANDOM_REAL, random_real
 from lightning_dd.students import Student
 from lightning_dd.students.recipe import Recipe
 from lightning_dd.utils.errors import UserError

@@ -28,7 +28,7 @@ LAYERS = [
 ]
 PLAIN_TORCH = [
     *("losses", "models", "augment", "utils/seeding.py", "utils/errors.py", "utils/files.py"),
-    *("data/images.py", "data/preprocess.py", "students/recipe.py", "students/loop.py", "distilled/batches.py"),
+    *("data/images.py", "data/preprocess.py", "students/recipe.py", "students/loop.py", "distilled/views.py"),
 ]
 FILES = sorted(ROOT.rglob("*.py"))
 

@@ -10,8 +10,8 @@ from helpers import TinyData, committee_of, make_distilled
 
 from lightning_dd.cli import main
 from lightning_dd.data import DATA_SETS
+from lightning_dd.evaluators.matrix import SOURCES, random_real
 from lightning_dd.evaluators.robustness import Robustness, score_files
-from lightning_dd.evaluators.sources import SOURCES, random_real
 from lightning_dd.models import build_network
 from lightning_dd.students.recipe import Recipe
 from lightning_dd.synthetic.labels import labelled_views
@@ -96,7 +96,7 @@ def test_a_report_is_written_and_finished_students_are_not_trained_again(tmp_pat
     assert [row["label_robust"] for row in written] == [record.label_robust() for record in records]
     for suffix in ("csv", "md", "png"):
         assert (tmp_path / "report" / f"results.{suffix}").stat().st_size > 0
-    monkeypatch.setattr("lightning_dd.evaluators.bench.run_cell", lambda *a: pytest.fail("trained again"))
+    monkeypatch.setattr("lightning_dd.evaluators.evaluate.run_cell", lambda *a: pytest.fail("trained again"))
     assert score_files(*asked) == records
 
 

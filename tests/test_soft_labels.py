@@ -13,10 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from lightning_dd.augment.crops import draw_crops, resample
 from lightning_dd.distilled import DistilledData
-from lightning_dd.distilled.batches import SyntheticBatches
 from lightning_dd.distilled.set import DistilledSet
-from lightning_dd.distilled.views import SoftViews, draw_views
-from lightning_dd.evaluators.sources import random_real
+from lightning_dd.distilled.views import SoftViews, SyntheticBatches, draw_views
+from lightning_dd.evaluators.matrix import random_real
 from lightning_dd.models import build_network
 from lightning_dd.models.pool import rest
 from lightning_dd.pretrained.classifier import Teacher

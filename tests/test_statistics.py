@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from lightning_dd.evaluators.matrix import Row
+from lightning_dd.evaluators.matrix import DISTILLED, Row
 from lightning_dd.evaluators.report import compare
-from lightning_dd.evaluators.sources import DISTILLED
 from lightning_dd.statistics import gain_interval, nested_score, paired_difference
 
 

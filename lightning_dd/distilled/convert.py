@@ -6,7 +6,7 @@ standardises channels first and takes a regulariser relative to the mean varianc
 whiten raw pixels with an absolute one, by kornia (``kornia-zca``).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,27 +14,19 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from lightning_dd.data import DATA_SETS, RealData
+from lightning_dd.data.base import RealData
 from lightning_dd.data.facts import DataFacts
 from lightning_dd.data.preprocess import Pixels, Preprocessing, to_unit
-from lightning_dd.distilled.foreign import ForeignSet, check_foreign, read_foreign
+from lightning_dd.data.registry import build_data
+from lightning_dd.distilled.foreign import LAYOUTS, ForeignSet
 from lightning_dd.distilled.set import DistilledSet, library_versions
 from lightning_dd.utils.errors import UserError, unknown_name
 
 SPACES = ("pixels", "standardise", "zca", "kornia-zca")
 """Preprocessings that images may be in: pixels in [0, 1], or one that is undone by the same name."""
-
-METHODS = {"frepo": "FRePo", "dc": "DC", "mtt": "MTT", "sre2l": "SRe2L", "rded": "RDED"}
 KORNIA_RIDGE = 0.1
 """The absolute regulariser that MTT and DATM give to kornia."""
 
-_Statistics = tuple[tuple[float, ...], tuple[float, ...]]
-_CIFAR10: _Statistics = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
-# Where a project divides by other numbers than the data set's own here. MTT takes CIFAR-10's for CIFAR-100 as well.
-_STATISTICS: dict[str, dict[str, _Statistics]] = {
-    "dc": {"CIFAR10": _CIFAR10, "SVHN": ((0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970))},
-    "mtt": {"CIFAR10": _CIFAR10, "CIFAR100": _CIFAR10},
-}
 _SMALLEST_PIXEL, _LARGEST_PIXEL = -1.0, 2.0  # learned pixels leave [0, 1] a little; standardised images by far
 
 
@@ -61,7 +53,7 @@ def convert_set(
             (images_*.pt and labels_*.pt; DATM's logits become soft labels; images_zca_*.pt holds pixels), ``sre2l`` or
             ``rded`` (folders of images, with hard labels).
         images: the file or folder.
-        data: name of the data set the images stand for.
+        data: name or class path of the data set the images stand for.
         preprocessing: the space the images are in, one of :data:`SPACES`. Images of ``pixels`` are standardised.
         labels: the second file of ``mtt``.
         mean: channel means of ``pixels`` and ``standardise``; the project's own if None.
@@ -75,41 +67,21 @@ def convert_set(
     Raises:
         UserError: a setting, the file or its content does not fit.
     """
-    _check_stated(layout, preprocessing)
-    first, second = Path(images), None if labels is None else Path(labels)
-    check_foreign(layout, first, second)
-    real = _real_data(data, root, data_args or {}, "zca" if preprocessing == "zca" else "standardise")
-    if preprocessing == "kornia-zca":
-        _fit_kornia(real, mean, std)
-    else:
-        _set_statistics(real, layout, preprocessing, mean, std)
-    real.setup("fit")
-    facts, into = real.facts, real.preprocessing
-    assert into is not None
-    if len(into.mean) != facts.image_shape[0]:
-        raise UserError(f"mean and std: {len(into.mean)} numbers for {facts.image_shape[0]} channels of {facts.name}")
-    found = read_foreign(layout, first, second, experiment, facts)
-    _check(found, facts, f"images '{images}'")
-    classes, order = _order_of(found, facts, f"labels of '{images}'")
-    pixels = found.images[order]
-    _check_space(pixels, preprocessing, f"images '{images}'")
-    rows = found.labels[order]
-    return DistilledSet(
-        images=into(to_unit(pixels)) if preprocessing == "pixels" else pixels,
-        labels=one_hot(classes, facts.num_classes).float() if found.label_kind == "hard" else rows,
-        classes=classes,
-        label_kind=found.label_kind,
-        class_names=facts.class_names,
-        preprocessing=into,
-        data=real.origin(),
-        method=method or METHODS[layout],
-        config={"architecture": architecture} if architecture else {},
-        training={"converted_from": layout, "preprocessing": preprocessing, "versions": library_versions()},
-    )
+    files = Path(images), None if labels is None else Path(labels)
+    _check_stated(layout, preprocessing, *files)
+    kind = "zca" if preprocessing == "zca" else "standardise"
+    real = build_data(data, {"val_fraction": 0.0, **(data_args or {}), "preprocessing": kind}, root)
+    real.prepare_data()
+    _set_up(real, layout, preprocessing, mean, std)
+    found = LAYOUTS[layout].read(*files, experiment, real.facts)
+    _check(found, real.facts, preprocessing, f"images '{images}'")
+    training = {"converted_from": layout, "preprocessing": preprocessing, "versions": library_versions()}
+    config = {"architecture": architecture} if architecture else {}
+    return _converted(found, real, preprocessing, method or LAYOUTS[layout].method, config, training)
 
 
 def summary(distilled: DistilledSet) -> str:
-    """Say in one line what a converted set holds and what its preprocessing is."""
+    """Say in one line what a converted set holds and which preprocessing it has."""
     into, stated = distilled.preprocessing, distilled.training["preprocessing"]
     mean, std = (", ".join(f"{value:.4g}" for value in part.tolist()) for part in (into.mean, into.std))
     return (
@@ -129,15 +101,15 @@ def fit_kornia_zca(pixels: Pixels, ridge: float = KORNIA_RIDGE) -> Preprocessing
         ridge: added to every eigenvalue.
     """
     count, channels = len(pixels), pixels.shape[1]
-    blocks = [range(start, min(start + 4096, count)) for start in range(0, count, 4096)]
 
-    def rows(block: range) -> Tensor:
-        return to_unit(pixels[block.start : block.stop]).flatten(1).double()
+    def rows() -> Iterator[Tensor]:
+        for start in range(0, count, 4096):
+            yield to_unit(pixels[start : start + 4096]).flatten(1).double()
 
-    mean = torch.stack([rows(block).sum(0) for block in blocks]).sum(0) / count
+    mean = torch.stack([block.sum(0) for block in rows()]).sum(0) / count
     covariance = torch.zeros(len(mean), len(mean), dtype=torch.float64)
-    for block in blocks:
-        centred = rows(block) - mean
+    for block in rows():
+        centred = block - mean
         covariance += centred.T @ centred
     values, vectors = torch.linalg.eigh(covariance / max(1, count - 1))
     values = values.clamp_min(0) + ridge
@@ -145,93 +117,114 @@ def fit_kornia_zca(pixels: Pixels, ridge: float = KORNIA_RIDGE) -> Preprocessing
     return Preprocessing([0.0] * channels, [1.0] * channels, mean.float(), whiten.float(), unwhiten.float())
 
 
-def _check_stated(layout: str, space: str) -> None:
+def _check_stated(layout: str, space: str, images: Path, labels: Path | None) -> None:
+    """Refuse what can be seen to be wrong before the real data is read."""
+    if layout not in LAYOUTS:
+        raise unknown_name("layout", layout, LAYOUTS)
     if space not in SPACES:
         raise unknown_name("preprocessing", space, SPACES)
-    if layout in ("sre2l", "rded") and space != "pixels":
+    folder, two_files = LAYOUTS[layout].in_folders, layout == "mtt"
+    if folder and space != "pixels":
         raise UserError(f"preprocessing must be pixels for layout {layout}, whose files hold 8-bit pixels")
     if layout in ("dc", "mtt") and space == "zca":
         raise UserError(f"preprocessing zca is FRePo's; what layout {layout} calls ZCA is kornia-zca")
+    if (labels is not None) != two_files:
+        needs = "needs its labels as a second file" if two_files else "holds its labels: leave 'labels' out"
+        raise UserError(f"labels: layout {layout} {needs}")
+    if not (images.is_dir() if folder else images.is_file()):
+        wanted = "a folder with one folder of image files per class" if folder else "a file"
+        raise UserError(f"images '{images}': layout {layout} is {wanted}, and there is none")
+    if labels is not None and not labels.is_file():
+        raise UserError(f"labels '{labels}': no such file")
 
 
-def _real_data(name: str, root: str | None, given: Mapping[str, Any], preprocessing: str) -> RealData:
-    if name not in DATA_SETS:
-        raise unknown_name("data", name, DATA_SETS)
-    settings = {"val_fraction": 0.0, **given, "preprocessing": preprocessing}
-    try:
-        real = DATA_SETS[name](**settings) if root is None else DATA_SETS[name](root=root, **settings)
-    except TypeError as error:
-        raise UserError(f"data_args do not build {name}: {error}") from None
-    real.prepare_data()
-    return real
-
-
-def _fit_kornia(real: RealData, mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
-    if mean is not None or std is not None:
-        raise UserError("mean and std: kornia-zca whitens raw pixels; leave them out")
-    images = real.read(train=True).images
-    if images.shape[2] * images.shape[3] > 64 * 64:
-        raise UserError("preprocessing kornia-zca whitens images of up to 64x64 pixels")
-    real.use_preprocessing(fit_kornia_zca(images))
-
-
-def _set_statistics(
-    real: RealData, layout: str, space: str, mean: Sequence[float] | None, std: Sequence[float] | None
-) -> None:
-    """Say which statistics the real data is standardised with."""
-    if (mean is None) != (std is None):
+def _set_up(real: RealData, layout: str, space: str, mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
+    """Set up the real data with the preprocessing that the other project used."""
+    if space == "kornia-zca":
+        if mean is not None or std is not None:
+            raise UserError("mean and std: kornia-zca whitens raw pixels; leave them out")
+        images = real.read(train=True).images
+        if images.shape[2] * images.shape[3] > 64 * 64:
+            raise UserError("preprocessing kornia-zca whitens images of up to 64x64 pixels")
+        real.use_preprocessing(fit_kornia_zca(images))
+    elif mean is not None and std is not None:
+        if len(mean) != len(std) or min(std, default=0) <= 0:
+            raise UserError(
+                f"mean and std must be one number per channel, std above 0, got {list(mean)} and {list(std)}"
+            )
+        real.channel_mean, real.channel_std = tuple(mean), tuple(std)
+    elif mean is not None or std is not None:
         raise UserError("mean and std must be given together")
-    if mean is None or std is None:
-        mean, std = _STATISTICS.get(layout, {}).get(real.name, (None, None)) if space == "standardise" else (None, None)
-    if mean is None or std is None:
-        if space == "standardise" and layout in _STATISTICS and real.channel_mean is None:
+    elif space == "standardise" and (published := LAYOUTS[layout].statistics) is not None:
+        own = published.get(real.name, (real.channel_mean, real.channel_std))
+        if own[0] is None:
             raise UserError(f"mean and std: no numbers are published for {real.name} in layout {layout}; give both")
-        return
-    if len(mean) != len(std) or min(std, default=0) <= 0:
-        raise UserError(f"mean and std must be one number per channel, std above 0, got {list(mean)} and {list(std)}")
-    real.channel_mean, real.channel_std = tuple(mean), tuple(std)
+        real.channel_mean, real.channel_std = own
+    real.setup("fit")
+    channels, into = real.facts.image_shape[0], real.preprocessing
+    if into is not None and len(into.mean) != channels:
+        raise UserError(f"mean and std: {len(into.mean)} numbers for {channels} channels of {real.name}")
 
 
-def _check(found: ForeignSet, facts: DataFacts, where: str) -> None:
-    if tuple(found.images.shape[1:]) != facts.image_shape:
+def _check(found: ForeignSet, facts: DataFacts, space: str, where: str) -> None:
+    """Refuse images and labels that fit neither the data nor each other, or cannot be in the space that was stated."""
+    images, labels = found.images, found.labels
+    if tuple(images.shape[1:]) != facts.image_shape:
         raise UserError(
-            f"{where}: they are {tuple(found.images.shape[1:])} and those of {facts.name} {facts.image_shape} "
+            f"{where}: they are {tuple(images.shape[1:])} and those of {facts.name} {facts.image_shape} "
             "(channels, height, width)"
         )
-    if len(found.images) != len(found.labels):
-        raise UserError(f"{where}: {len(found.images)} images and {len(found.labels)} labels")
-    if not bool(torch.isfinite(found.images.float()).all() and torch.isfinite(found.labels.float()).all()):
+    if len(images) != len(labels):
+        raise UserError(f"{where}: {len(images)} images and {len(labels)} labels")
+    if not bool(torch.isfinite(images.float()).all() and torch.isfinite(labels.float()).all()):
         raise UserError(f"{where}: images or labels hold NaN or infinite values")
-    low, high = (0, found.labels.shape[1] - 1) if found.labels.ndim == 2 else found.labels.aminmax()
-    if low < 0 or int(high) != facts.num_classes - 1:
-        raise UserError(f"{where}: labels of classes {int(low)} to {int(high)}, {facts.name} has {facts.num_classes}")
+    first, last = (0, labels.shape[1] - 1) if labels.ndim == 2 else map(int, labels.aminmax())
+    if first < 0 or last != facts.num_classes - 1:
+        raise UserError(f"{where}: labels of classes {first} to {last}, {facts.name} has {facts.num_classes}")
+    low, high = (float(value) for value in images.aminmax())
+    shown, whole = f"found {low:.3g} to {high:.3g}", images.dtype == torch.uint8
+    if space == "pixels" and not whole and (low < _SMALLEST_PIXEL or high > _LARGEST_PIXEL):
+        others = ", ".join(SPACES[1:])
+        raise UserError(f"{where}: pixels must lie in [0, 1], {shown}; state their preprocessing: {others}")
+    if space != "pixels" and (whole or (low >= 0 and high <= 1)):
+        raise UserError(f"{where}: images after {space} have both signs, {shown}: state preprocessing pixels")
 
 
-def _order_of(found: ForeignSet, facts: DataFacts, where: str) -> tuple[Tensor, Tensor]:
-    """Return the classes of the rows, in blocks by class, and the order that brings the rows there."""
-    count = facts.num_classes
+def _converted(
+    found: ForeignSet, real: RealData, space: str, method: str, config: dict[str, Any], training: dict[str, Any]
+) -> DistilledSet:
+    """Bring the rows into blocks by class, and the images into the space of the data's preprocessing."""
+    facts, into, classes = real.facts, real.preprocessing, _classes_of(found, real.facts.num_classes)
+    assert into is not None
+    sizes = torch.bincount(classes, minlength=facts.num_classes)
+    if bool((sizes != sizes[0]).any()):
+        raise UserError(
+            f"labels: every class needs equally many images, found {int(sizes.min())} to {int(sizes.max())}"
+        )
+    order = classes.argsort(stable=True)
+    images, labels, classes = found.images[order], found.labels[order], classes[order]
+    return DistilledSet(
+        images=into(to_unit(images)) if space == "pixels" else images,
+        labels=one_hot(classes, facts.num_classes).float() if found.label_kind == "hard" else labels,
+        classes=classes,
+        label_kind=found.label_kind,
+        class_names=facts.class_names,
+        preprocessing=into,
+        data=real.origin(),
+        method=method,
+        config=config,
+        training=training,
+    )
+
+
+def _classes_of(found: ForeignSet, count: int) -> Tensor:
+    """Return the class each row stands for ``(n,)``: what its label says or favours, or the block it is in."""
+    if found.labels.ndim == 1:
+        return found.labels
     ipc, rest = divmod(len(found.labels), count)
-    classes = found.labels if found.labels.ndim == 1 else found.labels.argmax(1)
-    if found.labels.ndim == 2 and rest == 0:
+    if rest == 0:
         # Learned rows may come to favour another class than their own, but not most blocks as a whole.
         favoured = found.labels.view(count, ipc, count).mean(1).argmax(1)
         if int((favoured == torch.arange(count)).sum()) * 2 > count:
-            classes = torch.arange(count).repeat_interleave(ipc)
-    sizes = torch.bincount(classes, minlength=count)
-    if bool((sizes != ipc).any()) or rest:
-        raise UserError(
-            f"{where}: every class needs equally many images, found {int(sizes.min())} to {int(sizes.max())}"
-        )
-    order = classes.argsort(stable=True)
-    return classes[order], order
-
-
-def _check_space(images: Tensor, space: str, where: str) -> None:
-    """Refuse images that cannot be in the space they are said to be in."""
-    low, high = (float(value) for value in images.aminmax())
-    shown = f"found {low:.3g} to {high:.3g}"
-    if space == "pixels" and images.dtype != torch.uint8 and (low < _SMALLEST_PIXEL or high > _LARGEST_PIXEL):
-        others = ", ".join(SPACES[1:])
-        raise UserError(f"{where}: pixels must lie in [0, 1], {shown}; state their preprocessing: {others}")
-    if space != "pixels" and (images.dtype == torch.uint8 or (low >= 0 and high <= 1)):
-        raise UserError(f"{where}: images after {space} have both signs, {shown}: state preprocessing pixels")
+            return torch.arange(count).repeat_interleave(ipc)
+    return found.labels.argmax(1)

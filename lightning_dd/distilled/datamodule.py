@@ -10,8 +10,8 @@ from lightning_dd.data import DATA_PARTS, DATA_SETS, RealData
 from lightning_dd.data.memory import recall
 from lightning_dd.data.registry import DataChoice, build_data
 from lightning_dd.data.sampling import pass_through
-from lightning_dd.distilled.batches import SyntheticBatches
 from lightning_dd.distilled.set import DistilledSet
+from lightning_dd.distilled.views import SyntheticBatches
 from lightning_dd.losses.labels import initial_labels
 from lightning_dd.utils.errors import UserError
 
@@ -58,8 +58,7 @@ class DistilledData(LightningDataModule):
         if batch_size is not None and batch_size < 1:
             raise UserError(f"data.batch_size must be at least 1, got {batch_size}")
         self.distilled = distilled
-        self.real = real if real is not None else real_data_of(distilled)
-        self.real.use_preprocessing(distilled.preprocessing)
+        self.real = real_data_of(distilled) if real is None else _like(distilled, real)
         self.batch_size, self.seed = batch_size, seed
         self.suit(500, 0)
 
@@ -113,7 +112,7 @@ class DistilledData(LightningDataModule):
 
 
 def real_data_of(distilled: DistilledSet, choice: DataChoice = DataChoice()) -> RealData:  # noqa: B008  (frozen)
-    """Build the real data that a distilled set stands for.
+    """Build the real data that a distilled set stands for, with the preprocessing of the set.
 
     What the user chose comes first, then what this machine remembers of data with the set's fingerprint, then what the
     set says of itself. From a file's word only the project's own data sets are built, and no path is taken.
@@ -125,23 +124,36 @@ def real_data_of(distilled: DistilledSet, choice: DataChoice = DataChoice()) -> 
     Raises:
         UserError: nothing says how to build it, or the arguments do not fit.
     """
-    origin = distilled.data
-    arguments = {key: value for key, value in origin.get("spec", {}).items() if key not in ("preprocessing", "part")}
+    note = None if choice.name or choice.root else recall(str(distilled.data.get("fingerprint")))
     if choice.name is not None:
-        return build_data(choice.name, choice.arguments, choice.root)
-    note = None if choice.root else recall(str(origin.get("fingerprint")))
-    if note is not None:
-        return build_data(note["class_path"], {**note["init_args"], **choice.arguments})
-    name, part = origin.get("name", "nothing"), origin.get("spec", {}).get("part")
+        real = build_data(choice.name, choice.arguments, choice.root)
+    elif note is not None:
+        real = build_data(note["class_path"], {**note["init_args"], **choice.arguments})
+    else:
+        real = _real_data_named_in(distilled, choice)
+    return _like(distilled, real)
+
+
+def _real_data_named_in(distilled: DistilledSet, choice: DataChoice) -> RealData:
+    spec, name = distilled.data.get("spec", {}), distilled.data.get("name", "nothing")
+    part = spec.get("part")
     if name not in DATA_SETS or part not in (None, *DATA_PARTS):
         raise UserError(
             f"the distilled set was made from '{name}', which is none of {', '.join(sorted(DATA_SETS))}: "
             "say which real data to score on (--data and --root)"
         )
+    arguments = {key: value for key, value in spec.items() if key not in ("preprocessing", "part")}
     try:
         return build_data(part or name, {**arguments, **choice.arguments}, choice.root)
     except UserError as error:
         raise UserError(f"the distilled set's data cannot be rebuilt from the file alone: {error}") from None
+
+
+def _like(distilled: DistilledSet, real: RealData) -> RealData:
+    """Preprocess real data as a set was, and let nobody mirror its images where the set or the data forbids it."""
+    real.use_preprocessing(distilled.preprocessing)
+    real.mirror = real.mirror and distilled.mirror
+    return real
 
 
 def real_set(real: RealData, images: Tensor, classes: Tensor, label_kind: str, method: str) -> DistilledSet:

@@ -14,7 +14,7 @@ from torch import Tensor
 from lightning_dd.data.decode import decode_images
 from lightning_dd.data.facts import DataFacts
 from lightning_dd.data.folder import EXTENSIONS
-from lightning_dd.utils.errors import UserError, unknown_name
+from lightning_dd.utils.errors import UserError
 
 _EXPORT = "export it with numpy.savez(file, image=state['params']['x_proto'], label=state['params']['y_proto'])"
 
@@ -28,6 +28,13 @@ _SCORES: list[Any] = [
 ]
 
 
+Statistics = tuple[tuple[float, ...], tuple[float, ...]]
+"""Mean and standard deviation of every channel."""
+
+
+_IMAGES, _ROWS = "images, channels, height, width", "images, classes"
+
+
 class ForeignSet(NamedTuple):
     """Images and labels as they were found."""
 
@@ -39,51 +46,16 @@ class ForeignSet(NamedTuple):
     """``hard``, ``learned`` or ``soft``, as in :class:`~lightning_dd.distilled.set.DistilledSet`."""
 
 
-def check_foreign(layout: str, images: Path, labels: Path | None) -> None:
-    """Refuse what can be seen to be wrong before the real data is read.
-
-    Raises:
-        UserError: the layout is unknown, or does not take these files, or one is missing.
-    """
-    if layout not in LAYOUTS:
-        raise unknown_name("layout", layout, LAYOUTS)
-    if (labels is None) == (layout == "mtt"):
-        needs = "needs its labels as a second file" if layout == "mtt" else "holds its labels: leave 'labels' out"
-        raise UserError(f"labels: layout {layout} {needs}")
-    folder = LAYOUTS[layout] is _read_folders
-    if not (images.is_dir() if folder else images.is_file()):
-        wanted = "a folder with one folder of image files per class" if folder else "a file"
-        raise UserError(f"images '{images}': layout {layout} is {wanted}, and there is none")
-    if labels is not None and not labels.is_file():
-        raise UserError(f"labels '{labels}': no such file")
-
-
-def read_foreign(layout: str, images: Path, labels: Path | None, experiment: int, facts: DataFacts) -> ForeignSet:
-    """Read a distilled set of another project; :func:`check_foreign` has passed.
-
-    Args:
-        layout: one of :data:`LAYOUTS`.
-        images: the file, or the folder of image files.
-        labels: the second file of the layout ``mtt``.
-        experiment: which of the sets in one file, for ``dc``.
-        facts: of the data set it stands for.
-
-    Raises:
-        UserError: the file is of another form, or holds more than numbers.
-    """
-    return LAYOUTS[layout](images, labels, experiment, facts)
-
-
 def _read_frepo(images: Path, labels: Path | None, experiment: int, facts: DataFacts) -> ForeignSet:
     """FRePo: 'image' (n, H, W, C) and 'label' of an .npz file, or the checkpoint of its PyTorch branch."""
-    if images.suffix in (".pt", ".pth"):
-        state = _entry(_load_torch(images), "syndata_state_dict", images)
-        return ForeignSet(_images(state, "x_syn", images), _floats(state, "y_syn", images), "learned")
-    arrays = _load_npz(images)
-    pictures, targets = _images(arrays, "image", images), _floats(arrays, "label", images)
-    if tuple(pictures.shape[1:]) != facts.image_shape:
+    torch_branch = images.suffix in (".pt", ".pth")
+    state = _entry(_load_torch(images), "syndata_state_dict", images) if torch_branch else _load_npz(images)
+    keys = ("x_syn", "y_syn") if torch_branch else ("image", "label")
+    found, targets = (_entry(state, key, images) for key in keys)
+    pictures = _tensor(found, keys[0], images, _IMAGES)
+    if not torch_branch and tuple(pictures.shape[1:]) != facts.image_shape:
         pictures = pictures.permute(0, 3, 1, 2).contiguous()
-    return ForeignSet(pictures, targets, "learned")
+    return ForeignSet(pictures, _tensor(targets, keys[1], images, _ROWS).float(), "learned")
 
 
 def _read_dc(images: Path, labels: Path | None, experiment: int, facts: DataFacts) -> ForeignSet:
@@ -93,16 +65,16 @@ def _read_dc(images: Path, labels: Path | None, experiment: int, facts: DataFact
         raise UserError(f"'{images}': 'data' must be a list of pairs of images and labels")
     if not 0 <= experiment < len(pairs):
         raise UserError(f"experiment must be in [0, {len(pairs)}) for '{images}', got {experiment}")
-    pair = dict(zip(("images", "labels"), pairs[experiment], strict=True))
-    return ForeignSet(_images(pair, "images", images), _classes(pair["labels"], images), "hard")
+    pictures, targets = pairs[experiment]
+    return ForeignSet(_tensor(pictures, "images", images, _IMAGES), _classes(targets, images), "hard")
 
 
 def _read_mtt(images: Path, labels: Path | None, experiment: int, facts: DataFacts) -> ForeignSet:
     """MTT, and DATM with logits for labels: a tensor in each of two files."""
     assert labels is not None
-    pictures, targets = _images({"images": _load_torch(images)}, "images", images), _load_torch(labels)
+    pictures, targets = _tensor(_load_torch(images), "images", images, _IMAGES), _load_torch(labels)
     if isinstance(targets, Tensor) and targets.ndim == 2:
-        return ForeignSet(pictures, _floats({"labels": targets}, "labels", labels), "soft")
+        return ForeignSet(pictures, _tensor(targets, "labels", labels, _ROWS).float(), "soft")
     return ForeignSet(pictures, _classes(targets, labels), "hard")
 
 
@@ -168,41 +140,48 @@ def _entry(container: Any, key: str, file: Path) -> Any:
     return container[key]
 
 
-def _numbers(container: Any, key: str, file: Path) -> Tensor:
-    value = _entry(container, key, file)
+def _tensor(value: Any, key: str, file: Path, axes: str) -> Tensor:
+    """Return a tensor of numbers with these axes: uint8 as it is, everything else as float32."""
     if isinstance(value, np.ndarray) and value.dtype.kind in "fiu":
         value = torch.from_numpy(value)
     if not isinstance(value, Tensor) or value.is_complex():
         raise UserError(f"'{file}': '{key}' must be a tensor of numbers, found {type(value).__name__}")
-    return value.detach()
-
-
-def _images(container: Any, key: str, file: Path) -> Tensor:
-    value = _numbers(container, key, file)
-    if value.ndim != 4 or len(value) == 0:
-        raise UserError(f"'{file}': '{key}' must have four axes, image by image, found {tuple(value.shape)}")
-    return value if value.dtype == torch.uint8 else value.float()
-
-
-def _floats(container: Any, key: str, file: Path) -> Tensor:
-    value = _numbers(container, key, file)
-    if value.ndim != 2:
-        raise UserError(f"'{file}': '{key}' must be (images, classes), found {tuple(value.shape)}")
-    return value.float()
+    if value.ndim != axes.count(",") + 1 or len(value) == 0:
+        raise UserError(f"'{file}': '{key}' must be ({axes}), found {tuple(value.shape)}")
+    return value.detach() if value.dtype == torch.uint8 else value.detach().float()
 
 
 def _classes(value: Any, file: Path) -> Tensor:
-    labels = _numbers({"labels": value}, "labels", file)
-    if labels.ndim != 1 or not bool((labels == labels.long()).all()):
-        raise UserError(f"'{file}': the labels must be one whole number per image, found {tuple(labels.shape)}")
+    labels = _tensor(value, "labels", file, "images")
+    if not bool((labels == labels.long()).all()):
+        raise UserError(f"'{file}': the labels must be one whole number per image")
     return labels.long()
 
 
-LAYOUTS: dict[str, Callable[[Path, Path | None, int, DataFacts], ForeignSet]] = {
-    "frepo": _read_frepo,
-    "dc": _read_dc,
-    "mtt": _read_mtt,
-    "sre2l": _read_folders,
-    "rded": _read_folders,
+class Layout(NamedTuple):
+    """How a project stores its sets."""
+
+    method: str
+    read: Callable[[Path, Path | None, int, DataFacts], ForeignSet]
+    """From the file or folder, the second file, which of several sets to take, and the facts of the data.
+
+    Raises:
+        UserError: the file is of another form, or holds more than numbers.
+    """
+    in_folders: bool = False
+    """Whether it is a folder of image files, and no file of tensors."""
+    statistics: dict[str, Statistics] | None = None
+    """Where it standardises with published numbers only: those that are not the data set's own here."""
+
+
+_CIFAR10: Statistics = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
+_SVHN: Statistics = ((0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970))
+
+LAYOUTS = {
+    "frepo": Layout("FRePo", _read_frepo),
+    "dc": Layout("DC", _read_dc, statistics={"CIFAR10": _CIFAR10, "SVHN": _SVHN}),
+    "mtt": Layout("MTT", _read_mtt, statistics={"CIFAR10": _CIFAR10, "CIFAR100": _CIFAR10}),  # one pair for both
+    "sre2l": Layout("SRe2L", _read_folders, in_folders=True),
+    "rded": Layout("RDED", _read_folders, in_folders=True),
 }
-"""Readers by layout."""
+"""Layouts by name."""

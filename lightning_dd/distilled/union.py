@@ -7,7 +7,8 @@ what it says, on average, of a wrong class of its own step (:func:`embed_labels`
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -37,27 +38,30 @@ def union(sets: Sequence[DistilledSet]) -> DistilledSet:
     """
     if not sets:
         raise UserError("a union needs at least one distilled set")
-    names = tuple(name for part in sets for name in part.class_names)
-    first, total = sets[0], len(names)
+    first, names = sets[0], tuple(name for part in sets for name in part.class_names)
     _check_alike(sets, names)
-    starts = [sum(part.num_classes for part in sets[:index]) for index in range(len(sets))]
-    placed = list(zip(sets, starts, strict=True))
-    methods = list(dict.fromkeys(part.method for part in sets))
+    starts = list(accumulate((part.num_classes for part in sets), initial=0))[:-1]
+
+    def embedded(labels: Iterable[Tensor]) -> list[Tensor]:
+        return [
+            embed_labels(rows, part.classes, part.label_kind, start, len(names), part.temperature)
+            for rows, part, start in zip(labels, sets, starts, strict=True)
+        ]
+
+    views = [part.views for part in sets if part.views is not None]
     return DistilledSet(
         images=torch.cat([part.images for part in sets]),
-        labels=torch.cat(
-            [_embedded(part, part.labels, start, total) for part, start in zip(sets, starts, strict=True)]
-        ),
-        classes=torch.cat([part.classes + start for part, start in placed]),
+        labels=torch.cat(embedded(part.labels for part in sets)),
+        classes=torch.cat([part.classes + start for part, start in zip(sets, starts, strict=True)]),
         label_kind=first.label_kind,
         class_names=names,
         preprocessing=first.preprocessing,
         data=_united_data(sets),
-        method="+".join(methods),
+        method="+".join(dict.fromkeys(part.method for part in sets)),
         config=first.config,
         training={"united": [part.training for part in sets], "versions": library_versions()},
         temperature=first.temperature,
-        views=_united_views(sets, starts, total),
+        views=_united_views(views, embedded(view.logits.float() for view in views)) if views else None,
     )
 
 
@@ -94,17 +98,13 @@ def embed_labels(
     Raises:
         UserError: learned labels do not tell their own class from the others.
     """
-    own = labels.shape[-1]
     if label_kind == "centred":
         return initial_labels(classes + start, total, "centred")
+    own, rows = labels.shape[-1], labels.new_zeros(*labels.shape[:-1], total)
     columns = slice(start, start + own)
     if label_kind == "soft":
-        foreign = labels.max(-1, keepdim=True).values - _NEVER * temperature
-        rows = foreign.expand(*labels.shape[:-1], total).clone()
-        rows[..., columns] = labels
-        return rows
-    rows = labels.new_zeros(*labels.shape[:-1], total)
-    if label_kind == "hard":
+        rows += labels.max(-1, keepdim=True).values - _NEVER * temperature
+    if label_kind != "learned":
         rows[..., columns] = labels
         return rows
     rows[..., columns] = labels / _amplitude(labels, classes) + 1 / own
@@ -126,10 +126,6 @@ def _amplitude(labels: Tensor, classes: Tensor) -> float:
     return gap
 
 
-def _embedded(part: DistilledSet, labels: Tensor, start: int, total: int) -> Tensor:
-    return embed_labels(labels, part.classes, part.label_kind, start, total, part.temperature)
-
-
 def _united_data(sets: Sequence[DistilledSet]) -> dict[str, Any]:
     """Name the data set and all the classes."""
     data = sets[0].data
@@ -138,22 +134,15 @@ def _united_data(sets: Sequence[DistilledSet]) -> dict[str, Any]:
     return {**data, "spec": {**data["spec"], "classes": classes}, "fingerprint": digest.hexdigest()}
 
 
-def _united_views(sets: Sequence[DistilledSet], starts: Sequence[int], total: int) -> SoftViews | None:
+def _united_views(views: Sequence[SoftViews], logits: Sequence[Tensor]) -> SoftViews:
     """Put the views of all rows side by side; mixtures stay within a set."""
-    views = [part.views for part in sets if part.views is not None]
-    if not views:
-        return None
-    before = [sum(len(part) for part in sets[:index]) for index in range(len(sets))]
-    logits = [
-        _embedded(part, view.logits.float(), start, total).half()
-        for part, view, start in zip(sets, views, starts, strict=True)
-    ]
+    before = accumulate((len(view) for view in views), initial=0)
     return SoftViews(
         crops=torch.cat([view.crops for view in views], 1),
         flips=torch.cat([view.flips for view in views], 1),
-        partners=torch.cat([view.partners + rows for view, rows in zip(views, before, strict=True)], 1),
+        partners=torch.cat([view.partners + rows for view, rows in zip(views, before, strict=False)], 1),
         pastes=torch.cat([view.pastes for view in views], 1),
-        logits=torch.cat(logits, 1),
+        logits=torch.cat([rows.half() for rows in logits], 1),
     )
 
 
@@ -162,30 +151,26 @@ def _check_alike(sets: Sequence[DistilledSet], names: Sequence[str]) -> None:
     for name in names:
         if names.count(name) > 1:
             raise UserError(f"two sets hold the class '{name}': a union takes each class once")
-    first = sets[0]
-    for part in sets:
-        if "classes" not in part.data.get("spec", {}):
-            raise UserError("a union takes sets distilled from ClassSubset data, which remember their classes")
-        for what, ours, theirs in _facts(first, part):
-            if ours != theirs:
-                raise UserError(f"sets to be united have different {what}: {ours} and {theirs}")
-        mine, other = (kept.preprocessing.state_dict() for kept in (first, part))
-        if mine.keys() != other.keys() or not all(torch.equal(mine[name], other[name]) for name in mine):
+    if not all("classes" in part.data.get("spec", {}) for part in sets):
+        raise UserError("a union takes sets distilled from ClassSubset data, which remember their classes")
+    ours, state = _common(sets[0]), sets[0].preprocessing.state_dict()
+    for part in sets[1:]:
+        for what, theirs in _common(part).items():
+            if ours[what] != theirs:
+                raise UserError(f"sets to be united have different {what}: {ours[what]} and {theirs}")
+        other = part.preprocessing.state_dict()
+        if state.keys() != other.keys() or not all(torch.equal(state[name], other[name]) for name in state):
             raise UserError("sets to be united have different preprocessing: later steps must reuse the first one's")
 
 
-def _facts(first: DistilledSet, part: DistilledSet) -> list[tuple[str, Any, Any]]:
-    def of(one: DistilledSet) -> dict[str, Any]:
-        """What must be equal, by the name a message gives it."""
-        settings = {key: value for key, value in one.data["spec"].items() if key != "classes"}
-        return {
-            "data": (one.data.get("name"), settings),
-            "image shapes": one.image_shape,
-            "images per class": one.ipc,
-            "forms of labels": one.label_kind,
-            "temperatures": one.temperature,
-            "numbers of stored views": one.views.epochs if one.views is not None else 0,
-        }
-
-    ours, theirs = of(first), of(part)
-    return [(what, ours[what], theirs[what]) for what in ours]
+def _common(part: DistilledSet) -> dict[str, Any]:
+    """Return what must be equal in all sets, by the name a message gives it."""
+    settings = {key: value for key, value in part.data["spec"].items() if key != "classes"}
+    return {
+        "data": (part.data.get("name"), settings),
+        "image shapes": part.image_shape,
+        "images per class": part.ipc,
+        "forms of labels": part.label_kind,
+        "temperatures": part.temperature,
+        "numbers of stored views": part.views.epochs if part.views is not None else 0,
+    }

@@ -1,18 +1,28 @@
-"""Run a whole evaluation with one progress bar."""
+"""Run a whole evaluation: which students there are, which of them are alike, and one report of all."""
 
+import hashlib
 import json
 import os.path
 import re
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
 
+from lightning_dd.data.base import RealData
 from lightning_dd.data.registry import DataChoice
-from lightning_dd.distilled.set import DistilledSet
-from lightning_dd.evaluators.bench import Bench, check_asked, named
-from lightning_dd.evaluators.matrix import Hardware, Row, cells_of
+from lightning_dd.distilled.datamodule import check_match, real_data_of
+from lightning_dd.distilled.set import DistilledSet, library_versions
+from lightning_dd.evaluators.matrix import ALL_REAL, DISTILLED, RANDOM_REAL, Cell, Hardware, Row, cells_of, run_cell
 from lightning_dd.evaluators.report import markdown, write_report
+from lightning_dd.jobs import Job, Ledger, Tick, check_workers, device_of, place, run_jobs, tensor_digest
+from lightning_dd.models.factory import build_network
+from lightning_dd.models.zoo import expand
+from lightning_dd.report import grouped
 from lightning_dd.students.recipe import Recipe
 from lightning_dd.utils.checkpoint import public_settings
+from lightning_dd.utils.errors import UserError
 from lightning_dd.utils.files import require_writable
 from lightning_dd.utils.silence import quiet_trainers
 
@@ -60,21 +70,170 @@ def evaluate_files(
     if not bench.train(cells, workers):
         return []
     rows = _in_groups([bench.row(cell) for cell in cells], bench.sets)
-    paths = write_report(rows, folder)
-    print(f"\n{markdown(rows)}\nreport: {folder}/results.md, .json, .csv; figure: {paths['png']}")
+    write_report(rows, folder)
+    print(f"\n{markdown(rows)}\nreport: {folder}/results.md, .json, .csv; figure: {folder}/results.png")
     print(f"student curves: tensorboard --logdir {folder / 'tensorboard'}")
     return rows
 
 
-def _in_groups(rows: Sequence[Row], sets: dict[str, DistilledSet]) -> list[Row]:
+@dataclass
+class Bench:
+    """The sets and their real data, each read once; sent to another process, it is made anew there.
+
+    Args:
+        files: distilled-set files by set name.
+        recipes: how students are trained, by name of the protocol.
+        folder: of the ledger (``cells``) and of the students' TensorBoard logs.
+        data: the real data, as far as the user names it.
+        hardware: where students are trained.
+
+    Raises:
+        UserError: a file or the data is unusable.
+    """
+
+    files: Mapping[str, str]
+    recipes: Mapping[str, Recipe]
+    folder: Path
+    data: DataChoice
+    hardware: Hardware
+
+    def __post_init__(self) -> None:
+        self.sets = {name: DistilledSet.load(file) for name, file in self.files.items()}
+        self.ledger = Ledger(self.folder / "cells")
+        self._preprocessing = {name: tensor_digest(kept.preprocessing.state_dict()) for name, kept in self.sets.items()}
+        self._digests = {
+            name: hashlib.blake2b(Path(file).read_bytes()).hexdigest() for name, file in self.files.items()
+        }
+        self._versions = library_versions()
+        self.reals: dict[str, RealData] = {}
+        for name, distilled in self.sets.items():
+            self.reals[name] = self._real(name, distilled)
+            check_match(distilled, self.reals[name])
+
+    def __reduce__(self) -> tuple[type["Bench"], tuple[Any, ...]]:
+        return Bench, (self.files, self.recipes, self.folder, self.data, self.hardware)
+
+    def architectures(self, asked: Sequence[str]) -> list[str]:
+        """Replace groups by their members, and build every network once for every set.
+
+        Args:
+            asked: names of the factory, or of groups (:mod:`lightning_dd.models.zoo`).
+
+        Raises:
+            UserError: a name is unknown, or a network cannot take a set's images.
+        """
+        found = expand(asked, min(distilled.image_shape for distilled in self.sets.values()))
+        for distilled in self.sets.values():
+            for architecture in found:
+                build_network(architecture, distilled.num_classes, distilled.image_shape, seed=0)
+        return found
+
+    def train(self, cells: Sequence[Cell], workers: int | str) -> bool:
+        """Train what the ledger lacks; return whether this process writes the report."""
+        together = self.hardware.strategy != "auto"  # of a launcher's processes, that then train one student
+        jobs = [self._job(cell) for cell in cells]
+        return run_jobs(jobs, self.work, self.ledger, workers, unit="step", together=together)
+
+    def work(self, cell: Cell, tick: Tick) -> dict[str, Any]:
+        """Train a cell's student and return its row as plain values."""
+        start, hardware, device = time.perf_counter(), self.hardware, device_of(self.hardware.accelerator)
+        if place() is not None and device.type == "cuda":
+            hardware = replace(hardware, devices=[device.index])
+        distilled, real = self.sets[cell.set_name], self.reals[cell.set_name]
+        logs = self.folder / "tensorboard"
+        row = run_cell(cell, distilled, real, self.recipes[cell.protocol], hardware, logs, tick)
+        return asdict(replace(row, seconds=round(time.perf_counter() - start, 2)))
+
+    def row(self, cell: Cell) -> Row:
+        """Return the row of a cell whose student, or one like it, has been trained."""
+        own = {"set": cell.set_name, "protocol": cell.protocol}
+        own |= {"method": self.sets[cell.set_name].method} if cell.source == DISTILLED else {}
+        return Row(**(self.ledger.need(self._identity(cell)) | own))
+
+    def _job(self, cell: Cell) -> Job:
+        steps = self.recipes[cell.protocol].steps_for(len(self.sets[cell.set_name]))
+        return Job(f"{cell.architecture} {cell.source} {cell.seed}", self._identity(cell), cell, steps)
+
+    def _identity(self, cell: Cell) -> dict[str, Any]:
+        """Return everything the outcome of a cell depends on; cells with equal identities are one student.
+
+        Random real images depend on the size and label form of a set alone, so sets of one size share them; the whole
+        real data depends on no set.
+        """
+        distilled, real = self.sets[cell.set_name], self.reals[cell.set_name]
+        if cell.source == ALL_REAL:
+            own: dict[str, Any] = {"label_kind": "hard"}
+        elif cell.source == RANDOM_REAL:
+            own = {"ipc": distilled.ipc, "label_kind": distilled.label_kind}
+        else:
+            own = {"set": self._digests[cell.set_name], "label_kind": distilled.label_kind}
+        if self.data.name is not None:  # its test images may be others than those the sets remember
+            own["chosen"] = [self.data.name, dict(self.data.arguments)]
+        return {
+            **own,
+            "preprocessing": self._preprocessing[cell.set_name],
+            "data": real.facts.fingerprint,
+            "mirror": real.mirror,
+            "source": cell.source,
+            "architecture": cell.architecture,
+            "seed": cell.seed,
+            "recipe": asdict(self.recipes[cell.protocol]),
+            "devices": self.hardware.devices,
+            "versions": self._versions,
+        }
+
+    def _real(self, name: str, distilled: DistilledSet) -> RealData:
+        """Return set-up real data, shared by sets of the same data and preprocessing."""
+        for other, real in self.reals.items():
+            kept = self.sets[other]
+            alike = self._preprocessing[other] == self._preprocessing[name] and kept.mirror == distilled.mirror
+            if alike and (self.data.name is not None or kept.data == distilled.data):
+                return real
+        real = real_data_of(distilled, self.data)
+        real.prepare_data()
+        real.setup("test")
+        return real
+
+
+def named(files: Sequence[str]) -> dict[str, str]:
+    """Name each file by its stem, or by folder and stem where stems repeat.
+
+    Raises:
+        UserError: two files would have the same name.
+    """
+    found: dict[str, str] = {}
+    for file in files:
+        name = Path(file).stem
+        if name in found:
+            name = f"{Path(file).parent.name}-{name}"
+        if name in found:
+            raise UserError(f"two files give the same set name '{name}': rename one")
+        found[name] = file
+    return found
+
+
+def check_asked(files: Sequence[str], architectures: Sequence[str], seeds: int, workers: int | str) -> None:
+    """Refuse to evaluate nothing.
+
+    Raises:
+        UserError: there are no files, no architectures, no seeds or no workers.
+    """
+    if seeds < 1:
+        raise UserError(f"seeds must be at least 1, got {seeds}")
+    check_workers(workers)
+    if not files or not architectures:
+        raise UserError("name at least one file and one architecture")
+
+
+def _in_groups(rows: Sequence[Row], sets: Mapping[str, DistilledSet]) -> list[Row]:
     """Mark the sets that differ in the seed of their distillation alone as one group."""
-    alike: dict[str, list[str]] = {}
-    for name, distilled in sets.items():
+
+    def origin(name: str) -> str:
+        distilled = sets[name]
         config = {key: value for key, value in public_settings(distilled.config).items() if key != "seed"}
-        alike.setdefault(
-            json.dumps([distilled.method, distilled.label_kind, config, distilled.data], sort_keys=True), []
-        ).append(name)
-    group = {name: _group_name(names) for names in alike.values() for name in names}
+        return json.dumps([distilled.method, distilled.label_kind, config, distilled.data], sort_keys=True)
+
+    group = {name: _group_name(names) for names in grouped(sets, origin).values() for name in names}
     seeds = {name: distilled.training.get("seed") for name, distilled in sets.items()}
     return [replace(row, group=group[row.set], distillation_seed=seeds[row.set]) for row in rows]
 

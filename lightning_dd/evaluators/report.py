@@ -10,17 +10,9 @@ import matplotlib
 import matplotlib.colors
 from matplotlib.figure import Figure
 
-from lightning_dd.evaluators.matrix import Row
-from lightning_dd.evaluators.sources import DISTILLED, RANDOM_REAL
-from lightning_dd.report import markdown_table, write_results
-from lightning_dd.statistics import (
-    Difference,
-    Nested,
-    Score,
-    gain_interval,
-    nested_score,
-    paired_difference,
-)
+from lightning_dd.evaluators.matrix import DISTILLED, RANDOM_REAL, Row
+from lightning_dd.report import grouped, markdown_table, write_results
+from lightning_dd.statistics import Difference, Nested, Score, gain_interval, nested_score, paired_difference
 
 
 @dataclass(frozen=True)
@@ -42,29 +34,26 @@ class Line:
 def summarise(rows: Sequence[Row]) -> list[Line]:
     """Reduce rows to one line per set (or group of sets) and architecture, the seen ones first."""
     lines: list[Line] = []
-    label = _labels(rows)
-    for name in dict.fromkeys(map(label, rows)):
-        own = [row for row in rows if label(row) == name]
-        architectures = sorted(dict.fromkeys((row.architecture, row.seen) for row in own), key=lambda pair: not pair[1])
+    for name, own in grouped(rows, _labels(rows)).items():
+        cells = sorted(grouped(own, lambda row: row.architecture).values(), key=lambda cell: not cell[0].seen)
         reference: float | None = None
-        for architecture, seen in architectures:
-            cell = [row for row in own if row.architecture == architecture]
+        for cell in cells:
             distilled = [row for row in cell if row.source == DISTILLED]
             real = _nested(row for row in cell if row.source == RANDOM_REAL)
             best = [row for row in distilled if row.accuracy_best is not None]
-            mean = nested_score(_nested(distilled))
-            if seen and reference is None:
-                reference = mean.mean
+            score = nested_score(_nested(distilled))
+            if cell[0].seen and reference is None:
+                reference = score.mean
             lines.append(
                 Line(
                     set=name,
-                    architecture=architecture,
-                    seen=seen,
-                    distilled=mean,
+                    architecture=cell[0].architecture,
+                    seen=cell[0].seen,
+                    distilled=score,
                     best=nested_score(_nested(best, "accuracy_best")) if best else None,
                     random_real=nested_score(real),
                     gain=gain_interval(_nested(distilled), real),
-                    gap=None if reference is None else mean.mean - reference,
+                    gap=None if reference is None else score.mean - reference,
                 )
             )
     return lines
@@ -77,12 +66,12 @@ def compare(rows: Sequence[Row]) -> dict[str, dict[str, Difference]]:
         By set: the paired difference on the ``seen`` architectures, those that either of the two was distilled with,
         and on the mean of the ``unseen`` ones.
     """
-    names = list(dict.fromkeys(_group(row) for row in rows))
-    own = {name: [row for row in rows if row.source == DISTILLED and _group(row) == name] for name in names}
+    own = grouped((row for row in rows if row.source == DISTILLED), _group)
     nested = any(len({row.set for row in side}) > 1 for side in own.values())
     found: dict[str, dict[str, Difference]] = {}
-    for name in names[1:]:
-        pair = (own[name], own[names[0]])
+    first, *others = own
+    for name in others:
+        pair = (own[name], own[first])
         seen = {row.architecture for side in pair for row in side if row.seen}
         for kind in ("seen", "unseen"):
             chosen = [[row for row in side if (row.architecture in seen) == (kind == "seen")] for side in pair]
@@ -94,10 +83,8 @@ def compare(rows: Sequence[Row]) -> dict[str, dict[str, Difference]]:
 
 def _by_seed(rows: Sequence[Row], nested: bool) -> dict[Hashable, float]:
     """Return mean accuracies by seed: of the distillation, where sets differ in it, else of the student."""
-    found: dict[Hashable, list[float]] = {}
-    for row in rows:
-        found.setdefault(row.distillation_seed if nested else row.seed, []).append(row.accuracy)
-    return {seed: statistics.fmean(values) for seed, values in found.items()}
+    by_seed = grouped(rows, lambda row: row.distillation_seed if nested else row.seed)
+    return {seed: statistics.fmean(row.accuracy for row in own) for seed, own in by_seed.items()}
 
 
 def markdown(rows: Sequence[Row]) -> str:
@@ -122,12 +109,9 @@ def markdown(rows: Sequence[Row]) -> str:
         ]
         table.append(cells)
     text = f"{markdown_table(table)}\n\n{_note(rows, lines)}\n"
-    label = _labels(rows)
-    for protocol in dict.fromkeys(row.protocol for row in rows):
-        own = [row for row in rows if row.protocol == protocol]
+    for own in grouped(rows, lambda row: row.protocol).values():
         if differences := compare(own):
-            title = f" ({protocol})" if label(own[0]) != _group(own[0]) else ""
-            text += "\n" + _paired_table(_group(own[0]) + title, differences)
+            text += "\n" + _paired_table(_labels(rows)(own[0]), differences)
     return text
 
 
@@ -168,19 +152,13 @@ def _labels(rows: Sequence[Row]) -> Callable[[Row], str]:
 
 def _nested(rows: Iterable[Row], field: str = "accuracy") -> Nested:
     """Collect accuracies by distilled set; random-real ones count as one set, for each is drawn anew."""
-    found: dict[Hashable, list[float]] = {}
-    for row in rows:
-        found.setdefault(row.set if row.source == DISTILLED else row.source, []).append(getattr(row, field))
-    return found
+    by_set = grouped(rows, lambda row: row.set if row.source == DISTILLED else row.source)
+    return {name: [getattr(row, field) for row in own] for name, own in by_set.items()}
 
 
-def write_report(rows: Sequence[Row], folder: Path) -> dict[str, Path]:
-    """Write ``results.json``, ``results.csv``, ``results.md`` and ``results.png``, each atomically.
-
-    Returns:
-        The paths by suffix.
-    """
-    return write_results(folder, [asdict(row) for row in rows], markdown(rows), bar_figure(summarise(rows)))
+def write_report(rows: Sequence[Row], folder: Path) -> None:
+    """Write ``results.json``, ``results.csv``, ``results.md`` and ``results.png``, each atomically."""
+    write_results(folder, [asdict(row) for row in rows], markdown(rows), bar_figure(summarise(rows)))
 
 
 _COLOURS = [f"C{index}" for index in range(10) if index != 7] + [  # without the grey, which is random real
@@ -236,11 +214,8 @@ def bar_figure(lines: Sequence[Line]) -> Figure:
 
 def _of_equal_baseline(by_set: Mapping[str, Mapping[str, Line]]) -> list[list[str]]:
     """Group sets whose random-real scores are the same students': those of one size, label form and recipe."""
-    found: dict[tuple[tuple[str, float], ...], list[str]] = {}
-    for name, lines in by_set.items():
-        key = tuple((architecture, line.random_real.mean) for architecture, line in lines.items())
-        found.setdefault(key, []).append(name)
-    return list(found.values())
+    students = {name: tuple((key, line.random_real.mean) for key, line in own.items()) for name, own in by_set.items()}
+    return list(grouped(by_set, students.__getitem__).values())
 
 
 def _wrapped(architecture: str) -> str:

@@ -11,8 +11,7 @@ Both are mapped to ``(e^x - e^-1) / (e - e^-1)``; ``w`` is a half. More is bette
 """
 
 import math
-import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -20,10 +19,19 @@ from matplotlib.figure import Figure
 
 from lightning_dd.data.registry import DataChoice
 from lightning_dd.distilled.set import DistilledSet
-from lightning_dd.evaluators.bench import Bench, check_asked, named
-from lightning_dd.evaluators.matrix import Cell, Hardware
-from lightning_dd.evaluators.sources import ALL_REAL, DISTILLED, HARD_LABELS, RANDOM_REAL, SAME_LABELS, WITHOUT_VIEWS
-from lightning_dd.report import markdown_table, write_results
+from lightning_dd.evaluators.evaluate import Bench, check_asked, named
+from lightning_dd.evaluators.matrix import (
+    ALL_REAL,
+    DISTILLED,
+    HARD_LABELS,
+    RANDOM_REAL,
+    SAME_LABELS,
+    WITHOUT_VIEWS,
+    Cell,
+    Hardware,
+)
+from lightning_dd.report import grouped, markdown_table, write_results
+from lightning_dd.statistics import Score, nested_score
 from lightning_dd.students.recipe import Recipe
 from lightning_dd.utils.errors import UserError
 from lightning_dd.utils.files import require_writable
@@ -134,23 +142,19 @@ def score_files(
 
 
 def cells_of_scores(name: str, distilled: DistilledSet, architecture: str, seed: int) -> dict[str, Cell]:
-    """Return the students of one seed, by the accuracy they give."""
+    """Return the students of one seed, by the accuracy of :class:`Robustness` they give."""
 
     def cell(source: str, protocol: str, of: str = name) -> Cell:
         return Cell(of, architecture, source, seed, protocol)
 
-    hard = cell(DISTILLED if distilled.label_kind == "hard" else HARD_LABELS, _OWN)
-    if distilled.label_kind == "soft":
-        random, random_plain = cell(DISTILLED, _OWN, _CONTROL), cell(WITHOUT_VIEWS, _PLAIN, _CONTROL)
-    else:
-        same = RANDOM_REAL if distilled.label_kind == "hard" else SAME_LABELS
-        random, random_plain = cell(same, _OWN), cell(same, _PLAIN)
+    soft, one_hot = distilled.label_kind == "soft", distilled.label_kind == "hard"
+    same = RANDOM_REAL if one_hot else SAME_LABELS
     return {
         "own": cell(DISTILLED, _OWN),
-        "hard": hard,
-        "random": random,
+        "hard": cell(DISTILLED if one_hot else HARD_LABELS, _OWN),
+        "random": cell(DISTILLED, _OWN, _CONTROL) if soft else cell(same, _OWN),
         "plain": cell(WITHOUT_VIEWS if distilled.views else DISTILLED, _PLAIN),
-        "random_plain": random_plain,
+        "random_plain": cell(WITHOUT_VIEWS, _PLAIN, _CONTROL) if soft else cell(same, _PLAIN),
         "all_real": cell(ALL_REAL, _FULL),
     }
 
@@ -169,9 +173,11 @@ def _check_control(name: str, distilled: DistilledSet, control: DistilledSet | N
         )
 
 
-_COLUMNS: dict[str, Callable[[Robustness], float]] = {
+_SCORES: dict[str, Callable[[Robustness], float]] = {
     "label-robust score": Robustness.label_robust,
     "augmentation-robust score": Robustness.augmentation_robust,
+}
+_COLUMNS: dict[str, Callable[[Robustness], float]] = _SCORES | {
     "own labels": lambda record: record.own,
     "hard labels": lambda record: record.hard,
     "random real, same labels": lambda record: record.random,
@@ -184,24 +190,21 @@ _COLUMNS: dict[str, Callable[[Robustness], float]] = {
 def markdown(records: Sequence[Robustness]) -> str:
     """Render the table: scores and accuracies in %, mean ± sample standard deviation over seeds."""
     lines = [["set", "architecture", *_COLUMNS]]
-    for (name, architecture), own in _by_line(records).items():
-        lines.append(
-            [name, f"`{architecture}`", *("{:.1f} ± {:.1f}".format(*_spread(own, of)) for of in _COLUMNS.values())]
-        )
+    for (name, architecture), scores in _summary(records, _COLUMNS).items():
+        lines.append([name, f"`{architecture}`", *map(str, scores)])
     seeds = len({record.seed for record in records})
     return f"{markdown_table(lines)}\n\nIn %, mean ± sample standard deviation over {seeds} student seeds.\n"
 
 
-def _by_line(records: Sequence[Robustness]) -> dict[tuple[str, str], list[Robustness]]:
-    found: dict[tuple[str, str], list[Robustness]] = {}
-    for record in records:
-        found.setdefault((record.set, record.architecture), []).append(record)
-    return found
-
-
-def _spread(records: Sequence[Robustness], of: Callable[[Robustness], float]) -> tuple[float, float]:
-    values = [100 * of(record) for record in records]
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+def _summary(
+    records: Sequence[Robustness], columns: Mapping[str, Callable[[Robustness], float]]
+) -> dict[tuple[str, str], list[Score]]:
+    """Return the columns' means over seeds, by set and architecture."""
+    lines = grouped(records, lambda record: (record.set, record.architecture))
+    return {
+        line: [nested_score({line: [of(record) for record in own]}) for of in columns.values()]
+        for line, own in lines.items()
+    }
 
 
 def _write(records: Sequence[Robustness], folder: Path) -> None:
@@ -214,16 +217,18 @@ def _write(records: Sequence[Robustness], folder: Path) -> None:
 
 def _figure(records: Sequence[Robustness]) -> Figure:
     """Draw both scores of every set, one panel per architecture."""
-    architectures = list(dict.fromkeys(record.architecture for record in records))
-    figure = Figure(figsize=(2 + 4 * len(architectures), 3.5), layout="constrained")
-    for axes, architecture in zip(figure.subplots(1, len(architectures), squeeze=False)[0], architectures, strict=True):
-        lines = {name: own for (name, other), own in _by_line(records).items() if other == architecture}
-        for index, (label, of) in enumerate(list(_COLUMNS.items())[:2]):
-            spreads = [_spread(own, of) for own in lines.values()]
+    by_panel = grouped(_summary(records, _SCORES).items(), lambda line: line[0][1])
+    figure = Figure(figsize=(2 + 4 * len(by_panel), 3.5), layout="constrained")
+    for axes, (architecture, lines) in zip(
+        figure.subplots(1, len(by_panel), squeeze=False)[0], by_panel.items(), strict=True
+    ):
+        for index, label in enumerate(_SCORES):
+            scores = [line[1][index] for line in lines]
             places = [place + (index - 0.5) * 0.4 for place in range(len(lines))]
-            axes.bar(places, [s[0] for s in spreads], 0.4, yerr=[s[1] for s in spreads], capsize=2, label=label)
+            means, spreads = [100 * score.mean for score in scores], [100 * score.std for score in scores]
+            axes.bar(places, means, 0.4, yerr=spreads, capsize=2, label=label)
         axes.axhline(100 * robust_score(0.0), color="0.5", linestyle=":", label="no difference")
-        axes.set_xticks(range(len(lines)), list(lines), fontsize=8, rotation=20)
+        axes.set_xticks(range(len(lines)), [name for (name, _), _ in lines], fontsize=8, rotation=20)
         axes.set_title(architecture, fontsize=8)
         axes.set_ylabel("score [%]")
         axes.legend(frameon=False, fontsize=7)
