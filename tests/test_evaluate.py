@@ -21,9 +21,9 @@ from lightning_dd.distilled import DistilledData
 from lightning_dd.distilled.datamodule import real_data_of
 from lightning_dd.distilled.set import DistilledSet
 from lightning_dd.distilled.views import SyntheticBatches
-from lightning_dd.evaluators import evaluate as bench
+from lightning_dd.evaluators import evaluate
 from lightning_dd.evaluators.evaluate import evaluate_files
-from lightning_dd.evaluators.matrix import DISTILLED, RANDOM_REAL, Cell, Hardware, Row, random_real
+from lightning_dd.evaluators.matrix import DISTILLED, RANDOM_REAL, SOURCES, Cell, Hardware, Row, random_real
 from lightning_dd.evaluators.report import markdown, summarise
 from lightning_dd.students import Student
 from lightning_dd.students.recipe import Recipe
@@ -154,6 +154,24 @@ def test_the_machine_remembers_how_data_was_found_and_a_file_does_not_say():
         real_data_of(distilled, DataChoice("NoData"))
 
 
+@pytest.mark.parametrize(("of_the_set", "of_the_data"), [(True, True), (True, False), (False, True)])
+def test_neither_the_set_nor_its_data_is_mirrored_against_its_word(of_the_set, of_the_data, tmp_path):
+    distilled = make_distilled(ipc=2)
+    distilled.data["mirror"] = of_the_set
+    choice = DataChoice("helpers.TinyData", {"mirror": of_the_data})
+    allowed = of_the_set and of_the_data
+    assert real_data_of(distilled, choice).mirror is allowed
+    data, student = DistilledData.from_set(distilled, TinyData(mirror=of_the_data)), Student(SMALL)
+    tiny_trainer(tmp_path, 1, callbacks=[]).fit(student, data)
+    names = {operation.__name__ for operation in student.one_step.augmentation.operations}
+    assert ("flip" in names) is allowed
+    file = str(distilled.save(tmp_path / "set.safetensors"))
+    here = evaluate.Bench({"set": file}, {"": Recipe(steps=2)}, tmp_path, choice, Hardware())
+    for name in (DISTILLED, RANDOM_REAL):
+        student_set = DistilledData.from_set(SOURCES[name](here.sets["set"], here.reals["set"], 0), here.reals["set"])
+        assert student_set.real.mirror is allowed
+
+
 def test_random_real_draws_anew_for_each_seed_in_the_same_form():
     distilled = make_distilled(ipc=2)
     real = TinyData()
@@ -225,7 +243,7 @@ def test_the_summary_is_the_mean_the_sample_deviation_and_the_gap():
 
 
 def count_students(monkeypatch, stop_after=None):
-    trained, run_cell = [], bench.run_cell
+    trained, run_cell = [], evaluate.run_cell
 
     def counted(cell, *args):
         if stop_after is not None and len(trained) == stop_after:
@@ -233,7 +251,7 @@ def count_students(monkeypatch, stop_after=None):
         trained.append(cell)
         return run_cell(cell, *args)
 
-    monkeypatch.setattr(bench, "run_cell", counted)
+    monkeypatch.setattr(evaluate, "run_cell", counted)
     return trained
 
 
@@ -353,12 +371,12 @@ def test_a_worker_with_a_gpu_of_its_own_keeps_the_students_identity(tmp_path, mo
         seen.append(hardware.devices)
         return row(accuracy=0.25)
 
-    monkeypatch.setattr(bench, "run_cell", run_cell)
+    monkeypatch.setattr(evaluate, "run_cell", run_cell)
     monkeypatch.setattr(jobs, "_PLACE", 3)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     (tmp_path / "a").mkdir()
-    here = bench.Bench({"set": file}, {"": Recipe(steps=2)}, tmp_path / "a", DataChoice(), Hardware())
+    here = evaluate.Bench({"set": file}, {"": Recipe(steps=2)}, tmp_path / "a", DataChoice(), Hardware())
     cell = Cell("set", SMALL, DISTILLED, 0)
     assert here.train([cell], 1)
     assert seen == [[1]]
@@ -431,7 +449,7 @@ def test_mistakes_are_found_before_the_first_student(changes, message, tmp_path)
 def test_the_verb_takes_a_number_of_workers_or_auto(tmp_path, monkeypatch, capsys):
     file = str(make_distilled(ipc=2, data=MNIST5k).save(tmp_path / "set.safetensors"))
     asked = []
-    monkeypatch.setattr(bench, "run_jobs", lambda jobs, work, ledger, workers, **_: asked.append(workers))
+    monkeypatch.setattr(evaluate, "run_jobs", lambda jobs, work, ledger, workers, **_: asked.append(workers))
     for workers in ("2", "auto"):
         arguments = ["evaluate", file, f"--architectures={SMALL}", "--output=out", f"--workers={workers}"]
         assert main(arguments) == 0
