@@ -62,7 +62,7 @@ def _dispatch(arguments: list[str]) -> int:
 
         run_lightning(arguments)
     elif verb in VERBS:
-        from lightning_dd.verb_parser import parse_verb
+        from lightning_dd.parsing import parse_verb
 
         parse_verb(verb, VERBS[verb], arguments[1:]).run()
     else:

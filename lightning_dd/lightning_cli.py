@@ -2,53 +2,46 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from lightning_fabric.utilities.exceptions import MisconfigurationException
-from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
+from pytorch_lightning import Callback, LightningDataModule, LightningModule
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 
-# Importing a class lets a configuration name it without its path.
+from lightning_dd import callbacks, data, distilled, distillers, students, synthetic
+from lightning_dd.api import CALLBACKS, SAVE_EVERY, SWITCHES, TRAINER, rhythm
 from lightning_dd.configs import found, run_name
 from lightning_dd.parsing import OneLineErrors, explain, user_error_in
-from lightning_dd.synthetic import Labels, Parameterisation
+from lightning_dd.utils.arguments import class_path, subclasses
 from lightning_dd.utils.errors import UserError
 from lightning_dd.utils.silence import quieten
 
-_CHECKPOINT = "pytorch_lightning.callbacks.ModelCheckpoint"
-_LOGGER = "pytorch_lightning.loggers.TensorBoardLogger"
-_SAVE_EVERY = 1000
-"""Outer steps a run that is killed may lose."""
-DEFAULTS = {
-    "trainer.devices": 1,
-    "trainer.check_val_every_n_epoch": None,  # the whole run is one epoch: validate by outer steps
-    "trainer.num_sanity_val_steps": 0,
-    "trainer.callbacks": [
-        {"class_path": "lightning_dd.callbacks.ExportDistilledSet"},
-        {"class_path": "lightning_dd.callbacks.SyntheticImages"},
-        {"class_path": "lightning_dd.callbacks.DistillationProgress"},
-        {"class_path": "pytorch_lightning.callbacks.LearningRateMonitor"},
-        {"class_path": _CHECKPOINT, "init_args": {"save_last": True}},
-    ],
+ROOMS = (callbacks, data, distilled, distillers, students, synthetic)
+"""A configuration may name a class of these, and of whatever else has been imported, without its path."""
+BASES: dict[str, type] = {
+    "model": LightningModule,
+    "data": LightningDataModule,
+    "callbacks": Callback,
+    "parameterisation": synthetic.Parameterisation,
+    "labels": synthetic.Labels,
 }
-"""What ``fit`` does unless a configuration says other; ``callbacks+:`` in a YAML file adds to the list."""
+"""What a setting of this name must be."""
 
 
 def known_classes(key: str) -> dict[str, type]:
-    """Return the classes a configuration key accepts by bare name: this project's, and any a user has imported."""
-    bases: dict[str, type] = {"model": LightningModule, "data": LightningDataModule, "trainer.callbacks": Callback}
-    bases |= {"parameterisation": Parameterisation, "labels": Labels}
-    if key == "trainer":
-        return {"Trainer": Trainer}
-    base = bases.get(key.removesuffix("+"), bases.get(key.rpartition(".")[2]))
-    found = _subclasses(base) if base is not None else []
-    hidden = ("pytorch_lightning.", "lightning.", "torchmetrics.") if base is not Callback else ()
-    return {
-        cls.__name__: cls
-        for cls in found
-        if not cls.__module__.startswith(hidden or "-")
-        and not cls.__name__.startswith("_")
-        and not getattr(cls, "__abstractmethods__", None)
-    }
+    """Return the classes a setting accepts by bare name: this project's, and any a user has imported."""
+    base: type[Any] = BASES.get(key.removesuffix("+").rpartition(".")[2], type(None))
+    hidden = () if base is Callback else ("pytorch_lightning.", "lightning.", "torchmetrics.")
+    return {cls.__name__: cls for cls in subclasses(base) if not cls.__module__.startswith(hidden)}
+
+
+def defaults(arguments: Sequence[str]) -> dict[str, Any]:
+    """Return what ``fit`` does unless a configuration says other; ``callbacks+:`` in a YAML file adds to the list."""
+    always = [{"class_path": class_path(cls), "init_args": options} for cls, options in CALLBACKS.items()]
+    place = {"save_dir": "runs", "name": run_name(arguments), "default_hp_metric": False}
+    logger = {"class_path": "pytorch_lightning.loggers.TensorBoardLogger", "init_args": place}
+    settings = {**TRAINER, "callbacks": always, "logger": logger}
+    return {f"trainer.{name}": value for name, value in settings.items()}
 
 
 class Parser(OneLineErrors, LightningArgumentParser):
@@ -58,13 +51,29 @@ class Parser(OneLineErrors, LightningArgumentParser):
 
 
 class Cli(LightningCLI):
-    """LightningCLI in subclass mode for model and data, with one seed for both Lightning and the model."""
+    """LightningCLI in subclass mode for model and data, with one seed for both Lightning and the model.
+
+    Args:
+        arguments: the verb and its options.
+    """
+
+    def __init__(self, arguments: Sequence[str]) -> None:
+        self.arguments = found(arguments)
+        super().__init__(
+            LightningModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            seed_everything_default=0,
+            parser_class=Parser,
+            save_config_kwargs={"overwrite": True},
+            args=self.arguments,
+        )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Say the run's seed once, and what every configuration would repeat."""
         parser.link_arguments("seed_everything", "model.init_args.seed", compute_fn=int)
-        logger = {"save_dir": "runs", "name": run_name(Parser.arguments), "default_hp_metric": False}
-        parser.set_defaults({**DEFAULTS, "trainer.logger": {"class_path": _LOGGER, "init_args": logger}})
+        parser.set_defaults(defaults(self.arguments))
 
     def before_instantiate_classes(self) -> None:
         """Fill in what follows from the length of the run, and let ``--trainer.enable_progress_bar=false`` win.
@@ -73,20 +82,17 @@ class Cli(LightningCLI):
         beside a bar among the callbacks, and likewise ``enable_checkpointing=false`` and ``logger=false``.
         """
         trainer = self.config[self.config.subcommand].trainer
-        if trainer.val_check_interval is None and trainer.max_steps > 0:
-            trainer.val_check_interval = max(1, trainer.max_steps // 4)
-        for callback in trainer.callbacks if isinstance(trainer.callbacks, list) else []:
+        listed = trainer.callbacks if isinstance(trainer.callbacks, list) else []
+        if trainer.max_steps > 0:
+            for name, value in rhythm(trainer.max_steps).items():
+                trainer[name] = value if trainer[name] is None else trainer[name]
+        for callback in listed:
             options = callback.get("init_args", {})
-            if callback.class_path == _CHECKPOINT and not options.monitor and options.every_n_train_steps is None:
-                options.every_n_train_steps = min(_SAVE_EVERY, trainer.val_check_interval or _SAVE_EVERY)
-        off = {
-            "Progress": trainer.enable_progress_bar,
-            _CHECKPOINT: trainer.enable_checkpointing,
-            "RateMonitor": trainer.logger,
-        }
-        endings = tuple(ending for ending, wanted in off.items() if wanted is False)
-        if isinstance(trainer.callbacks, list):
-            trainer.callbacks = [part for part in trainer.callbacks if not part.class_path.endswith(endings)]
+            if _name(callback) == "ModelCheckpoint" and not options.monitor and options.every_n_train_steps is None:
+                options.every_n_train_steps = min(SAVE_EVERY, trainer.val_check_interval or SAVE_EVERY)
+        left_out = {kind.__name__ for name, kind in SWITCHES.items() if trainer[name] is False}
+        if listed:
+            trainer.callbacks = [callback for callback in listed if _name(callback) not in left_out]
 
     def _parse_ckpt_path(self) -> None:
         """Check the path, and leave the command line as it is.
@@ -110,19 +116,8 @@ def run_lightning(arguments: Sequence[str]) -> Cli:
         SystemExit: the arguments could not be parsed (status 2, one line on stderr).
     """
     quieten()
-    arguments = found(arguments)
-    Parser.arguments = arguments
     try:
-        return Cli(
-            LightningModule,
-            subclass_mode_model=True,
-            datamodule_class=LightningDataModule,
-            subclass_mode_data=True,
-            args=list(arguments),
-            seed_everything_default=0,
-            parser_class=Parser,
-            save_config_kwargs={"overwrite": True},
-        )
+        return Cli(arguments)
     except (UserError, SystemExit):
         raise
     except MisconfigurationException as error:
@@ -132,10 +127,10 @@ def run_lightning(arguments: Sequence[str]) -> Cli:
         if mistake is not None:
             raise mistake from None
         if "Union subtypes" in str(error):  # jsonargparse hides what a constructor raised inside its own text
-            raise UserError(explain(str(error), arguments, known_classes)) from None
+            raise UserError(explain(str(error), known_classes)) from None
         raise
 
 
-def _subclasses(cls: type) -> list[type]:
-    children: list[type] = cls.__subclasses__()
-    return [found for child in children for found in (child, *_subclasses(child))]
+def _name(callback: Any) -> str:
+    name: str = callback.class_path.rpartition(".")[2]
+    return name

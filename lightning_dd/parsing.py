@@ -1,43 +1,65 @@
-"""Argument errors in one line instead of a page of usage."""
+"""From a command line to the options of one of our own verbs, and a mistake in one line instead of a page of usage."""
 
-import inspect
 import re
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, NoReturn
+from dataclasses import MISSING, fields
+from typing import Any, NoReturn, get_type_hints
 
-import yaml
+from jsonargparse import ActionConfigFile, ArgumentParser  # type: ignore[attr-defined]
 
+from lightning_dd.configs import found
 from lightning_dd.utils.errors import UserError, unknown_name
 
 KnownClasses = Callable[[str], dict[str, type]]
 """From a key (``model``, ``data``, ``trainer.callbacks``) to the classes it accepts, by name."""
 
 
-class OneLineErrors:
-    """Mixin for a jsonargparse parser: say the mistake in one line, with what is accepted, and exit with status 2.
+class OneLineErrors(ArgumentParser):
+    """A jsonargparse parser that says a mistake in one line, with what is accepted, and exits with status 2.
+
+    jsonargparse makes another parser of the same kind for every class that a setting names, and that one finds the
+    mistakes in the class's options: so every parser knows whose options it has.
 
     Attributes:
-        arguments: the command line being parsed, to find out which class an unknown option was meant for.
         known_classes: tells which classes a key accepts.
+        described: the class whose options these are.
     """
 
-    arguments: Sequence[str] = ()
     known_classes: KnownClasses = staticmethod(lambda key: {})
+    described: str = ""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         kwargs.setdefault("allow_abbrev", False)  # a mistyped option must not become another one
         super().__init__(*args, **kwargs)
 
+    def add_class_arguments(self, class_type: type, nested_key: str | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Add the options of a class, and remember it if all options are its own."""
+        if nested_key is None:
+            self.described = class_type.__name__
+        return super().add_class_arguments(class_type, nested_key, *args, **kwargs)
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print one line that names the mistake."""
-        print(f"lightning-dd: error: {explain(message, self.arguments, self.known_classes)}", file=sys.stderr)
+        parser = getattr(ex, "subcommand_parser", None) or self
+        unknown = re.search(r"(?:[Oo]ption '|arguments: -*)([\w.]+)", message)
+        text = str(parser.unknown_option(unknown[1])) if unknown else explain(message, self.known_classes)
+        print(f"lightning-dd: error: {text}", file=sys.stderr)
         sys.exit(2)
 
+    def unknown_option(self, name: str) -> UserError:
+        """Return the error for an option that is none of this parser's."""
+        group, dot, option = name.rpartition(".")
+        named = [action.dest for action in self._actions if action.option_strings]
+        inside = [known.removeprefix(group + dot) for known in named if known.startswith(group + dot)]
+        known = [known for known in inside if "." not in known and known not in ("help", "print_shtab")]
+        if owner := group or self.described:
+            return unknown_name(f"option of {owner}", option, known)
+        return unknown_name("option", f"--{option}", [f"--{name}" for name in known])
 
-def explain(message: str, arguments: Sequence[str] = (), known_classes: KnownClasses = lambda key: {}) -> str:
-    '''Turn a jsonargparse message of many lines into one line.
+
+def explain(message: str, known_classes: KnownClasses = lambda key: {}) -> str:
+    '''Turn a jsonargparse message of many lines into one line; a message of another form is only shortened.
 
     Example:
         >>> explain("""Parser key "ipc": Expected a <class 'int'>. Got value: two""")
@@ -45,20 +67,12 @@ def explain(message: str, arguments: Sequence[str] = (), known_classes: KnownCla
     '''
     where = re.search(r'[Pp]arser key "([^"]+)"', message)
     key = where[1] if where else ""
-    if found := re.search(
-        r"Expected a dot import path string: (\S+)|No module named '?([\w.]+)|undefined: (\S+)", message
-    ):
-        name = next(group for group in found.groups() if group)
-        return str(unknown_name(f"class for {key or 'this setting'}", name, known_classes(key)))
-    if found := re.search(r"(?:Option|Key) '([\w.]+)' is not (?:accepted|expected)", message):
-        return _unknown_option(found[1].split(".")[-1], arguments, known_classes)
-    if found := re.search(r"[Uu]nrecognized arguments: (.+)", message):
-        return _unrecognised(found[1], known_classes)
-    if found := re.search(r"Expected an? (?:<class '(\w+)'>|(.+?))\. Got value: (.+)", message):
-        return f"{key}: expected {found[1] or found[2]}, got {found[3]}"
-    if found := re.search(r"Errors:\s+- (.+)", message):
-        return found[1]
-    return " ".join(message.split())
+    if name := re.search(r"(?:Expected a dot import path string: |No module named '?|undefined: )([^\s']+)", message):
+        return str(unknown_name(f"class for {key or 'this setting'}", name[1], known_classes(key)))
+    if value := re.search(r"Expected an? (?:<class '(\w+)'>|(.+?))\. Got value: (.+)", message):
+        return f"{key}: expected {value[1] or value[2]}, got {value[3]}"
+    first = re.search(r"Errors:\s+- (.+)", message)
+    return first[1] if first else " ".join(message.split())
 
 
 def user_error_in(error: BaseException) -> UserError | None:
@@ -71,52 +85,32 @@ def user_error_in(error: BaseException) -> UserError | None:
     return None
 
 
-def options_of(cls: type) -> list[str]:
-    """List the constructor arguments of a class, those of its bases included where it passes ``**kwargs`` on."""
-    names: list[str] = []
-    for base in cls.__mro__:
-        parameters = inspect.signature(vars(base)["__init__"]).parameters if "__init__" in vars(base) else {}
-        names += [
-            name for name, item in parameters.items() if item.kind in (item.POSITIONAL_OR_KEYWORD, item.KEYWORD_ONLY)
-        ]
-        if parameters and not any(item.kind is item.VAR_KEYWORD for item in parameters.values()):
-            break
-    return [name for name in dict.fromkeys(names) if name != "self"]
+def parse_verb(name: str, verb: type[Any], arguments: Sequence[str]) -> Any:
+    """Return a verb with the options of a command line.
 
+    Args:
+        name: the verb's.
+        verb: a dataclass of :mod:`lightning_dd.verbs`.
+        arguments: what follows the name.
 
-def _unknown_option(option: str, arguments: Sequence[str], known_classes: KnownClasses) -> str:
-    chosen = _chosen_classes(arguments)
-    owners = [key for key, settings in chosen.items() if option in settings["options"]] or list(chosen)
-    for key in owners:
-        cls = known_classes(key).get(chosen[key]["class"].rpartition(".")[2])
-        if cls is not None:
-            return str(unknown_name(f"option of {cls.__name__}", option, options_of(cls)))
-    return f"unknown option '{option}'"
-
-
-def _unrecognised(text: str, known_classes: KnownClasses) -> str:
-    option = text.split()[0].split("=")[0]
-    key, _, name = option.lstrip("-").rpartition(".")
-    owner = known_classes(key).get(key.capitalize())
-    if owner is not None:
-        return str(unknown_name(f"option of {key}", name, options_of(owner)))
-    return f"unknown option '{option}'; the verb's --help lists the known ones"
-
-
-def _chosen_classes(arguments: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Read off the command line and its YAML files which class each of ``model`` and ``data`` is given, and options."""
-    chosen: dict[str, dict[str, Any]] = {key: {"class": "", "options": set()} for key in ("model", "data")}
-    words = [part for word in arguments for part in (word.split("=", 1) if word.startswith("--") else [word])]
-    for word, value in zip(words, [*words[1:], ""], strict=True):
-        if word in ("--config", "-c") and Path(value).is_file():
-            content = yaml.safe_load(Path(value).read_text()) or {}
-            for key in chosen:
-                settings = content.get(key) or {}
-                chosen[key]["class"] = settings.get("class_path", chosen[key]["class"])
-                chosen[key]["options"] |= set(settings.get("init_args") or {})
-        for key in chosen:
-            if word in (f"--{key}", f"--{key}.class_path"):
-                chosen[key]["class"] = value
-            elif word.startswith(f"--{key}."):
-                chosen[key]["options"].add(word.rpartition(".")[2])
-    return chosen
+    Raises:
+        UserError: a configuration does not exist.
+        SystemExit: the arguments could not be parsed (status 2, one line on stderr).
+    """
+    parser = OneLineErrors(prog=f"lightning-dd {name}", description=(verb.__doc__ or "").partition("\n")[0])
+    parser.add_argument("--config", action=ActionConfigFile, help="a YAML file with any of these options")
+    hints = get_type_hints(verb)
+    for item in fields(verb):
+        words, required = item.metadata.get("words", False), item.default is MISSING and item.default_factory is MISSING
+        settings: dict[str, Any] = {"type": str if words else hints[item.name], "help": item.metadata["help"]}
+        if words:
+            settings["nargs"] = "+"
+        if not required:
+            settings["default"] = item.default_factory() if item.default is MISSING else item.default  # type: ignore[operator]
+        if item.metadata.get("positional", False):
+            parser.add_argument(item.name, **(settings if required or words else settings | {"nargs": "?"}))
+        else:
+            parser.add_argument(f"--{item.name}", required=required, **settings)
+    parsed = parser.instantiate(parser.parse_args(found(arguments))).as_dict()
+    parsed.pop("config", None)
+    return verb(**parsed)

@@ -1,22 +1,19 @@
 """Our own verbs: a dataclass each, whose fields are the verb's options. Importing this imports nothing heavy."""
 
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar
+from typing import Any
 
 ARCHITECTURES = "as name or name:option=value,..., or groups: unseen-small, unseen, frepo-cross, zoo-small"
 
 
-def _words(text: str, **kwargs: Any) -> Any:
-    """An option of several words."""
-    return field(metadata={"help": text, "words": True}, **kwargs)
+def _option(text: str, default: Any, **kind: bool) -> Any:
+    """An option; of the kinds ``words`` (several of them) and ``positional`` (it needs no ``--name``)."""
+    fallback = {"default_factory": default} if callable(default) else {"default": default}
+    return field(metadata={"help": text, **kind}, **fallback)
 
 
-def _option(text: str, default: Any) -> Any:
-    return field(default=default, metadata={"help": text})
-
-
-def _required(text: str, positional: bool = False) -> Any:
-    return field(metadata={"help": text, "positional": positional})
+def _required(text: str, **kind: bool) -> Any:
+    return field(metadata={"help": text, **kind})
 
 
 class Verb:
@@ -54,7 +51,7 @@ class _Students:
 class _Source:
     """How real data is found."""
 
-    data_args: dict[str, Any] = field(default_factory=dict, metadata={"help": "arguments of the data"})
+    data_args: dict[str, Any] = _option("arguments of the data", dict)
     root: str | None = _option("folder of the real data on this machine", None)
 
     def choice(self) -> Any:
@@ -86,38 +83,32 @@ class _Data(_Source):
 class Evaluate(_Students, _Data, _Workers, Verb):
     """Train architectures x seeds on distilled sets and on random real images; print and write one table."""
 
-    files: list[str] = _words("distilled-set files, or run folders")
-    architectures: list[str] = _words(f"of the students, {ARCHITECTURES}")
+    files: list[str] = _required("distilled-set files, or run folders", words=True, positional=True)
+    architectures: list[str] = _required(f"of the students, {ARCHITECTURES}", words=True)
     output: str = _required("folder of the report and the TensorBoard logs")
-    protocol: list[str] = _words(
+    protocol: list[str] = _option(
         "published recipe: frepo, dc, dsa, mtt, glad, sre2l or rded; several make a matrix",
-        default_factory=lambda: ["frepo"],
+        lambda: ["frepo"],
+        words=True,
     )
     ema: float | None = _option("decay of a moving average of the weights; 0 for none", None)
     devices: int = _option("processes per student", 1)
     strategy: str = _option("Lightning's Trainer argument, ddp for several processes", "auto")
 
-    positional: ClassVar = ("files",)
-
     def run(self) -> None:
         """Train and report."""
-        from lightning_dd.evaluators.evaluate import evaluate_files
-        from lightning_dd.evaluators.matrix import Hardware
-        from lightning_dd.students.recipe import protocol
+        from lightning_dd.api import evaluate
 
-        recipes = {name: protocol(name, **self.changes(), ema=self.ema) for name in self.protocol}
-        hardware = Hardware(self.accelerator, self.devices, self.strategy)
-        evaluate_files(
-            self.files, self.architectures, self.output, self.seeds, recipes, self.choice(), hardware, self.workers
-        )
+        settings = dict(vars(self))
+        evaluate(settings.pop("files"), **settings)
 
 
 @dataclass(kw_only=True)
 class Scores(_Students, _Data, _Workers, Verb):
     """Score a set's images with the help of labels and augmentation taken out (DD-Ranking)."""
 
-    files: list[str] = _words("distilled-set files")
-    architectures: list[str] = _words(f"of the students, {ARCHITECTURES}")
+    files: list[str] = _required("distilled-set files", words=True, positional=True)
+    architectures: list[str] = _required(f"of the students, {ARCHITECTURES}", words=True)
     output: str = _required("folder of the report")
     protocol: str = _option("published recipe of the students", "frepo")
     full_steps: int = _option("training steps on the whole real training split", 2000)
@@ -126,8 +117,6 @@ class Scores(_Students, _Data, _Workers, Verb):
     control: str | None = _option(
         "random real images with soft labels of the same teacher, for sets with soft labels", None
     )
-
-    positional: ClassVar = ("files",)
 
     def run(self) -> None:
         """Train and report."""
@@ -203,7 +192,7 @@ class Continual(_Source, Verb):
     methods: dict[str, list[str]] = _required(
         "by name, configuration files of a distiller (the later layered over the earlier) and options of fit"
     )
-    architectures: list[str] = _words("of the students, names of the factory")
+    architectures: list[str] = _required("of the students, names of the factory", words=True)
     output: str = _required("folder of the report and of everything distilled; an interrupted experiment goes on")
     data: str = _option("class name of the data", "MNIST5k")
     steps: int = _option("equal parts the classes come in", 5)
@@ -245,11 +234,9 @@ class Continual(_Source, Verb):
 class Export(Verb):
     """Turn a distiller's checkpoint into a distilled-set file and a picture."""
 
-    checkpoint: str = _required("a checkpoint written by fit")
+    checkpoint: str = _required("a checkpoint written by fit", positional=True)
     output: str = _required("the distilled-set file to write")
     picture: str | None = _option("a PNG of the images to write as well", None)
-
-    positional: ClassVar = ("checkpoint",)
 
     def run(self) -> None:
         """Write the file."""
@@ -266,8 +253,8 @@ class Export(Verb):
 class Relabel(_Data, Verb):
     """Give a finished set a teacher's labels, or a committee's."""
 
-    file: str = _required("a distilled-set file, ours or converted")
-    teacher: list[str] = _words("architectures of the teachers; several are a committee")
+    file: str = _required("a distilled-set file, ours or converted", positional=True)
+    teacher: list[str] = _required("architectures of the teachers; several are a committee", words=True)
     output: str = _required("the distilled-set file to write")
     teacher_steps: int = _option("training steps of each teacher on the real data", 1000)
     teacher_lr: float = _option("their peak learning rate", 2e-3)
@@ -275,8 +262,6 @@ class Relabel(_Data, Verb):
     min_scale: float = _option("smallest area of a view's crop as a share of the image's", 0.08)
     temperature: float = _option("of the students' softmax", 20.0)
     seed: int = _option("of the views", 0)
-
-    positional: ClassVar = ("file",)
 
     def run(self) -> None:
         """Write the relabelled file."""
@@ -326,10 +311,8 @@ class Convert(_Source, Verb):
 class List(Verb):
     """Name what there is: configs, methods, architectures, protocols or data."""
 
-    what: str = _required("configs, methods, architectures, protocols or data")
-    pattern: str = _option("show only names that contain this", "")
-
-    positional: ClassVar = ("what", "pattern")
+    what: str = _required("configs, methods, architectures, protocols or data", positional=True)
+    pattern: str = _option("show only names that contain this", "", positional=True)
 
     def run(self) -> None:
         """Print a line each."""

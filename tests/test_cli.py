@@ -1,5 +1,6 @@
 """The command line: help at once, one line for every mistake, configuration as Lightning's users know it."""
 
+import re
 import subprocess
 import sys
 import time
@@ -74,6 +75,17 @@ def test_help_of_our_verbs_needs_no_torch():
         (["fit", "--config", CONFIG, "--model.ipcc=3"], ["'ipcc'", "did you mean 'ipc'", "architecture", "pool_size"]),
         (["fit", "--config", CONFIG, "--data.val_fractio=3"], ["'val_fractio'", "did you mean 'val_fraction'"]),
         (["fit", "--config", CONFIG, "--trainer.max_step=3"], ["'max_step'", "did you mean 'max_steps'"]),
+        (["fit", "--config", CONFIG, "--model.probe.stps=3"], ["option of probe 'stps'", "did you mean 'steps'"]),
+        (
+            ["fit", "--config", CONFIG, "--model.parameterisation", "Latents", "--model.parameterisation.levl=2"],
+            ["option of Latents 'levl'", "did you mean 'level'"],
+        ),
+        (
+            ["fit", "--config", CONFIG, "--trainer.callbacks+=MetaDD", "--trainer.callbacks.evry=3"],
+            ["option of MetaDD 'evry'", "did you mean 'every'"],
+        ),
+        (["fit", "--config", CONFIG, "--modl=FRePo"], ["unknown option '--modl'", "did you mean '--model'"]),
+        (["evaluate", "x.safetensors", "--protocl", "dsa"], ["'--protocl'", "did you mean '--protocol'"]),
         (["fit", "--config", CONFIG, "--model.ipc=two"], ["ipc: expected int, got two"]),
         (["fit", "--config", CONFIG, "--model.ipc=0"], ["ipc (images per class) must be at least 1, got 0"]),
         (["fit", "--config", CONFIG, "--data.preprocessing=pca"], ["standardise, zca", "'pca'"]),
@@ -241,3 +253,21 @@ def test_relabel_gives_a_set_a_teachers_labels(tmp_path):
     assert main(["relabel", str(file), *options]) == 0
     done = DistilledSet.load("soft.safetensors")
     assert (done.label_kind, done.views.epochs, done.ipc) == ("soft", 2, 1)
+
+
+def test_bare_names_need_no_import_in_a_fresh_process():
+    distilling = [
+        *("--model=FRePo", "--data=CIFAR10", "--trainer.callbacks+=MetaDD", "--trainer.callbacks.architectures=[a,b]"),
+        *("--model.parameterisation=Latents", '--model.labels={"class_path": "TeacherLabels"}'),
+    ]
+    training = ["--model=Student", "--data=DistilledData", "--data.file=set.safetensors"]
+    script = (
+        "from lightning_dd.cli import main\n"
+        f"for arguments in ({distilling}, {training}):\n"
+        "    try: main(['fit', *arguments, '--print_config'])\n"
+        "    except SystemExit as stop: assert not stop.code, arguments"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
+    shown = done.stdout + done.stderr
+    names = ("FRePo", "CIFAR10", "MetaDD", "Latents", "TeacherLabels", "Student", "DistilledData")
+    assert all(re.search(rf"class_path: lightning_dd\.[\w.]*{name}\b", shown) for name in names), shown

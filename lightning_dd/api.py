@@ -1,0 +1,172 @@
+"""The two stages as functions: distil real images into a set, and train architectures on sets."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pytorch_lightning import Callback, Trainer
+from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint
+from pytorch_lightning.loggers import TensorBoardLogger
+
+from lightning_dd.callbacks import DistillationProgress, ExportDistilledSet, SyntheticImages
+from lightning_dd.data import RealData
+from lightning_dd.data.registry import DataChoice
+from lightning_dd.distilled.set import DistilledSet
+from lightning_dd.distillers.base import Distiller
+from lightning_dd.evaluators.evaluate import evaluate_files
+from lightning_dd.evaluators.matrix import Hardware, Row
+from lightning_dd.students.recipe import protocol as published
+from lightning_dd.utils.silence import quieten
+
+TRAINER: dict[str, Any] = {
+    "devices": 1,
+    "check_val_every_n_epoch": None,  # the whole run is one epoch: validate by outer steps
+    "num_sanity_val_steps": 0,
+}
+"""Arguments of the Trainer that every distillation has unless it is told otherwise."""
+CALLBACKS: dict[type[Callback], dict[str, Any]] = {
+    ExportDistilledSet: {},
+    SyntheticImages: {},
+    DistillationProgress: {},
+    LearningRateMonitor: {},
+    ModelCheckpoint: {"save_last": True},
+}
+"""Callbacks that every distillation has unless it is told otherwise, and their arguments."""
+
+
+SWITCHES: dict[str, type[Callback]] = {
+    "enable_progress_bar": DistillationProgress,
+    "enable_checkpointing": ModelCheckpoint,
+    "logger": LearningRateMonitor,
+}
+"""Arguments of the Trainer which, if false, leave one of these callbacks out: Lightning refuses both together."""
+SAVE_EVERY = 1000
+"""Outer steps that a run which is killed may lose."""
+
+
+def rhythm(steps: int) -> dict[str, int]:
+    """Return how often a run of so many outer steps is validated, which trains a student, and logged.
+
+    Example:
+        >>> rhythm(1000)
+        {'val_check_interval': 250, 'log_every_n_steps': 20}
+    """
+    return {
+        "val_check_interval": max(1, min(steps // 4, 10_000)),
+        "log_every_n_steps": max(1, min(steps // 50, 500)),
+    }
+
+
+def distil(
+    model: Distiller,
+    data: RealData,
+    steps: int = 1,
+    output: Path | str = "runs/distil",
+    *,
+    callbacks: Sequence[Callback] = (),
+    ckpt_path: str | None = None,
+    **trainer: Any,
+) -> DistilledSet:
+    """Distil real images, as ``lightning-dd fit`` does.
+
+    Args:
+        model: the method with its settings, as :class:`~lightning_dd.distillers.FRePo`.
+        data: the real images, as :class:`~lightning_dd.data.MNIST5k`.
+        steps: outer steps; a method that selects real images needs one.
+        output: folder of ``last.safetensors``, ``best.safetensors``, checkpoints, pictures and TensorBoard's logs.
+        callbacks: what is added to :data:`CALLBACKS`, as :class:`~lightning_dd.callbacks.MetaDD`.
+        ckpt_path: a checkpoint of an interrupted run, as ``output/checkpoints/last.ckpt``, that is to be continued.
+        trainer: further arguments of Lightning's Trainer, as ``accelerator="cpu"``.
+
+    Returns:
+        The set after the last outer step, as it is in ``output/last.safetensors``.
+
+    Raises:
+        UserError: the settings do not fit the data, or the folder cannot be written.
+    """
+    settings: dict[str, Any] = {
+        **TRAINER,
+        **rhythm(steps),
+        "default_root_dir": output,
+        "logger": TensorBoardLogger(output, name="", version="", default_hp_metric=False),
+        **trainer,
+    }
+    left_out = {kind for name, kind in SWITCHES.items() if settings.get(name) is False}
+    own = {
+        ExportDistilledSet: {"dirpath": str(output)},
+        ModelCheckpoint: {"every_n_train_steps": min(SAVE_EVERY, settings["val_check_interval"])},
+    }
+    always = [kind(**options, **own.get(kind, {})) for kind, options in CALLBACKS.items() if kind not in left_out]
+    quieten()
+    runner = Trainer(max_steps=steps, callbacks=[*always, *callbacks], **settings)
+    runner.fit(model, datamodule=data, ckpt_path=ckpt_path)
+    return DistilledSet.load(Path(output) / "last.safetensors")
+
+
+def evaluate(
+    sets: str | Path | DistilledSet | Sequence[str | Path | DistilledSet],
+    architectures: Sequence[str],
+    output: Path | str = "runs/evaluate",
+    *,
+    seeds: int = 3,
+    protocol: str | Sequence[str] = "frepo",
+    steps: int | None = None,
+    lr: float | None = None,
+    batch_size: int | None = None,
+    augment: str | None = None,
+    ema: float | None = None,
+    data: str | None = None,
+    data_args: Mapping[str, Any] | None = None,
+    root: str | None = None,
+    accelerator: str = "auto",
+    devices: int = 1,
+    strategy: str = "auto",
+    workers: int | str = 1,
+) -> list[Row]:
+    """Train architectures x seeds on distilled sets and on random real images, as ``lightning-dd evaluate`` does.
+
+    Args:
+        sets: distilled-set files, or sets, which are written to ``output/sets``; one or several.
+        architectures: names of the factory, or of groups (:mod:`lightning_dd.models.zoo`).
+        output: folder of the report and the TensorBoard logs; a finished student found there is not trained again.
+        seeds: students per architecture and source.
+        protocol: published recipe of :mod:`lightning_dd.students.recipe`; several make a matrix.
+        steps: training steps of a student, in place of the protocol's.
+        lr: peak learning rate of a student, likewise.
+        batch_size: synthetic images per step, likewise; at most all.
+        augment: operations joined by ``_``, ``auto``, ``siamese`` or ``none``, likewise.
+        ema: decay of a moving average of the weights, likewise; 0 for none.
+        data: the real data, a class name or the class path of your own; ``None`` takes what the set says of itself.
+        data_args: arguments of the data.
+        root: folder of the real data on this machine.
+        accelerator: Lightning's Trainer argument.
+        devices: processes per student.
+        strategy: Lightning's Trainer argument, ``ddp`` for several processes.
+        workers: processes of this machine that train students side by side, or ``auto`` for one per core.
+
+    Returns:
+        One row per student, with accuracies in [0, 1].
+
+    Raises:
+        UserError: a file, an architecture, the data or the folder is unusable.
+    """
+    listed = [sets] if isinstance(sets, str | Path | DistilledSet) else list(sets)
+    files = [str(_as_file(item, Path(output) / "sets", place)) for place, item in enumerate(listed)]
+    changes = {"steps": steps, "lr": lr, "batch_size": batch_size, "augment": augment, "ema": ema}
+    names = [protocol] if isinstance(protocol, str) else protocol
+    return evaluate_files(
+        files,
+        architectures,
+        str(output),
+        seeds,
+        {name: published(name, **changes) for name in names},
+        DataChoice(data, data_args or {}, root),
+        Hardware(accelerator, devices, strategy),
+        workers,
+    )
+
+
+def _as_file(item: str | Path | DistilledSet, folder: Path, place: int) -> str | Path:
+    if isinstance(item, DistilledSet):
+        return item.save(folder / f"{item.method.lower()}-{place}.safetensors")
+    return item
