@@ -240,8 +240,8 @@ class Export(Verb):
 
     def run(self) -> None:
         """Write the file."""
-        from lightning_dd.callbacks.images import write_picture
-        from lightning_dd.distillers.load import distilled_from_checkpoint
+        from lightning_dd.callbacks.pictures import write_picture
+        from lightning_dd.distillers.checkpoint import distilled_from_checkpoint
 
         distilled = distilled_from_checkpoint(self.checkpoint)
         print(f"wrote {distilled.save(self.output)}")

@@ -12,7 +12,7 @@ from lightning_dd.callbacks import MetaDD
 from lightning_dd.distilled.set import DistilledSet
 from lightning_dd.distillers import RDED, Herding, KCenter, Random
 from lightning_dd.distillers.base import Probe
-from lightning_dd.distillers.load import distilled_from_checkpoint
+from lightning_dd.distillers.checkpoint import distilled_from_checkpoint
 from lightning_dd.losses.coresets import herding, k_center
 from lightning_dd.pretrained import classifier
 from lightning_dd.pretrained.classifier import Teacher

@@ -12,7 +12,7 @@ from lightning_dd.data import Batch, RawSplit
 from lightning_dd.distilled.set import DistilledSet
 from lightning_dd.distillers import FRePo
 from lightning_dd.distillers.base import Probe
-from lightning_dd.distillers.load import distilled_from_checkpoint
+from lightning_dd.distillers.checkpoint import distilled_from_checkpoint
 from lightning_dd.models import build_network
 from lightning_dd.models.interface import features_in_slices
 from lightning_dd.models.pool import rest
@@ -158,7 +158,7 @@ def test_the_clock_can_beat_otherwise(tmp_path):
     model = frepo(pool_size=1, lifetime=1000)
     tiny_trainer(tmp_path, 7, callbacks=[EveryThird()]).fit(model, TinyData())
     assert model.pool.current.age == 10
-    with pytest.raises(UserError, match="inner_steps >= 0"):
+    with pytest.raises(UserError, match=r"PoolAlternation.inner_steps must be at least 0, got -1"):
         PoolAlternation(inner_steps=-1)
 
 

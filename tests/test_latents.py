@@ -19,7 +19,7 @@ from lightning_dd.data.facts import DataFacts
 from lightning_dd.data.preprocess import Preprocessing, fit_preprocessing
 from lightning_dd.distillers import FRePo, Random
 from lightning_dd.distillers.base import Probe
-from lightning_dd.distillers.load import distilled_from_checkpoint
+from lightning_dd.distillers.checkpoint import distilled_from_checkpoint
 from lightning_dd.models.generator import Generator
 from lightning_dd.pretrained import ClassifierRecipe
 from lightning_dd.pretrained.task import Task

@@ -465,7 +465,7 @@ def test_images_move_by_sgd_with_momentum_one_half(tmp_path):
     [
         (DM, {"labels": "learned"}, "labels of DM must be one of hard, centred, soft, got 'learned'"),
         (DM, {"real_per_class": 0}, "real_per_class must be at least 1, got 0"),
-        (DC, {"inner_steps": 0}, "inner_steps must be at least 1, or null for the published number, got 0"),
+        (DC, {"inner_steps": 0}, "inner_steps must be at least 1, got 0"),
         (DSA, {"augment": "blur"}, "unknown augmentation 'blur'"),
         (DC, {"inner_lr": 0.0}, "inner_lr must be positive"),
     ],

@@ -16,7 +16,7 @@ from lightning_dd.callbacks import MetaDD
 from lightning_dd.distilled.set import DistilledSet
 from lightning_dd.distillers import MTT
 from lightning_dd.distillers.base import Probe
-from lightning_dd.distillers.load import distilled_from_checkpoint
+from lightning_dd.distillers.checkpoint import distilled_from_checkpoint
 from lightning_dd.losses.metadd import MetaOptions
 from lightning_dd.losses.trajectory import (
     InnerStep,

@@ -113,7 +113,7 @@ def test_labels_are_soft_unless_asked_otherwise():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"candidates": 0}, "candidates, crops and patches of at least 1, got 0, 3 and 1"),
+        ({"candidates": 0}, "candidates must be at least 1, got 0"),
         ({"crop_min_scale": 0.0}, r"crop_min_scale must be in \(0, 1\], got 0.0"),
         ({"patches": 3}, r"patches=3 do not divide images of \(8, 8\) pixels"),
         ({"ipc": 2, "patches": 2}, "ipc=2 with patches=2 needs 8 candidates of every class, and class 0 has 7"),

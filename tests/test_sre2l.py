@@ -296,7 +296,7 @@ def test_a_teacher_without_batch_normalisation_is_refused_before_it_is_trained(t
     ("settings", "message"),
     [
         ({"labels": "learned"}, "labels of SRe2L must be one of hard, soft, got 'learned'"),
-        ({"bn_weight": -1.0}, "bn_weight, first_bn_weight and jitter of at least 0, got -1.0, 10.0 and 1"),
+        ({"bn_weight": -1.0}, "bn_weight must be at least 0, got -1.0"),
         ({"min_scale": 0.0}, r"min_scale must be in \(0, 1\], got 0.0"),
     ],
 )

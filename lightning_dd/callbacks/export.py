@@ -5,12 +5,32 @@ from typing import Any
 
 from pytorch_lightning import Callback, LightningModule, Trainer
 
-from lightning_dd.callbacks.folder import run_folder
 from lightning_dd.distillers.base import Distiller
 from lightning_dd.utils.files import require_writable
 
 
-class ExportDistilledSet(Callback):
+class RunFiles(Callback):
+    """A callback that writes files beside what the run logs.
+
+    Args:
+        dirpath: where to; ``None`` is the logger's folder, or the Trainer's root without a logger.
+
+    Attributes:
+        folder: where to; there from ``setup`` on.
+    """
+
+    folder: Path
+
+    def __init__(self, dirpath: str | None = None) -> None:
+        self.dirpath = dirpath
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Learn where the files go, on every rank, for the Trainer broadcasts its folder."""
+        log_dir = trainer.log_dir
+        self.folder = Path(self.dirpath or log_dir or trainer.default_root_dir)
+
+
+class ExportDistilledSet(RunFiles):
     """Write ``last.safetensors`` when the fit ends and ``best.safetensors`` at the best validation score.
 
     Args:
@@ -22,17 +42,15 @@ class ExportDistilledSet(Callback):
     """
 
     def __init__(self, dirpath: str | None = None, monitor: str = "val/accuracy") -> None:
-        self.dirpath = dirpath
+        super().__init__(dirpath)
         self.monitor = monitor
         self.best: float | None = None
-        self._folder = Path()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find out now, not after hours, that the folder cannot be written."""
-        if stage == "fit":
-            self._folder = run_folder(trainer, self.dirpath)
-            if trainer.is_global_zero:
-                require_writable(self._folder)
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit" and trainer.is_global_zero:
+            require_writable(self.folder)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write ``best.safetensors`` if the score improved."""
@@ -56,10 +74,9 @@ class ExportDistilledSet(Callback):
         self.best = state_dict["best"]
 
     def _write(self, trainer: Trainer, pl_module: LightningModule, name: str) -> None:
-        if not isinstance(pl_module, Distiller):
-            return
-        score = trainer.callback_metrics.get(self.monitor)
-        scores: dict[str, Any] = {} if score is None else {self.monitor: float(score)}
-        distilled = pl_module.distilled_set(outer_step=trainer.global_step, **scores)
-        if trainer.is_global_zero:
-            distilled.save(self._folder / f"{name}.safetensors")
+        if isinstance(pl_module, Distiller):
+            score = trainer.callback_metrics.get(self.monitor)
+            scores: dict[str, Any] = {} if score is None else {self.monitor: float(score)}
+            distilled = pl_module.distilled_set(outer_step=trainer.global_step, **scores)
+            if trainer.is_global_zero:
+                distilled.save(self.folder / f"{name}.safetensors")

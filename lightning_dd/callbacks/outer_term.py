@@ -1,11 +1,12 @@
 """Terms that are added to the outer loss of any distiller."""
 
 from abc import ABC, abstractmethod
+from functools import partial
 
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from lightning_dd.distillers.base import Distiller
+from lightning_dd.distillers.base import Distiller, ExtraLoss
 from lightning_dd.utils.errors import UserError
 
 
@@ -21,6 +22,8 @@ class OuterTerm(Callback, ABC):
     Raises:
         UserError: (in ``setup`` for a fit) the module is no distiller, or learns nothing.
     """
+
+    _attached: ExtraLoss | None = None
 
     @abstractmethod
     def add(
@@ -40,33 +43,23 @@ class OuterTerm(Callback, ABC):
         """Refuse what there is nothing to add to."""
         if stage != "fit":
             return
-        name = type(self).__name__
+        name, method = type(self).__name__, type(pl_module).__name__
         if not isinstance(pl_module, Distiller):
-            raise UserError(f"{name} attaches to a distiller, got {type(pl_module).__name__}")
+            raise UserError(f"{name} attaches to a distiller, got {method}")
         if not pl_module.learns:
-            raise UserError(
-                f"{name} has nothing to act on: {type(pl_module).__name__} selects real images and learns none"
-            )
+            raise UserError(f"{name} has nothing to act on: {method} selects real images and learns none")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attach the term."""
-        assert isinstance(pl_module, Distiller)
-
-        def attached(images: Tensor, labels: Tensor, loss: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            return self.add(trainer, pl_module, images, labels, loss)
-
-        self._attached = attached
-        pl_module.extra_losses.append(attached)
+        if isinstance(pl_module, Distiller):
+            self._attached = partial(self.add, trainer, pl_module)
+            pl_module.extra_losses.append(self._attached)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Detach the term."""
-        self._detach(pl_module)
+        if isinstance(pl_module, Distiller) and self._attached in pl_module.extra_losses:
+            pl_module.extra_losses.remove(self._attached)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Detach the term from a run that broke off."""
-        self._detach(pl_module)
-
-    def _detach(self, pl_module: LightningModule) -> None:
-        attached = self.__dict__.pop("_attached", None)
-        if isinstance(pl_module, Distiller) and attached in pl_module.extra_losses:
-            pl_module.extra_losses.remove(attached)
+        self.on_train_end(trainer, pl_module)

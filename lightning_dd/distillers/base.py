@@ -12,7 +12,7 @@ from lightning_dd.data.base import RealData
 from lightning_dd.data.facts import DataFacts
 from lightning_dd.data.images import Split
 from lightning_dd.distilled.set import DistilledSet, library_versions
-from lightning_dd.distillers.resume import Resumable
+from lightning_dd.distillers.checkpoint import Resumable
 from lightning_dd.losses.labels import LABEL_KINDS
 from lightning_dd.models.factory import build_network
 from lightning_dd.models.interface import Network
@@ -26,7 +26,7 @@ from lightning_dd.synthetic.parameterisation import Parameterisation, Pixels
 from lightning_dd.synthetic.set import SyntheticSet, check_synthetic
 from lightning_dd.utils.arguments import revive
 from lightning_dd.utils.checkpoint import plain_values, public_settings
-from lightning_dd.utils.errors import UserError
+from lightning_dd.utils.errors import UserError, check_range
 from lightning_dd.utils.scoring import ScoredModule
 from lightning_dd.utils.seeding import derive_seed, make_generator
 
@@ -65,13 +65,10 @@ class Distiller(Resumable, ScoredModule):
     a :class:`~lightning_dd.distillers.PoolDistiller`, one that needs trained networks a
     :class:`~lightning_dd.distillers.TeacherDistiller`.
 
-    Any distiller takes further terms: what is in :attr:`extra_losses` is added to the outer loss, and this is how
-    MetaDD attaches without a line in a subclass.
-
     Args:
         ipc: images per class, at least 1.
-        architecture: the network to distil with, as ``name`` or ``name:option=value,...``; a pool takes several names,
-            or names with probabilities.
+        architecture: the network to distil with, as ``name`` or ``name:option=value,...``; several names, or names
+            with probabilities, of which the most probable one stands for "the same" architecture.
         labels: ``learned``, ``centred`` (FRePo's start values, fixed) or ``hard`` (one-hot, fixed) as far as the method
             defines them (:attr:`label_kinds`); ``soft`` for a teacher's, or any
             :class:`~lightning_dd.synthetic.Labels` object, which the finished set gets.
@@ -86,6 +83,7 @@ class Distiller(Resumable, ScoredModule):
     Attributes:
         synthetic: the synthetic set; there from ``setup`` on.
         task: what is distilled: facts, preprocessing and real data; there from ``setup`` on.
+        extra_losses: what is added to the outer loss of any method; MetaDD attaches here.
 
     Raises:
         UserError: an argument is out of range.
@@ -117,20 +115,17 @@ class Distiller(Resumable, ScoredModule):
         self.parameterisation = (Pixels() if parameterisation is None else parameterisation.again(),)
         self.save_hyperparameters(ignore=["parameterisation"])
         self.save_hyperparameters(plain_values({**self.hparams, "parameterisation": self.parameterisation[0]}))
-        strategy = TeacherLabels(**self.soft_labels()) if labels == "soft" else labels
+        strategy = TeacherLabels() if labels == "soft" else labels
         self.label_strategy = strategy.again() if isinstance(strategy, Labels) else None
         kind = (strategy.while_distilling or self.label_kinds[0]) if isinstance(strategy, Labels) else strategy
         if kind not in self.label_kinds:
             kinds = ", ".join((*self.label_kinds, "soft"))
             raise UserError(f"labels of {type(self).__name__} must be one of {kinds}, got '{kind}'")
         check_synthetic(ipc, kind)
+        check_range("positive", lr=lr)
         if init not in ("real", "noise"):
             raise UserError(f"init must be 'real' or 'noise', got '{init}'")
-        if not self.learns and not isinstance(self.parameterisation[0], Pixels):
-            raise UserError(f"{type(self).__name__} selects real images: parameterisation must be Pixels")
-        if not 0 < lr < float("inf"):
-            raise UserError(f"lr must be positive, got {lr}")
-        self.networks = NetworkMixture.parse(architecture)
+        self.architectures, self.networks = architecture, NetworkMixture.parse(architecture)
         self.architecture = self.networks.main
         self.ipc, self.label_kind, self.init, self.lr = ipc, kind, init, lr
         self.probe_recipe = (Probe(**probe) if isinstance(probe, dict) else probe).recipe()
@@ -168,13 +163,9 @@ class Distiller(Resumable, ScoredModule):
         """The architecture students of this set are trained with when they stand for "the same" one."""
         return self.architecture
 
-    def soft_labels(self) -> dict[str, Any]:
-        """Return what ``labels: soft`` stands for: arguments of :class:`~lightning_dd.synthetic.TeacherLabels`."""
-        return {}
-
     def committee(self, teacher: Teacher | None = None) -> Committee:
         """Return trained networks: the given ones, or those the method has by itself."""
-        return (teacher or Teacher()).committee(self.task, self.architecture)
+        return (teacher or Teacher()).committee(self.task, self.architectures)
 
     def step_generator(self, *purpose: str | int, device: torch.device | str = "cpu") -> torch.Generator:
         """Return a generator that depends on seed, purpose, rank and outer step alone, so a resumed run is exact."""
@@ -195,12 +186,7 @@ class Distiller(Resumable, ScoredModule):
         return torch.optim.Adam(self.synthetic.parameter_groups(self.lr))
 
     def distilled_set(self, *, views: bool = True, **training: Any) -> DistilledSet:
-        """Return the current synthetic set as a file-ready object.
-
-        Args:
-            views: have a teacher label views as well, where labels are a teacher's; false for a look at the set.
-            training: facts on the run to keep beside it (outer step, validation score).
-        """
+        """Return the current synthetic set as a file-ready object."""
         with torch.inference_mode(mode=False):  # for a student may be trained on it
             images, labels = (part.detach().cpu().clone().contiguous() for part in self.synthetic())
         distilled = DistilledSet(
@@ -223,9 +209,6 @@ class Distiller(Resumable, ScoredModule):
         """Take the task from the DataModule; for a first fit, draw the initial images.
 
         Lightning restores a checkpoint after this hook, so a resumed run overwrites what is initialised here.
-
-        Raises:
-            UserError: the data does not fit the settings (too few images of a class, a network too deep).
         """
         data = getattr(self.trainer, "datamodule", None)
         if not isinstance(data, RealData):
@@ -266,9 +249,9 @@ class Distiller(Resumable, ScoredModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Log gradient norms (before any clipping) at logging steps."""
         if self._logs_this_step():
-            named = self.synthetic.named_parameters()
-            norms = {name.rpartition(".")[2]: part.grad.norm() for name, part in named if part.grad is not None}
-            self.log_dict({f"gradient/{name}": norm for name, norm in norms.items()})
+            for name, part in self.synthetic.named_parameters():
+                if part.grad is not None:
+                    self.log(f"gradient/{name.rpartition('.')[2]}", part.grad.norm())
 
     def start_scoring(self) -> None:
         """Train a student on the current synthetic set: its accuracy is the run's score.

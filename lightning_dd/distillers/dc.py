@@ -17,7 +17,7 @@ from lightning_dd.losses.matching import gradient_distance
 from lightning_dd.models.interface import Network
 from lightning_dd.models.pool import ModelPool
 from lightning_dd.students.recipe import student_loss
-from lightning_dd.utils.errors import UserError
+from lightning_dd.utils.errors import UserError, check_range
 
 LOOPS = {1: (1, 1), 10: (10, 50), 20: (20, 25), 30: (30, 20), 40: (40, 15), 50: (50, 10)}
 """Published by images per class: outer steps a network serves, and passes over the synthetic set between two."""
@@ -60,11 +60,9 @@ class DC(ClassMatching):
         **kwargs: Any,
     ) -> None:
         super().__init__(init=init, lr=lr, lifetime=lifetime or 0, **kwargs)
-        if inner_steps is not None and inner_steps < 1:
-            raise UserError(f"inner_steps must be at least 1, or null for the published number, got {inner_steps}")
-        self.outer_loop, self.inner_loop = LOOPS[
-            min((known for known in LOOPS if known >= self.ipc), default=max(LOOPS))
-        ]
+        check_range("at least 1", inner_steps=inner_steps)
+        published = min((known for known in LOOPS if known >= self.ipc), default=max(LOOPS))
+        self.outer_loop, self.inner_loop = LOOPS[published]
         self._given_steps, self._given_lifetime = inner_steps, lifetime
 
     @property
@@ -94,7 +92,9 @@ class DC(ClassMatching):
         """Return the distance of gradients, summed over classes; its own gradient is gathered class by class."""
         num_classes = labels.shape[1]
         measure_batch_statistics(network, real.images, num_classes)
-        weights = {name: weight.detach().requires_grad_() for name, weight in _matched(network)}
+        weights = {
+            name: weight.detach().requires_grad_() for name, weight in network.named_parameters() if weight.ndim > 1
+        }  # those that the distance counts
         hard = self.label_kind == "hard"
         targets = one_hot(real.labels, num_classes).float() if hard else centred_one_hot(real.labels, num_classes)
         leaves = [t.detach().requires_grad_(torch.is_grad_enabled() and t.requires_grad) for t in (images, labels)]
@@ -152,8 +152,3 @@ class DSA(DC):
 
     def __init__(self, init: str = "real", augment: str = "auto", **kwargs: Any) -> None:
         super().__init__(init=init, augment=augment, **kwargs)
-
-
-def _matched(network: Network) -> list[tuple[str, Tensor]]:
-    """The parameters that the distance counts."""
-    return [(name, weight) for name, weight in network.named_parameters() if weight.ndim > 1]

@@ -8,14 +8,7 @@ from torch import Tensor
 
 from lightning_dd.data.images import Batch
 from lightning_dd.distillers.pooled import PoolDistiller
-from lightning_dd.losses.krr import (
-    RIDGE,
-    centred_one_hot,
-    half_squared_error,
-    krr_predict,
-    label_margin,
-    label_margin_loss,
-)
+from lightning_dd.losses import krr
 from lightning_dd.models.factory import ArchitectureSpec
 from lightning_dd.models.interface import Features, Network, features_in_slices, network_features
 from lightning_dd.students.recipe import warmup_cosine
@@ -41,36 +34,30 @@ class FRePo(PoolDistiller):
     """
 
     def __init__(
-        self,
-        flip: bool = True,
-        ridge: float = RIDGE,
-        lr: float = 3e-4,
-        compiled: bool = False,
-        **kwargs: Any,
+        self, flip: bool = True, ridge: float = krr.RIDGE, lr: float = 3e-4, compiled: bool = False, **kwargs: Any
     ) -> None:
         super().__init__(lr=lr, **kwargs)
-        self.flip = flip
-        self.ridge = ridge
+        self.flip, self.ridge = flip, ridge
         self.features: Features = torch.compile(network_features, dynamic=False) if compiled else network_features
 
     def outer_loss(self, network: Network, images: Tensor, labels: Tensor, real: Batch) -> dict[str, Tensor]:
         """Half the squared error of the ridge prediction, and the margin term of learned labels."""
-        targets = centred_one_hot(real.labels, labels.shape[1])
+        targets = krr.centred_one_hot(real.labels, labels.shape[1])
         support, support_labels = images, labels
         if self.flip:
             support, support_labels = torch.cat([images, images.flip(-1)]), labels.repeat(2, 1)
         query = features_in_slices(network, real.images, self.features)
-        prediction = krr_predict(self.features(network, support), support_labels, query, self.ridge)
-        terms = {"krr": half_squared_error(prediction.values, targets)}
+        prediction = krr.krr_predict(self.features(network, support), support_labels, query, self.ridge)
+        terms = {"krr": krr.half_squared_error(prediction.values, targets)}
         if self.label_kind == "learned":
-            terms["label"] = label_margin_loss(labels)
+            terms["label"] = krr.label_margin_loss(labels)
         hits = prediction.values.detach().argmax(1) == real.labels
         self.watch(
             **{
                 "outer/accuracy": hits.float().mean(),
                 "outer/condition": prediction.condition,
                 "outer/ridge": torch.tensor(prediction.ridge),
-                "labels/margin": label_margin(labels.detach()).mean(),
+                "labels/margin": krr.label_margin(labels.detach()).mean(),
             }
         )
         return terms

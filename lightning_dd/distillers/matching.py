@@ -15,7 +15,7 @@ from lightning_dd.distillers.pooled import PoolDistiller
 from lightning_dd.models.interface import Network
 from lightning_dd.models.mixture import Architectures
 from lightning_dd.synthetic.labels import Labels
-from lightning_dd.utils.errors import UserError
+from lightning_dd.utils.errors import check_range
 
 
 class ClassMatching(PoolDistiller):
@@ -25,17 +25,17 @@ class ClassMatching(PoolDistiller):
     :attr:`real_per_class` takes its place.
 
     Args:
-        architecture: the networks to distil with.
-        labels: as far as the method defines them.
+        architecture: see :class:`Distiller`.
+        labels: see :class:`Distiller`.
         lr: learning rate of the images, and of learned labels.
         real_per_class: real images of every class per outer step, at most the smallest class.
         augment: operations of the siamese family joined by ``_``, one of which is drawn per class and outer step and
             applied to its real and synthetic images alike; inner steps draw one per batch with numbers of its own for
             every image. ``auto`` takes the published family for the data, ``none`` none.
-        pool_size: networks in turn; the published methods have one.
-        lifetime: inner steps a network takes before it is replaced; 0 gives every outer step a fresh, untrained one.
+        pool_size: see :class:`PoolDistiller`; the published methods have one network.
+        lifetime: see :class:`PoolDistiller`.
         inner_lr: learning rate of the inner SGD.
-        inner_batch_size: synthetic images per inner step, drawn without replacement.
+        inner_batch_size: see :class:`PoolDistiller`.
         **kwargs: see :class:`PoolDistiller`.
 
     Raises:
@@ -65,8 +65,7 @@ class ClassMatching(PoolDistiller):
             inner_batch_size=inner_batch_size,
             **kwargs,
         )
-        if real_per_class < 1:
-            raise UserError(f"real_per_class must be at least 1, got {real_per_class}")
+        check_range("at least 1", real_per_class=real_per_class)
         self.real_per_class = real_per_class
         self.augment = augment
         self._use_strategy("none" if augment == "auto" else augment)

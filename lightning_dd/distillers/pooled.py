@@ -1,20 +1,19 @@
-"""Distillers that look through a pool of partly trained networks."""
+"""Distillers that look through a pool of partly trained networks, and the clock that trains the pool."""
 
 from abc import abstractmethod
 from typing import Any
 
 import torch
-from pytorch_lightning import Callback
+from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from lightning_dd.data.images import Batch
 from lightning_dd.data.sampling import ShuffledStream, next_batch
-from lightning_dd.distillers.alternation import PoolAlternation
 from lightning_dd.distillers.base import Distiller
 from lightning_dd.models.interface import Network
 from lightning_dd.models.pool import ModelPool
 from lightning_dd.students.recipe import student_loss
-from lightning_dd.utils.errors import UserError
+from lightning_dd.utils.errors import check_range
 from lightning_dd.utils.seeding import make_generator
 
 
@@ -25,16 +24,16 @@ class PoolDistiller(Distiller):
     unless the Trainer was given one. The networks are in the checkpoint but not in the module tree, so DDP leaves every
     rank its own.
 
-    A subclass must answer :meth:`outer_loss`; it may override :meth:`draw_real`, :meth:`inner_loss` and
-    :meth:`configure_pool`.
+    A subclass must answer :meth:`outer_loss`; it may override :meth:`draw_real`, :meth:`inner_loss`,
+    :meth:`configure_inner_optimizer` and :meth:`configure_pool`.
 
     Args:
         real_batch_size: real images per outer step.
         pool_size: networks in the pool.
         lifetime: inner steps a network takes before it is replaced; 0 gives every outer step a fresh one. (FRePo's
             code replaces a network whose age exceeds 100.)
-        inner_lr: learning rate of the inner Adam.
-        inner_batch_size: synthetic images per inner step, at most all of them.
+        inner_lr: learning rate of the inner optimizer.
+        inner_batch_size: synthetic images per inner step, drawn without replacement, at most all of them.
         balance: where several architectures are mixed, divide the outer loss by the size that is usual for the
             current one's (:meth:`~lightning_dd.models.pool.ModelPool.balanced`).
         **kwargs: see :class:`Distiller`.
@@ -59,12 +58,8 @@ class PoolDistiller(Distiller):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        if real_batch_size < 1:
-            raise UserError(f"real_batch_size must be at least 1, got {real_batch_size}")
-        if inner_lr <= 0:
-            raise UserError(f"inner_lr must be positive, got {inner_lr}")
-        if inner_batch_size < 1:
-            raise UserError(f"inner_batch_size must be at least 1, got {inner_batch_size}")
+        check_range("at least 1", real_batch_size=real_batch_size, inner_batch_size=inner_batch_size)
+        check_range("positive", inner_lr=inner_lr)
         self.real_batch_size, self.pool_size, self.lifetime = real_batch_size, pool_size, lifetime
         self.inner_lr, self.inner_batch_size, self.balance = inner_lr, inner_batch_size, balance
 
@@ -89,11 +84,13 @@ class PoolDistiller(Distiller):
         """Draw the next ``real_batch_size`` training images of a shuffled stream: ``(B, C, H, W)``, and classes."""
         return next_batch(self.task.train, self._real_stream, self.device)
 
-    def inner_loss(self, network: Network) -> Tensor:
-        """Return the loss of one inner step: by default the network learns the current synthetic set.
+    @property
+    def inner_steps(self) -> int:
+        """Inner steps that follow an outer step, for a clock that has no number of its own."""
+        return 1
 
-        A batch is drawn without replacement; nothing is augmented, and no gradient reaches the synthetic set.
-        """
+    def inner_loss(self, network: Network) -> Tensor:
+        """Return the loss of one inner step: by default the network learns the current synthetic set."""
         images, labels = self.draw_synthetic()
         return student_loss(network(images.contiguous(memory_format=torch.channels_last)), labels, self.label_kind)
 
@@ -124,11 +121,6 @@ class PoolDistiller(Distiller):
         return torch.optim.Adam(parameters, lr=self.inner_lr, fused=True)
 
     @property
-    def inner_steps(self) -> int:
-        """Inner steps that follow an outer step, for a clock that has no number of its own."""
-        return 1
-
-    @property
     def network(self) -> Network:
         """The pool's current network."""
         return self.pool.network
@@ -151,10 +143,9 @@ class PoolDistiller(Distiller):
         self._inner_generator = make_generator(self.seed, "inner", rank, device=device)
 
     def inner_step(self) -> bool:
-        """One inner step of the current network; called by the callback that owns the clock.
+        """Run one inner step of the current network; return whether it was trained.
 
-        Returns:
-            Whether the network was trained; otherwise it was too old and a fresh one stands in its place.
+        Otherwise it was too old, and a fresh one stands in its place.
         """
         with self.trainer.precision_plugin.train_step_context():
             return self.pool.advance(self.inner_loss)
@@ -174,3 +165,49 @@ class PoolDistiller(Distiller):
         self._real_stream.load_state_dict(state["real"])
         self.pool.load_state_dict(state["pool"])
         self._inner_generator.set_state(state["inner"].cpu())
+
+
+class PoolAlternation(Callback):
+    """After an outer step, train the network it used, then draw the next one.
+
+    This callback owns *when*: how many inner steps follow which outer step. The pool owns *how* a network is
+    trained and replaced, the distiller *what* it learns. For another rhythm override :meth:`inner_steps_at`. A
+    distiller without a pool is left alone.
+
+    Args:
+        inner_steps: inner steps after an outer step that has any; ``None`` asks the distiller (FRePo takes 1).
+        every: outer steps between inner trainings; the next network is drawn after every outer step all the same.
+
+    Raises:
+        UserError: ``inner_steps`` is negative or ``every`` is below 1.
+    """
+
+    def __init__(self, inner_steps: int | None = None, every: int = 1) -> None:
+        check_range("at least 0", "PoolAlternation.", inner_steps=inner_steps)
+        check_range("at least 1", "PoolAlternation.", every=every)
+        self.inner_steps = inner_steps
+        self.every = every
+        self._steps = 0
+        self._seen = 0
+
+    def inner_steps_at(self, outer_step: int) -> int:
+        """Return how many inner steps follow outer step ``outer_step``, counted from 1."""
+        return self._steps if outer_step % self.every == 0 else 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take up the count where the run stands."""
+        self._seen = trainer.global_step
+        if isinstance(pl_module, PoolDistiller):
+            self._steps = pl_module.inner_steps if self.inner_steps is None else self.inner_steps
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Run the inner steps due now; a batch that only accumulated gradients is no outer step."""
+        if not isinstance(pl_module, PoolDistiller) or trainer.global_step == self._seen:
+            return
+        self._seen = trainer.global_step
+        for _ in range(self.inner_steps_at(self._seen)):
+            if not pl_module.inner_step():  # a fresh network waits for its first outer step
+                break
+        pl_module.pool.select()

@@ -9,8 +9,8 @@ from torch.nn import functional as F
 from lightning_dd.augment.crops import draw_crops, resample
 from lightning_dd.data.images import Split
 from lightning_dd.distillers.selection import SelectionDistiller
-from lightning_dd.synthetic.labels import Labels
-from lightning_dd.utils.errors import UserError
+from lightning_dd.synthetic.labels import Labels, TeacherLabels
+from lightning_dd.utils.errors import UserError, check_range
 from lightning_dd.utils.seeding import make_generator
 
 
@@ -47,19 +47,12 @@ class RDED(SelectionDistiller):
         labels: str | Labels = "soft",
         **kwargs: Any,
     ) -> None:
-        self.patches = patches
+        check_range("at least 1", candidates=candidates, crops=crops, patches=patches)
+        check_range("in (0, 1]", crop_min_scale=crop_min_scale)
+        if labels == "soft":  # the published views: whole images of one tile, crops of at least a tile of others
+            labels = TeacherLabels(min_scale=1 / patches)
         super().__init__(labels=labels, **kwargs)
-        if candidates < 1 or crops < 1 or patches < 1:
-            raise UserError(
-                f"RDED needs candidates, crops and patches of at least 1, got {candidates}, {crops} and {patches}"
-            )
-        if not 0 < crop_min_scale <= 1:
-            raise UserError(f"crop_min_scale must be in (0, 1], got {crop_min_scale}")
-        self.candidates, self.crops, self.crop_min_scale = candidates, crops, crop_min_scale
-
-    def soft_labels(self) -> dict[str, Any]:
-        """Return the published views: whole images of one tile, crops of at least a tile of others."""
-        return {"min_scale": 1 / max(1, self.patches)}
+        self.candidates, self.crops, self.patches, self.crop_min_scale = candidates, crops, patches, crop_min_scale
 
     def select(self, train: Split) -> Tensor:
         """Choose the surest crops of every class and tile them."""

@@ -1,13 +1,20 @@
-"""Distillers that select real images and learn none."""
+"""Methods that select real images and learn none, and the coresets among them: the baselines of every table."""
 
 from abc import abstractmethod
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from lightning_dd.data.images import Split
+from lightning_dd.data.sampling import draw_per_class
 from lightning_dd.distillers.teacher import TeacherDistiller
+from lightning_dd.losses.coresets import herding, k_center
+from lightning_dd.models.interface import features_in_slices
+from lightning_dd.synthetic.parameterisation import Pixels
+from lightning_dd.utils.errors import UserError
+from lightning_dd.utils.seeding import make_generator
 
 
 class SelectionDistiller(TeacherDistiller):
@@ -21,10 +28,18 @@ class SelectionDistiller(TeacherDistiller):
 
     Args:
         **kwargs: see :class:`TeacherDistiller`.
+
+    Raises:
+        UserError: an argument is out of range, or the images are not learned as pixels.
     """
 
     label_kinds: ClassVar[tuple[str, ...]] = ("hard", "centred")
     learns: ClassVar[bool] = False
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if not isinstance(self.parameterisation[0], Pixels):
+            raise UserError(f"{type(self).__name__} selects real images: parameterisation must be Pixels")
 
     @abstractmethod
     def select(self, train: Split) -> Tensor:
@@ -47,3 +62,46 @@ class SelectionDistiller(TeacherDistiller):
     def configure_optimizers(self) -> Any:
         """Return an optimizer that moves nothing."""
         return torch.optim.SGD(self.synthetic.parameters(), lr=0.0)
+
+
+class Random(SelectionDistiller):
+    """Real images drawn uniformly, ``ipc`` per class without replacement."""
+
+    def select(self, train: Split) -> Tensor:
+        """Draw by the run's seed."""
+        rows = draw_per_class(train.labels, self.ipc, self.facts.num_classes, make_generator(self.seed, "init"))
+        return train.take(rows).images
+
+
+class FeatureCoreset(SelectionDistiller):
+    """A coreset chosen class by class among the teacher's penultimate features, scaled to unit length."""
+
+    @abstractmethod
+    def choose(self, features: Tensor) -> Tensor:
+        """Return ``ipc`` row indices of features ``(N, p)`` of one class."""
+
+    def select(self, train: Split) -> Tensor:
+        """Choose rows of every class."""
+        draw_per_class(train.labels, self.ipc, self.facts.num_classes, make_generator(0))  # refuses an ipc too large
+        chosen = []
+        for label in range(self.facts.num_classes):
+            rows = (train.labels == label).nonzero().flatten()
+            features = features_in_slices(self.network, train.take(rows, self.task.device).images)
+            chosen.append(rows[self.choose(F.normalize(features.flatten(1).float(), dim=1)).to(rows.device)])
+        return train.take(torch.cat(chosen)).images
+
+
+class Herding(FeatureCoreset):
+    """Images whose running mean of features stays nearest the class mean (Welling 2009; Rebuffi et al. 2017)."""
+
+    def choose(self, features: Tensor) -> Tensor:
+        """Choose greedily."""
+        return herding(features, self.ipc)
+
+
+class KCenter(FeatureCoreset):
+    """Greedy k-centers, starting at the sample nearest the class mean (Sener & Savarese 2018)."""
+
+    def choose(self, features: Tensor) -> Tensor:
+        """Choose greedily."""
+        return k_center(features, self.ipc)

@@ -15,7 +15,7 @@ from lightning_dd.losses.cam import no_float16
 from lightning_dd.models.mixture import Architectures
 from lightning_dd.students.recipe import warmup_cosine
 from lightning_dd.synthetic.labels import Labels
-from lightning_dd.utils.errors import UserError
+from lightning_dd.utils.errors import UserError, check_range
 
 _CLASSES = 100
 """Classes in a recovery group at most, as in the paper's code."""
@@ -75,33 +75,25 @@ class SRe2L(TeacherDistiller):
         **kwargs: Any,
     ) -> None:
         super().__init__(architecture=architecture, labels=labels, init=init, lr=lr, **kwargs)
-        if bn_weight < 0 or first_bn_weight < 0 or jitter < 0:
-            raise UserError(
-                "SRe2L needs bn_weight, first_bn_weight and jitter of at least 0, got "
-                f"{bn_weight}, {first_bn_weight} and {jitter}"
-            )
-        if not 0 < min_scale <= 1:
-            raise UserError(f"min_scale must be in (0, 1], got {min_scale}")
+        check_range("at least 0", bn_weight=bn_weight, first_bn_weight=first_bn_weight, jitter=jitter)
+        check_range("in (0, 1]", min_scale=min_scale)
         self.bn_weight, self.first_bn_weight = bn_weight, first_bn_weight
         self.min_scale, self.jitter = min_scale, jitter
 
     def initialise(self, train: Split) -> None:
         """Refuse a teacher without batch normalisation before it is trained; then start from noise."""
-        for teacher in self.teacher.mixture(self.architecture).names:
-            if batch_norm_layers(self.build_network(0, teacher)):
-                continue
-            raise UserError(
-                f"SRe2L recovers images from batch statistics, and its teacher '{teacher}' keeps "
-                "none: choose one with batch normalisation, as convnet:norm=batch or resnet18"
-            )
+        for teacher in self.teacher.mixture(self.architectures).names:
+            if not batch_norm_layers(self.build_network(0, teacher)):
+                raise UserError(
+                    f"SRe2L recovers images from batch statistics, and its teacher '{teacher}' keeps none: choose one "
+                    "with batch normalisation, as convnet:norm=batch or resnet18"
+                )
         super().initialise(train)
 
     def outer_terms(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Return the sum over groups of cross-entropy and statistics; its gradient is gathered pass by pass."""
         windows = self.draw_windows()
-        gathered = torch.zeros_like(images)
-        total, losses = images.new_zeros(()), []
-        start = 0
+        gathered, losses, start = torch.zeros_like(images), [], 0
         for block in recovery_groups(self.facts.num_classes, self.ipc):
             for rows in torch.split(block, max(1, _ROWS // block.shape[1])):
                 part = Windows(*(drawn[start : start + len(rows)] for drawn in windows))

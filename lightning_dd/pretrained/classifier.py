@@ -153,19 +153,19 @@ class Teacher(ClassifierRecipe):
         if self.architecture is not None:
             NetworkMixture.parse(self.architecture)
 
-    def mixture(self, otherwise: str) -> NetworkMixture:
+    def mixture(self, otherwise: Architectures) -> NetworkMixture:
         """Return the architectures and their weights; ``otherwise`` where none is named."""
         found = NetworkMixture.parse(otherwise if self.architecture is None else self.architecture)
         if self.file is not None and len(found.names) > 1:
             raise UserError(f"teacher.file holds one network, and the committee has {len(found.names)}")
         return found
 
-    def committee(self, task: Task, otherwise: str) -> "Committee":
+    def committee(self, task: Task, otherwise: Architectures) -> "Committee":
         """Return the trained networks: from a file, from the cache, or trained now by all processes together.
 
         Args:
             task: the run's data; without images (a checkpoint that is only read), nothing is trained.
-            otherwise: the architecture where none is named.
+            otherwise: the architecture, or several, where none is named.
 
         Raises:
             UserError: one cannot be trained or read, or is at chance.

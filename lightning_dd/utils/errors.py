@@ -1,7 +1,15 @@
 """The one exception that is meant for the person at the keyboard."""
 
+import math
 from collections.abc import Iterable
 from difflib import get_close_matches
+
+_RANGES = {
+    "at least 0": lambda number: 0 <= number < math.inf,
+    "at least 1": lambda number: 1 <= number < math.inf,
+    "positive": lambda number: 0 < number < math.inf,
+    "in (0, 1]": lambda number: 0 < number <= 1,
+}
 
 
 class UserError(ValueError):
@@ -39,3 +47,22 @@ def check_count(setting: str, value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise UserError(f"{setting} must be a whole number of at least 1, got {value!r}")
     return value
+
+
+def check_range(accepted: str, prefix: str = "", /, **settings: float | None) -> None:
+    """Refuse numbers outside a range; ``None`` stands for a default that is found elsewhere, and passes.
+
+    Args:
+        accepted: ``at least 0``, ``at least 1``, ``positive`` or ``in (0, 1]``.
+        prefix: put before a setting's name in the message.
+        settings: the numbers by the setting's name.
+
+    Raises:
+        UserError: a number is out of range, infinite or not a number; the first one is named.
+
+    Example:
+        >>> check_range("at least 1", steps=3, batch_size=None)
+    """
+    for name, number in settings.items():
+        if number is not None and not _RANGES[accepted](number):
+            raise UserError(f"{prefix}{name} must be {accepted}, got {number}")

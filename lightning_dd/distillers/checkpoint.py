@@ -1,13 +1,18 @@
-"""What a distiller's checkpoint holds beyond parameters, and who may continue from it."""
+"""What a distiller's checkpoint holds beyond parameters, who may continue from it, and its distilled set."""
 
+from abc import ABC, abstractmethod
+from pathlib import Path
 from typing import Any
 
+import torch
 from pytorch_lightning import LightningModule
 from pytorch_lightning.trainer.states import TrainerFn
 
 from lightning_dd.data.facts import DataFacts
 from lightning_dd.data.preprocess import Preprocessing
+from lightning_dd.distilled.set import DistilledSet
 from lightning_dd.pretrained.task import Task
+from lightning_dd.utils.arguments import known_class, nothing_imported
 from lightning_dd.utils.checkpoint import check_data, check_settings, gather_ranks, public_settings, take_rank
 from lightning_dd.utils.errors import UserError
 
@@ -17,7 +22,7 @@ FORMAT = 2
 """Raised when checkpoints of before cannot be continued."""
 
 
-class Resumable(LightningModule):
+class Resumable(LightningModule, ABC):
     """A module whose checkpoint holds the data's facts and the state of every rank, so that a resumed run is exact.
 
     A subclass extends :meth:`rank_state` and :meth:`load_rank_state` by what a rank keeps outside the module tree.
@@ -25,9 +30,18 @@ class Resumable(LightningModule):
 
     task: Task
 
+    @abstractmethod
     def make_synthetic(self) -> None:
         """Make what a checkpoint's tensors are loaded into; called once the task is known."""
-        raise NotImplementedError
+
+    @abstractmethod
+    def distilled_set(self, *, views: bool = True, **training: Any) -> DistilledSet:
+        """Return the current synthetic set as a file-ready object.
+
+        Args:
+            views: have a teacher label views as well, where labels are a teacher's; false for a look at the set.
+            training: facts on the run to keep beside it (outer step, validation score).
+        """
 
     def rank_state(self) -> dict[str, Any]:
         """Return what this rank needs to go on and the module tree does not hold: plain tensors and numbers."""
@@ -53,7 +67,7 @@ class Resumable(LightningModule):
         Raises:
             UserError: the checkpoint is not a distiller's, or method, settings, data or number of processes differ.
         """
-        state = read_state(checkpoint)
+        state = _distiller_state(checkpoint)
         facts = DataFacts.from_dict(state["facts"])
         if hasattr(self, "task"):
             if state["method"] != type(self).__name__:
@@ -71,13 +85,36 @@ class Resumable(LightningModule):
         return self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
 
 
-def read_state(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """Return what :class:`Resumable` put into a checkpoint.
+def distilled_from_checkpoint(path: Path | str) -> DistilledSet:
+    """Load a distiller's checkpoint and return its synthetic set, without a run.
+
+    Nothing is unpickled. Classes that the checkpoint names are looked up among those that have been imported; nothing
+    is imported for it.
 
     Raises:
-        UserError: the checkpoint is not a distiller's, or one of an older version.
+        UserError: the file is missing, is no distiller's checkpoint, or names a class that is not known here.
     """
-    state = checkpoint.get(STATE_KEY)
+    if not Path(path).is_file():
+        raise UserError(f"checkpoint '{path}': no such file")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds, by how the file is broken
+        raise UserError(f"checkpoint '{path}': not a checkpoint, or truncated ({type(error).__name__})") from None
+    with nothing_imported():
+        try:
+            state = _distiller_state(checkpoint)
+            cls: type[Resumable] = known_class(state["method"], Resumable, "method")  # type: ignore[type-abstract]
+            distiller = cls(**public_settings(checkpoint["hyper_parameters"]))
+        except (UserError, TypeError) as error:
+            raise UserError(f"checkpoint '{path}': {error}") from None
+        distiller.on_load_checkpoint(checkpoint)
+        distiller.load_state_dict(checkpoint["state_dict"])
+        return distiller.distilled_set(outer_step=int(checkpoint["global_step"]))
+
+
+def _distiller_state(checkpoint: Any) -> dict[str, Any]:
+    """Return what :class:`Resumable` put into a checkpoint."""
+    state = checkpoint.get(STATE_KEY) if isinstance(checkpoint, dict) else None
     if not isinstance(state, dict):
         raise UserError("the checkpoint was not written by a lightning_dd distiller")
     if state.get("format") != FORMAT:
