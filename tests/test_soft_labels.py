@@ -15,6 +15,8 @@ from lightning_dd.augment.crops import draw_crops, resample
 from lightning_dd.distilled import DistilledData
 from lightning_dd.distilled.set import DistilledSet
 from lightning_dd.distilled.views import SoftViews, SyntheticBatches, draw_views
+from lightning_dd.distillers import Random
+from lightning_dd.distillers.base import Probe
 from lightning_dd.evaluators.matrix import random_real
 from lightning_dd.models import build_network
 from lightning_dd.models.pool import rest
@@ -23,7 +25,7 @@ from lightning_dd.pretrained.task import Task
 from lightning_dd.students import Student
 from lightning_dd.students.loop import train_student
 from lightning_dd.students.recipe import Recipe, student_loss
-from lightning_dd.synthetic import TeacherLabels
+from lightning_dd.synthetic import Labels, TeacherLabels
 from lightning_dd.synthetic.labels import labelled_views, relabel
 from lightning_dd.utils.errors import UserError
 
@@ -433,3 +435,21 @@ def test_any_set_can_be_relabelled_by_a_committee(tmp_path):
     )
     loaded = DistilledSet.load(done.save(tmp_path / "soft.safetensors"))
     assert loaded.training["relabelled"]["labels"]["class_path"].endswith("TeacherLabels")
+
+
+class Smoothed(Labels):
+    """A strategy of somebody else's."""
+
+    def finish(self, distilled, teachers, seed, views=True):
+        return replace(distilled, labels=0.9 * distilled.labels + 0.1 / distilled.num_classes)
+
+
+def test_a_strategy_of_ones_own_labels_the_finished_set_and_is_remembered(tmp_path):
+    model = Random(labels=Smoothed(while_distilling="hard"), architecture=STUDENT, probe=Probe(steps=1))
+    tiny_trainer(tmp_path, 1).fit(model, TinyData())
+    assert torch.equal(model.synthetic.labels, torch.eye(3))
+    loaded = DistilledSet.load(model.distilled_set().save(tmp_path / "set.safetensors"))
+    torch.testing.assert_close(loaded.labels, 0.9 * torch.eye(3) + 0.1 / 3)
+    assert loaded.config["labels"]["init_args"] == {"while_distilling": "hard"}
+    with pytest.raises(UserError, match="labels of Random must be one of hard, centred, soft, got 'smooth'"):
+        Random(labels=Smoothed(while_distilling="smooth"))

@@ -1,7 +1,5 @@
 """The small generator of latents, trained on the real data once."""
 
-from dataclasses import asdict, dataclass
-
 import torch
 from torch import Tensor, nn
 
@@ -15,50 +13,37 @@ _KL_WEIGHT = 4.0
 _FIRST_KL_WEIGHT = 40.0
 
 
-@dataclass(frozen=True)
-class GeneratorRecipe:
-    """How the small generator is trained on the real data.
-
-    Args:
-        steps: training steps.
-        lr: peak learning rate of Adam.
-        batch_size: images per step.
-    """
-
-    steps: int = 2000
-    lr: float = 2e-3
-    batch_size: int = 64
-
-
-def prepare_generator(generator: Generator, recipe: GeneratorRecipe, width: int, seed: int, task: Task) -> None:
+def train_generator(generator: Generator, width: int, steps: int, lr: float, seed: int, task: Task) -> None:
     """Give the small generator its weights, in place, from the cache or trained now.
 
     Args:
         generator: gets the weights.
-        recipe: how it is trained.
         width: channels of its last block.
+        steps: training steps.
+        lr: peak learning rate of Adam.
         seed: of the encoder's weights, batches and latents.
         task: the run's data.
 
     Raises:
         UserError: nothing is in the cache and nothing may be trained, or the training diverged.
     """
+    recipe = Recipe(steps=steps, lr=lr, batch_size=64, warmup=steps // 20, final_lr=0.0)
 
     def make() -> Made:
         device = next(generator.parameters()).device
         _train(generator.requires_grad_(True), recipe, width, seed, task)
         generator.to(device).requires_grad_(False)
         if not all(bool(torch.isfinite(value).all()) for value in generator.state_dict().values()):
-            raise UserError(f"training the generator of latents diverged: lower latents' lr, which is {recipe.lr}")
+            raise UserError(f"training the generator of latents diverged: lower latents' lr, which is {lr}")
         return generator.state_dict(), {}
 
-    sizes = {"width": width, "latent_size": generator.latent_size}
-    identity = {**sizes, "recipe": asdict(recipe), "seed": seed}
+    settings = {"steps": steps, "lr": lr, "batch_size": recipe.batch_size}
+    identity = {"width": width, "latent_size": generator.latent_size, "recipe": settings, "seed": seed}
     made = train_once("generators", identity, make, task, "the generator of latents")
     generator.load_state_dict(made.tensors())
 
 
-def _train(generator: Generator, recipe: GeneratorRecipe, width: int, seed: int, task: Task) -> None:
+def _train(generator: Generator, recipe: Recipe, width: int, seed: int, task: Task) -> None:
     """Train a generator as the decoder of a class-conditional variational auto-encoder, in pixel space.
 
     A likelihood has no opponent: it cannot collapse and has no balance to tune, so it trains on a few thousand images
@@ -70,7 +55,7 @@ def _train(generator: Generator, recipe: GeneratorRecipe, width: int, seed: int,
     """
     with seeded(derive_seed(seed, "encoder")):
         encoder = ImageEncoder(task.facts.num_classes, task.facts.image_shape, width, generator.latent_size)
-    stream = task.stream(recipe.batch_size, seed)
+    stream, steps = task.stream(recipe.batch_size, seed), recipe.steps_for(len(task.train))
 
     def loss_at(step: int) -> Tensor:
         rows = stream.next()
@@ -81,9 +66,8 @@ def _train(generator: Generator, recipe: GeneratorRecipe, width: int, seed: int,
         made = generator(mean + noise * (log_variance / 2).exp(), classes)
         error = (made - pixels).square().mean()
         divergence = (mean.square() + log_variance.exp() - 1 - log_variance).sum(1).mean() / 2
-        weight = max(_KL_WEIGHT, _FIRST_KL_WEIGHT * (1 - 2 * step / recipe.steps))
+        weight = max(_KL_WEIGHT, _FIRST_KL_WEIGHT * (1 - 2 * step / steps))
         loss: Tensor = error.clamp_min(1e-6).log() / 2 + weight * divergence / pixels[0].numel()
         return loss
 
-    adam = Recipe(steps=recipe.steps, lr=recipe.lr, warmup=recipe.steps // 20, final_lr=0.0)
-    fit(task, nn.ModuleList([generator, encoder]), adam, loss_at, "training the generator")
+    fit(task, nn.ModuleList([generator, encoder]), recipe, loss_at, "training the generator")

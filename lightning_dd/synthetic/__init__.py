@@ -2,7 +2,6 @@
 
 from lightning_dd.synthetic.labels import Labels, TeacherLabels
 from lightning_dd.synthetic.latents import Latents
-from lightning_dd.synthetic.parameterisation import Parameterisation, Pixels
-from lightning_dd.synthetic.set import SyntheticSet
+from lightning_dd.synthetic.parameterisation import Parameterisation, Pixels, SyntheticSet
 
 __all__ = ["Labels", "Latents", "Parameterisation", "Pixels", "SyntheticSet", "TeacherLabels"]

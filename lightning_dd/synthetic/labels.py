@@ -11,7 +11,6 @@ from lightning_dd.data.base import RealData
 from lightning_dd.distilled.datamodule import check_match
 from lightning_dd.distilled.set import DistilledSet
 from lightning_dd.distilled.views import SoftViews, draw_views
-from lightning_dd.losses.labels import LABEL_KINDS
 from lightning_dd.pretrained.classifier import Committee, Teacher
 from lightning_dd.pretrained.task import Task
 from lightning_dd.utils.arguments import RemembersArguments
@@ -27,22 +26,24 @@ AskTeachers = Callable[[Teacher | None], Committee]
 
 
 class Labels(RemembersArguments, ABC):
-    """A strategy for the labels of a finished set: one short class, named by its class path in ``labels``.
+    """Where a finished set has its labels from: one short class, named by its class path in ``labels``.
+
+    An object is made with its options alone and remembers them for the file. Outer steps work with labels of the kind
+    ``while_distilling``; what :meth:`finish` returns is stored.
 
     Args:
-        while_distilling: ``learned``, ``centred`` or ``hard``: the labels outer steps work with; ``None`` takes the
-            method's own.
+        while_distilling: ``learned``, ``centred`` or ``hard``; ``None`` takes the method's own.
 
-    Raises:
-        UserError: the kind is unknown.
+    Example:
+        Smoothed labels for students that are trained with cross-entropy:
+
+        >>> class Smoothed(Labels):
+        ...     def finish(self, distilled, teachers, seed, views=True):
+        ...         return replace(distilled, labels=0.9 * distilled.labels + 0.1 / distilled.num_classes)
+        >>> labels = Smoothed(while_distilling="hard")
     """
 
-    form: str
-    """Form of the labels in the finished set, as :class:`~lightning_dd.distilled.DistilledSet` names it."""
-
     def __init__(self, while_distilling: str | None = None) -> None:
-        if while_distilling is not None and while_distilling not in LABEL_KINDS:
-            raise UserError(f"labels.while_distilling must be one of {', '.join(LABEL_KINDS)}, got {while_distilling}")
         self.while_distilling = while_distilling
 
     def prepare(self, teachers: AskTeachers) -> None:
@@ -50,11 +51,12 @@ class Labels(RemembersArguments, ABC):
 
     @abstractmethod
     def finish(self, distilled: DistilledSet, teachers: AskTeachers, seed: int, views: bool = True) -> DistilledSet:
-        """Return the set with its labels.
+        """Return the set with its labels and, where their form is another one, its ``label_kind``.
 
         Args:
-            distilled: images, and the labels they were distilled with.
-            teachers: trains or reads the networks that are asked.
+            distilled: images ``(n, C, H, W)``, normalised, and the labels they were distilled with.
+            teachers: trains or reads networks: ``teachers(None)`` is the distiller's own
+                :class:`~lightning_dd.pretrained.Committee`, whose ``logits(images)`` are ``(n, num_classes)``.
             seed: of random numbers.
             views: label stored views too; false for a look at the set.
         """
@@ -72,13 +74,12 @@ class TeacherLabels(Labels):
             usual.
         min_scale: smallest area of a view's crop as a share of the image's.
         temperature: of the students' softmax.
-        while_distilling: see :class:`Labels`.
+        while_distilling: ``learned``, ``centred`` or ``hard``: the labels outer steps work with; ``None`` takes the
+            method's own.
 
     Raises:
         UserError: a number is out of range.
     """
-
-    form = "soft"
 
     def __init__(
         self,
@@ -150,7 +151,7 @@ def relabel(distilled: DistilledSet, labels: Labels, real: RealData, otherwise: 
 def labelled_views(
     committee: Committee, images: Tensor, epochs: int, min_scale: float, mirror: bool, generator: torch.Generator
 ) -> SoftViews | None:
-    """Draw views of a set and have teachers label each; views of all epochs share the forward passes.
+    """Draw views of a set and have teachers label each.
 
     Args:
         committee: the teachers.
@@ -170,12 +171,10 @@ def labelled_views(
         return None
     count, channels, height, width = images.shape
     shape, classes = (channels, height, width), committee.main.num_classes
-    drawn = draw_views(epochs, shape, count, classes, generator, min_scale, mirror)
-    device = committee.device
-    shown, here = images.to(device), drawn.to(device)
-    places = torch.arange(epochs * count, device=device)
-    parts = [
-        committee.logits(here.look(shown, part // count, part % count)).half() for part in torch.split(places, _ROWS)
+    views = draw_views(epochs, shape, count, classes, generator, min_scale, mirror)
+    shown, here = images.to(committee.device), views.to(committee.device)
+    logits = [  # a forward pass goes across epochs: a small set fills it
+        committee.logits(here.look(shown, places // count, places % count)).half()
+        for places in torch.split(torch.arange(epochs * count, device=committee.device), _ROWS)
     ]
-    logits = torch.cat(parts).view(epochs, count, -1).cpu()
-    return SoftViews(**{**drawn.state_dict(), "logits": logits})
+    return replace(views, logits=torch.cat(logits).view(epochs, count, -1).cpu())

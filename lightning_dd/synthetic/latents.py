@@ -1,16 +1,15 @@
 """Generator latents in place of pixels (GLaD: Cazenavette et al. 2023, arXiv 2305.01649)."""
 
-from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from lightning_dd.data.images import Split
 from lightning_dd.models.exported import ExportedGenerator
 from lightning_dd.models.generator import Generator
-from lightning_dd.pretrained.generator import GeneratorRecipe, prepare_generator
+from lightning_dd.pretrained.generator import train_generator
 from lightning_dd.pretrained.task import Task
 from lightning_dd.synthetic.parameterisation import Parameterisation
 from lightning_dd.utils.errors import UserError, check_count
@@ -19,9 +18,6 @@ from lightning_dd.utils.seeding import derive_seed, seeded
 _DEFAULT_LEVEL = 2
 _CLIP = 10.0
 _INFINITY = 5.0
-
-Render = Callable[..., Tensor]
-"""From classes ``(n,)`` and latents ``(n, ...)`` to images ``(n, C, H, W)``, each row for itself."""
 
 
 class Latents(Parameterisation):
@@ -90,7 +86,7 @@ class Latents(Parameterisation):
         self.source, self.wanted_level, self.slice = generator, level, slice
         self.latent_size, self.width, self.seed = latent_size, width, seed
         self.lr_features, self.lr_styles = lr_features, lr_styles
-        self.generator_recipe = GeneratorRecipe(steps=steps, lr=lr)
+        self.steps, self.lr = steps, lr
 
     def build(self, classes: Tensor, task: Task) -> None:
         """Make the generator, untrained, and the latents, all zero."""
@@ -103,7 +99,13 @@ class Latents(Parameterisation):
         else:
             with seeded(derive_seed(self.seed, "generator")):
                 self.generator = Generator(num_classes, image_shape, self.width, self.latent_size)
-            self.level = _checked_level(self.wanted_level, self.generator)
+            deepest = self.generator.depth
+            self.level = min(_DEFAULT_LEVEL, deepest) if self.wanted_level is None else self.wanted_level
+            if self.level > deepest:
+                raise UserError(
+                    f"latents: level must be 0 to {deepest} (the generator's blocks for this image size), "
+                    f"got {self.level}"
+                )
             shapes = self.generator.latent_shapes(self.level)
         self.generator.requires_grad_(False)
         self._names = tuple(shapes)
@@ -127,7 +129,7 @@ class Latents(Parameterisation):
             UserError: it is in no cache and may not be trained, or its training diverged.
         """
         if isinstance(self.generator, Generator):
-            prepare_generator(self.generator, self.generator_recipe, self.width, self.seed, task)
+            train_generator(self.generator, self.width, self.steps, self.lr, self.seed, task)
 
     @torch.no_grad()
     def start(self, init: str, train: Split, ipc: int, generator: torch.Generator) -> None:
@@ -147,8 +149,8 @@ class Latents(Parameterisation):
         """Return the generator's images ``(n, C, H, W)``, normalised, with graph to the latents."""
         if len(self.classes) <= self.slice:
             return self._images(self.classes, *self.latents)
-        images: Tensor = _InSlices.apply(self._images, self.slice, self.classes, *self.latents)
-        return images
+        slices = zip(*(torch.split(tensor, self.slice) for tensor in (self.classes, *self.latents)), strict=True)
+        return torch.cat([checkpoint(self._images, *part, use_reentrant=False) for part in slices])
 
     def _drawn(self, z: Tensor, classes: Tensor) -> list[Tensor]:
         """Return the latents of random z ``(n, d)``."""
@@ -168,39 +170,16 @@ class Latents(Parameterisation):
         if self._preprocessing.mean.device != device:
             self._preprocessing = self._preprocessing.to(device)
         with torch.autocast(device.type, enabled=False):
-            pixels = self._pixels(classes, latents)
+            pixels = self._pixels(classes, *latents)
             return self._preprocessing(pixels.float()).to(latents[0].dtype)
 
-    def _pixels(self, classes: Tensor, latents: Sequence[Tensor]) -> Tensor:
+    def _pixels(self, classes: Tensor, *latents: Tensor) -> Tensor:
         if isinstance(self.generator, ExportedGenerator):
             return cast(Tensor, self.generator(latents[0], classes))
         if self.level == 0:
             styles = latents[0]
             return self.generator.pixels(self.generator.features(styles, 1), styles[:, 1:], 1)
         return self.generator.pixels(latents[0], latents[1], self.level)
-
-
-class _InSlices(torch.autograd.Function):
-    """Run a function of rows without graph, and once more, slice by slice with graph, for the gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, render: Render, rows: int, classes: Tensor, *latents: Tensor) -> Tensor:
-        ctx.render, ctx.rows = render, rows
-        ctx.save_for_backward(classes, *latents)
-        return torch.cat([render(*part) for part in _split(rows, classes, *latents)])
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        """Render part by part once more, with graph, and carry the images' gradient on to the latents."""
-        classes, *latents = ctx.saved_tensors
-        found = []
-        for part, slope in zip(_split(ctx.rows, classes, *latents), torch.split(gradient, ctx.rows), strict=True):
-            leaves = [tensor.detach().requires_grad_() for tensor in part[1:]]
-            with torch.enable_grad():
-                images = ctx.render(part[0], *leaves)
-            found.append(torch.autograd.grad(images, leaves, slope))
-        return None, None, None, *(torch.cat(parts) for parts in zip(*found, strict=True))
 
 
 def clean(features: Tensor) -> Tensor:
@@ -211,17 +190,3 @@ def clean(features: Tensor) -> Tensor:
         [0.0, 5.0, -5.0, 10.0, 3.0]
     """
     return torch.nan_to_num(features, nan=0.0, posinf=_INFINITY, neginf=-_INFINITY).clamp(-_CLIP, _CLIP)
-
-
-def _split(rows: int, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
-    return list(zip(*(torch.split(tensor, rows) for tensor in tensors), strict=True))
-
-
-def _checked_level(level: int | None, generator: Generator) -> int:
-    if level is None:
-        return min(_DEFAULT_LEVEL, generator.depth)
-    if level > generator.depth:
-        raise UserError(
-            f"latents: level must be 0 to {generator.depth} (the generator's blocks for this image size), got {level}"
-        )
-    return level

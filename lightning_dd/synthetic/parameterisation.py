@@ -1,4 +1,4 @@
-"""What the images of a synthetic set are learned through: the base of every parameterisation, and pixels."""
+"""The synthetic set, and what its images are learned through: the base of every parameterisation, and pixels."""
 
 from abc import ABC, abstractmethod
 from typing import Any
@@ -9,25 +9,43 @@ from torch import Tensor, nn
 from lightning_dd.data.images import Split
 from lightning_dd.data.preprocess import Preprocessing
 from lightning_dd.data.sampling import draw_per_class
+from lightning_dd.losses.labels import LABEL_KINDS, initial_labels
 from lightning_dd.pretrained.task import Task
 from lightning_dd.utils.arguments import RemembersArguments
+from lightning_dd.utils.errors import UserError
 
 
 class Parameterisation(RemembersArguments, nn.Module, ABC):
     """The learnable tensors of a synthetic set, and the images they make.
 
-    An object is made with its options alone, as in ``parameterisation: {class_path: Latents, init_args: {level: 2}}``.
-    Once the data is known, :meth:`build` makes the tensors; rows are in blocks of ``ipc`` by class. A subclass answers
-    :meth:`build`, :meth:`start` and :meth:`render`.
+    An object is made with its options alone, as in ``parameterisation: {class_path: Latents, init_args: {level: 2}}``,
+    and remembers them for the file. A run then calls, in this order: :meth:`build` to make the tensors, :meth:`prepare`
+    and :meth:`start` to fill them (a resumed run loads them instead), and :meth:`render` in every outer step. Images
+    stand in blocks of ``ipc`` by class, classes in order, and live in the data's normalised space.
+
+    Example:
+        Images of half the size, enlarged; ``parameterisation: my_package.Coarse`` uses them.
+
+        >>> class Coarse(Parameterisation):
+        ...     def build(self, classes, task):
+        ...         channels, height, width = task.facts.image_shape
+        ...         self.small = nn.Parameter(torch.zeros(len(classes), channels, height // 2, width // 2))
+        ...
+        ...     def start(self, init, train, ipc, generator):
+        ...         self.small.data.copy_(torch.randn(self.small.shape, generator=generator))
+        ...
+        ...     def render(self):
+        ...         return nn.functional.interpolate(self.small, scale_factor=2)
     """
 
     @abstractmethod
     def build(self, classes: Tensor, task: Task) -> None:
-        """Make the learnable tensors, as parameters of this module.
+        """Make the learnable tensors, as parameters of this module, of shapes that ``classes`` and ``task`` fix.
 
         Args:
             classes: ``(n,)`` int64, the class of each image.
-            task: what is distilled: image shape, classes, preprocessing.
+            task: what is distilled: ``task.facts.image_shape`` is ``(C, H, W)``, ``task.facts.num_classes`` the number
+                of classes, and ``task.preprocessing`` maps pixels in [0, 1] to the normalised space.
         """
 
     @abstractmethod
@@ -35,10 +53,10 @@ class Parameterisation(RemembersArguments, nn.Module, ABC):
         """Fill the tensors for a first fit.
 
         Args:
-            init: ``real`` or ``noise``.
-            train: the training images.
+            init: ``real`` or ``noise``, as far as it has a meaning.
+            train: the training images; ``train.take(rows).images`` are normalised, ``train.labels`` their classes.
             ipc: images per class.
-            generator: CPU generator of the draw.
+            generator: CPU generator, to be the only source of random numbers.
 
         Raises:
             UserError: a class has fewer than ``ipc`` images.
@@ -49,7 +67,7 @@ class Parameterisation(RemembersArguments, nn.Module, ABC):
         """Return the images ``(n, C, H, W)``, normalised, with graph to what is learned."""
 
     def prepare(self, task: Task) -> None:
-        """Train or load what the images depend on, before :meth:`start`; by default there is nothing."""
+        """Train or load what the images depend on, as a generator; by default there is nothing."""
 
     def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
         """Return all that is learned as an optimizer's parameter groups, each with its learning rate.
@@ -91,3 +109,79 @@ class Pixels(Parameterisation):
         """Clip the pixels to [0, 1]; whitened images are un-whitened, clipped and whitened again."""
         with torch.no_grad():
             self.images.copy_(preprocessing.clipped(self.images))
+
+
+class SyntheticSet(nn.Module):
+    """Images that a parameterisation makes, and labels, in blocks of ``ipc`` rows per class, classes in order.
+
+    Images live in normalised space. Labels start from :func:`~lightning_dd.losses.labels.initial_labels`; those of the
+    kind ``learned`` are a parameter, the others are fixed.
+
+    Args:
+        parameterisation: what the images are learned through; its tensors are made here.
+        ipc: images per class, at least 1.
+        label_kind: ``learned``, ``centred`` or ``hard``.
+        task: what is distilled.
+
+    Attributes:
+        labels: ``(C * ipc, C)`` parameter, or buffer when fixed.
+        classes: ``(C * ipc,)`` int64 buffer, the class each row belongs to.
+
+    Raises:
+        UserError: ``ipc`` or ``label_kind`` is out of range.
+    """
+
+    labels: Tensor
+    classes: Tensor
+
+    def __init__(self, parameterisation: Parameterisation, ipc: int, label_kind: str, task: Task) -> None:
+        super().__init__()
+        check_synthetic(ipc, label_kind)
+        num_classes = task.facts.num_classes
+        self.ipc, self.label_kind = ipc, label_kind
+        self.register_buffer("classes", torch.arange(num_classes).repeat_interleave(ipc), persistent=False)
+        parameterisation.build(self.classes, task)
+        self.parameterisation = parameterisation
+        labels = initial_labels(self.classes, num_classes, label_kind)
+        if label_kind == "learned":
+            self.labels = nn.Parameter(labels)
+        else:
+            self.register_buffer("labels", labels)
+
+    def __len__(self) -> int:
+        return len(self.classes)
+
+    @property
+    def images(self) -> Tensor:
+        """The images ``(n, C, H, W)``, normalised, with graph to what is learned."""
+        return self.parameterisation.render()
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """Return images ``(n, C, H, W)``, normalised, and labels ``(n, num_classes)``."""
+        return self.images, self.labels
+
+    def parameter_groups(self, lr: float, label_lr: float | None = None) -> list[dict[str, Any]]:
+        """Return all that is learned as an outer optimizer's parameter groups, each with its learning rate.
+
+        Args:
+            lr: the outer learning rate.
+            label_lr: that of learned labels; ``None`` is the same.
+        """
+        groups = self.parameterisation.parameter_groups(lr)
+        if self.label_kind != "learned":
+            return groups
+        if label_lr is None and len(groups) == 1:
+            return [{**groups[0], "params": [*groups[0]["params"], self.labels]}]
+        return [*groups, {"params": [self.labels], "lr": lr if label_lr is None else label_lr, "name": "labels"}]
+
+
+def check_synthetic(ipc: int, label_kind: str) -> None:
+    """Refuse settings that no synthetic set can have.
+
+    Raises:
+        UserError: ``ipc`` is below 1 or ``label_kind`` is unknown.
+    """
+    if ipc < 1:
+        raise UserError(f"ipc (images per class) must be at least 1, got {ipc}")
+    if label_kind not in LABEL_KINDS:
+        raise UserError(f"labels must be one of {', '.join(LABEL_KINDS)}, got '{label_kind}'")

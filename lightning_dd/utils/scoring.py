@@ -34,20 +34,8 @@ class ScoredModule(LightningModule, ABC):
         """Prepare scoring."""
         self.start_scoring()
 
-    def on_test_epoch_start(self) -> None:
-        """Prepare scoring."""
-        self.start_scoring()
-
-    def on_predict_epoch_start(self) -> None:
-        """Prepare scoring."""
-        self.start_scoring()
-
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Count correct answers on held-out training images."""
-        self.accuracy.update(self.scored_logits(batch[0]), batch[1])
-
-    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Count correct answers on test images."""
+        """Count correct answers."""
         self.accuracy.update(self.scored_logits(batch[0]), batch[1])
 
     def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
@@ -61,6 +49,9 @@ class ScoredModule(LightningModule, ABC):
     def on_test_epoch_end(self) -> None:
         """Log ``test/accuracy``."""
         self._log_accuracy("test")
+
+    on_test_epoch_start = on_predict_epoch_start = on_validation_epoch_start
+    test_step = validation_step
 
     def _log_accuracy(self, split: str) -> None:
         self.log(f"{split}/accuracy", self.accuracy.compute(), prog_bar=True, sync_dist=True)
