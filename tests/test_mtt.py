@@ -20,6 +20,7 @@ from lightning_dd.distillers.checkpoint import distilled_from_checkpoint
 from lightning_dd.losses.metadd import MetaOptions
 from lightning_dd.losses.trajectory import (
     InnerStep,
+    Stretch,
     constant_memory,
     functional_loss,
     parameter_vector,
@@ -87,7 +88,7 @@ class Problem:
 
     def loss(self, form):
         loss = functional_loss(self.network, wide_loss(self.kind))
-        return form(loss, self.start, self.target, self.images, self.labels, self.step_size, self.steps)
+        return form(Stretch(loss, self.start, self.target, self.steps), self.images, self.labels, self.step_size)
 
     def gradients(self, form):
         value = self.loss(form)
@@ -339,7 +340,9 @@ def test_distilling_lowers_the_trajectory_loss(tmp_path):
             start, target = kept.snapshot(seed % 2, seed % 2), kept.snapshot(seed % 2, 2 + seed % 2)
             steps = model._inner_steps(3, make_generator(seed, "held out"))
             images, labels = (part.detach() for part in model.synthetic())
-            values.append(constant_memory(loss, start, target, images, labels, model.step_size.detach(), steps))
+            values.append(
+                constant_memory(Stretch(loss, start, target, steps), images, labels, model.step_size.detach())
+            )
         return float(torch.stack(values).mean())
 
     start, end = fitted(tmp_path, 0), fitted(tmp_path, 40)

@@ -13,7 +13,7 @@ from lightning_dd.callbacks import MetaDD, PoolAlternation
 from lightning_dd.distillers import SRe2L
 from lightning_dd.distillers.base import Probe
 from lightning_dd.distillers.sre2l import recovery_groups
-from lightning_dd.losses.batchnorm import StatisticsDistance, batch_norm_layers
+from lightning_dd.losses.matching import StatisticsDistance, batch_norm_layers
 from lightning_dd.models import build_network
 from lightning_dd.models.pool import rest
 from lightning_dd.pretrained import ClassifierRecipe

@@ -14,10 +14,9 @@ from lightning_dd.callbacks.outer_term import OuterTerm
 from lightning_dd.data.base import RealData
 from lightning_dd.data.preprocess import Preprocessing
 from lightning_dd.distillers.base import Distiller
-from lightning_dd.losses.attach import attach_gradients
+from lightning_dd.losses.gradients import SteadyShare, attach_gradients
 from lightning_dd.losses.metadd import MetaOptions
 from lightning_dd.losses.metadd_gradient import Architecture, MetaLoss, gathered_loss
-from lightning_dd.losses.steady_share import SteadyShare
 from lightning_dd.models.mixture import NetworkMixture
 from lightning_dd.pretrained import ClassifierRecipe, Task, trained_classifier
 from lightning_dd.utils.errors import UserError, unknown_name
@@ -81,7 +80,7 @@ class MetaDD(OuterTerm):
         weight: of the whole term in the outer loss, in units of ``scale``.
         scale: what a weight of 1 stands for. ``absolute`` is the loss as it is. ``norm`` gives the term's gradient by
             the images the norm of the method's own, so that one weight suits objectives of any scale. ``steady`` takes
-            the steady part of that norm alone, as :class:`~lightning_dd.losses.steady_share.SteadyShare` estimates it:
+            the steady part of that norm alone, as :class:`~lightning_dd.losses.gradients.SteadyShare` estimates it:
             the gradient of a method with other networks in every step (DM, FRePo) points elsewhere each time, and the
             term, which does not, would have the upper hand at the same norm.
         move_labels: let the term move learned labels too. They are small beside the images: a relative weight, which

@@ -11,7 +11,7 @@ from torch.nn.functional import one_hot
 from lightning_dd.augment.frepo import Draw, apply
 from lightning_dd.data.images import Batch
 from lightning_dd.distillers.matching import ClassMatching, measure_batch_statistics
-from lightning_dd.losses.attach import attach_gradients
+from lightning_dd.losses.gradients import attach_gradients
 from lightning_dd.losses.krr import centred_one_hot
 from lightning_dd.losses.matching import gradient_distance
 from lightning_dd.models.interface import Network

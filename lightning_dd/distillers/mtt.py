@@ -13,7 +13,7 @@ from lightning_dd.data.sampling import ShuffledStream
 from lightning_dd.distilled.set import DistilledSet
 from lightning_dd.distillers.base import Distiller
 from lightning_dd.losses import trajectory
-from lightning_dd.losses.trajectory import InnerStep, functional_loss
+from lightning_dd.losses.trajectory import InnerStep, Stretch, functional_loss
 from lightning_dd.models.interface import Network
 from lightning_dd.models.mixture import Architectures
 from lightning_dd.models.pool import rest
@@ -156,7 +156,7 @@ class MTT(Distiller):
                 "trajectory/start_epoch": torch.tensor(float(epoch)),
             }
         )
-        return {"trajectory": self.match(loss, start, target, images, labels, self.step_size, steps)}
+        return {"trajectory": self.match(Stretch(loss, start, target, steps), images, labels, self.step_size)}
 
     def configure_optimizers(self) -> Any:
         """Return SGD with momentum 0.5, with a learning rate each for images, labels and step size."""

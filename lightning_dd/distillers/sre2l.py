@@ -9,9 +9,8 @@ from torch.nn import functional as F
 from lightning_dd.augment.crops import draw_crops, resample
 from lightning_dd.data.images import Split
 from lightning_dd.distillers.teacher import TeacherDistiller
-from lightning_dd.losses.attach import attach_gradients
-from lightning_dd.losses.batchnorm import StatisticsDistance, batch_norm_layers
-from lightning_dd.losses.cam import no_float16
+from lightning_dd.losses.gradients import attach_gradients, no_float16
+from lightning_dd.losses.matching import StatisticsDistance, batch_norm_layers
 from lightning_dd.models.mixture import Architectures
 from lightning_dd.students.recipe import warmup_cosine
 from lightning_dd.synthetic.labels import Labels

@@ -8,9 +8,7 @@ and for transformers the same on tokens, or a map of their attention. MetaDD (ar
 between architectures; its paper leaves layer, class and order of differentiation open, so they are switches here.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,13 +16,12 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_dd.losses.cam_layers import as_map, check_layer, find_layer, frame_of, title, token_grid
+from lightning_dd.losses.gradients import no_float16, wide
 from lightning_dd.models.interface import Network
 from lightning_dd.utils.errors import UserError, unknown_name
 
-CamKind = Literal["auto", "gradcam", "attention"]
-"""``gradcam``: Grad-CAM of the last map or tokens; ``attention``: see :func:`attention_map`; ``auto``: ``gradcam``."""
-
 CAM_KINDS = ("auto", "gradcam", "attention")
+"""``gradcam``: Grad-CAM of the last map or tokens; ``attention``: see :func:`attention_map`; ``auto``: ``gradcam``."""
 
 _FLAT = 1e-6
 
@@ -59,7 +56,7 @@ def class_activation_map(
         scores_for: class indices ``(N,)``, or rows ``(N, num_classes)`` of weights of the logits. For learned soft
             labels give the class of the row: a row mixes in the evidence for other classes, which are not what a
             meta feature of this class is.
-        kind: ``gradcam``, ``attention`` (transformers only) or ``auto``, which is ``gradcam`` for every network.
+        kind: one of :data:`CAM_KINDS`; ``attention`` for transformers only.
         layer: name of a module as in ``network.named_modules()``; None finds the last map, see
             :func:`~lightning_dd.losses.cam_layers.find_layer`. For ``attention`` the module that returns the matrix.
         detach_weights: take ``alpha`` for constant, which is cheap; False is the exact derivative, of second order.
@@ -146,24 +143,6 @@ def normalise_maps(maps: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]
         alive = (span > _FLAT) & (span > _FLAT * high.abs())
         scaled = (resized - low) / torch.where(alive, span, 1.0)
         return torch.where(alive, scaled, 0.0), alive[:, 0, 0]
-
-
-@contextmanager
-def no_float16(device: str) -> Iterator[None]:
-    """Turn float16 autocast off: a gradient taken inside a step is out of the gradient scaler's reach, and underflows.
-
-    bfloat16 has the range of float32 and stays.
-    """
-    if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16:
-        with torch.autocast(device, enabled=False):
-            yield
-    else:
-        yield
-
-
-def wide(values: Tensor) -> Tensor:
-    """Return the values in float32, or as they are in float64."""
-    return values if values.dtype == torch.float64 else values.float()
 
 
 def _run(network: Network, images: Tensor, attention: bool, layer: str | None) -> tuple[Tensor, Tensor, bool]:

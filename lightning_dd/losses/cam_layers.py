@@ -1,10 +1,8 @@
 """Where a network keeps its last spatial features, and how to lay them out on a grid, whatever its family."""
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from difflib import get_close_matches
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -42,8 +40,8 @@ def find_layer(network: Network, images: Tensor, attention: bool = False) -> str
     key = (attention, tuple(images.shape[1:]))
     known = _FOUND.setdefault(network, {})
     if key not in known:
-        trace = _trace(network, torch.zeros_like(images[:1]))
-        known[key] = trace.attention_layer(network) if attention else trace.map_layer(network)
+        trace = _Trace(network, torch.zeros_like(images[:1]))
+        known[key] = trace.attention_layer() if attention else trace.map_layer()
     return known[key]
 
 
@@ -122,102 +120,76 @@ def _fits(grid: tuple[int, int], frame: tuple[int, int]) -> bool:
     return abs(rows - columns * height / width) <= (0 if height == width else 1)
 
 
-@dataclass
 class _Trace:
-    """The last modules, in the order of execution, that returned each kind of thing."""
+    """The modules that returned a map, tokens or an attention matrix last, when one image runs through a network."""
 
-    frame: tuple[int, int]
-    step: int = 0
-    entered: int = 0  # tokens that entered the attention now running
-    last: dict[str, tuple[int, str]] = field(default_factory=dict)
-    made_by: dict[int, tuple[str, Tensor]] = field(default_factory=dict)  # by id; the tensor is kept so ids stay unique
+    def __init__(self, network: Network, image: Tensor) -> None:
+        self.network, self.frame = network, frame_of(network, image)
+        self.last: dict[str, tuple[int, str]] = {}  # by what was returned: its number, and the module's name
+        self.made_by: dict[int, tuple[str, Tensor]] = {}  # by id; the tensor is kept so that ids stay unique
+        self.noted, self.tokens_entering = 0, 0  # the latter of the attention now running
+        modules = {name: module for name, module in network.named_modules() if name}
+        # The innermost modules that have heads are attention layers, and not the blocks around them.
+        headed = [name for name, module in modules.items() if isinstance(getattr(module, "num_heads", None), int)]
+        attentions = {name for name in headed if not any(other.startswith(f"{name}.") for other in headed)}
+        self.inside = tuple(f"{name}." for name in attentions)
+        handles = [
+            module.register_forward_pre_hook(self._note_input)
+            if name in attentions
+            else module.register_forward_hook(partial(self._note_output, name))
+            for name, module in modules.items()
+        ]
+        try:
+            with torch.no_grad():
+                network(image)
+        finally:
+            for handle in handles:
+                handle.remove()
 
-    def note(self, kind: str, name: str) -> None:
-        self.step += 1
-        self.last[kind] = (self.step, name)
-
-    def map_layer(self, network: Network) -> str:
+    def map_layer(self) -> str:
         """Return the module whose output, or input to attention, is the last map; refuse a network without one."""
-        first = (0, "")
-        spatial, attended, tokens = (self.last.get(kind, first) for kind in ("map", "attended", "tokens"))
-        chosen = attended if attended[0] > spatial[0] else max(spatial, tokens)
-        if not chosen[1]:
+        spatial, attended, tokens = (self.last.get(kind, (0, "")) for kind in ("map", "attended", "tokens"))
+        number, name = attended if attended[0] > spatial[0] else max(spatial, tokens)
+        if not number:
             raise UserError(
-                f"architecture {title(network)} has no spatial map of more than one cell, "
+                f"architecture {title(self.network)} has no spatial map of more than one cell, "
                 "so it has no class-activation map"
             )
-        return chosen[1]
+        return name
 
-    def attention_layer(self, network: Network) -> str:
+    def attention_layer(self) -> str:
+        """Return the module whose output is the last attention matrix; refuse a network without one."""
         if "attention" not in self.last:
             raise UserError(
-                f"architecture {title(network)} has no attention over the whole image that can be read: "
+                f"architecture {title(self.network)} has no attention over the whole image that can be read: "
                 "cam must be gradcam"
             )
         return self.last["attention"][1]
 
+    def _note(self, kind: str, name: str) -> None:
+        self.noted += 1
+        self.last[kind] = (self.noted, name)
 
-@torch.no_grad()
-def _trace(network: Network, image: Tensor) -> _Trace:
-    """Run one image ``(1, C, H, W)`` and note what the modules return."""
-    trace = _Trace(frame_of(network, image))
-    with _watched(network, trace):
-        network(image)
-    return trace
-
-
-@contextmanager
-def _watched(network: Network, trace: _Trace) -> Iterator[None]:
-    attentions = _attentions(network)
-    inside = tuple(f"{name}." for name in attentions)
-    handles = []
-    for name, module in network.named_modules():
-        if name in attentions:
-            handles.append(module.register_forward_pre_hook(_note_input(trace)))
-        if name and name not in attentions:
-            handles.append(module.register_forward_hook(_note_output(trace, name, name.startswith(inside))))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _attentions(network: nn.Module) -> set[str]:
-    """Names of the innermost modules that have heads: attention layers, not the blocks around them."""
-    named = dict(network.named_modules())
-    headed = [name for name, module in named.items() if name and isinstance(getattr(module, "num_heads", None), int)]
-    return {name for name in headed if not any(other.startswith(f"{name}.") for other in headed)}
-
-
-def _note_input(trace: _Trace) -> Any:
-    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+    def _note_input(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Note whose output enters attention."""
         entering = args[0] if args else None
-        trace.entered = 0
-        if isinstance(entering, Tensor) and entering.ndim == 3 and _is_map(entering, trace):
-            trace.entered = entering.shape[1]
-            if maker := trace.made_by.get(id(entering)):
-                trace.note("attended", maker[0])
+        self.tokens_entering = 0
+        if isinstance(entering, Tensor) and entering.ndim == 3 and self._is_map(entering):
+            self.tokens_entering = entering.shape[1]
+            if maker := self.made_by.get(id(entering)):
+                self._note("attended", maker[0])
 
-    return hook
-
-
-def _note_output(trace: _Trace, name: str, inside: bool) -> Any:
-    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def _note_output(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Note an output that is a map, or an attention matrix."""
         if not isinstance(output, Tensor):
             return
-        if not inside:
-            trace.made_by[id(output)] = (name, output)
-            if _is_map(output, trace):
-                trace.note("map" if output.ndim == 4 else "tokens", name)
+        if not name.startswith(self.inside):
+            self.made_by[id(output)] = (name, output)
+            if self._is_map(output):
+                self._note("map" if output.ndim == 4 else "tokens", name)
         # Windows make the batch larger, and attention between channels has no side of the tokens' length.
-        elif name.endswith(".attn_drop") and output.ndim == 4 and (len(output), output.shape[3]) == (1, trace.entered):
-            trace.note("attention", name)
+        elif name.endswith(".attn_drop") and output.ndim == 4 and output.shape[::3] == (1, self.tokens_entering):
+            self._note("attention", name)
 
-    return hook
-
-
-def _is_map(output: Tensor, trace: _Trace) -> bool:
-    return output.shape[0] == 1 and as_map(output, trace.frame) is not None
+    def _is_map(self, output: Tensor) -> bool:
+        return output.shape[0] == 1 and as_map(output, self.frame) is not None

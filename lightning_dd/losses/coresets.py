@@ -37,14 +37,7 @@ def herding(features: Tensor, count: int) -> Tensor:
 def k_center(features: Tensor, count: int) -> Tensor:
     """Choose rows farthest first: each next one is the farthest from those chosen (Gonzalez 1985).
 
-    The first is the row nearest the mean.
-
-    Args:
-        features: ``(N, p)``.
-        count: at most N.
-
-    Returns:
-        ``(count,)`` int64, in the order of choice.
+    The first is the row nearest the mean. What is taken and returned has the shapes of :func:`herding`.
 
     Example:
         >>> k_center(torch.tensor([[0.0], [1.0], [5.0]]), 2)

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_dd.losses.cam import CAM_KINDS, wide
+from lightning_dd.losses.cam import CAM_KINDS
+from lightning_dd.losses.gradients import wide
 from lightning_dd.losses.labels import LABEL_KINDS
 from lightning_dd.utils.errors import UserError, check_count, unknown_name
 

@@ -15,8 +15,8 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from lightning_dd.losses.attach import attach_gradients
-from lightning_dd.losses.cam import class_activation_map, no_float16, normalise_maps
+from lightning_dd.losses.cam import class_activation_map, normalise_maps
+from lightning_dd.losses.gradients import attach_gradients, no_float16
 from lightning_dd.losses.metadd import MetaOptions, metadd_loss
 from lightning_dd.models.interface import Network
 from lightning_dd.utils.errors import UserError

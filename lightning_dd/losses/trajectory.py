@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lightning_dd.losses.attach import attach_gradients
-from lightning_dd.losses.cam import no_float16, wide
+from lightning_dd.losses.gradients import attach_gradients, no_float16, wide
 from lightning_dd.models.interface import Network
 
 StepLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -37,6 +36,19 @@ class InnerStep(NamedTuple):
     """``(b,)`` int64: the synthetic mini-batch."""
     augment: Callable[[Tensor], Tensor]
     """From ``(b, C, H, W)`` to the same shape: a pure function, as it may be called twice."""
+
+
+class Stretch(NamedTuple):
+    """A stretch of an expert's trajectory, and the inner steps that are to reproduce it."""
+
+    loss: StepLoss
+    """What an inner step descends; a pure function, as it may be called twice."""
+    start: Tensor
+    """The expert's parameters theta*_t, ``(P,)``."""
+    target: Tensor
+    """Its parameters M epochs later, ``(P,)``."""
+    steps: Sequence[InnerStep]
+    """The N inner steps."""
 
 
 def parameter_vector(network: Network) -> Tensor:
@@ -63,41 +75,22 @@ def functional_loss(network: Network, loss: Callable[[Tensor, Tensor], Tensor]) 
     return step_loss
 
 
-def unrolled(
-    loss: StepLoss,
-    start: Tensor,
-    target: Tensor,
-    images: Tensor,
-    labels: Tensor,
-    step_size: Tensor,
-    steps: Sequence[InnerStep],
-) -> Tensor:
+def unrolled(stretch: Stretch, images: Tensor, labels: Tensor, step_size: Tensor) -> Tensor:
     """Return the trajectory loss with the graph of all N steps, as the paper computes it.
 
     Args:
-        loss: what an inner step descends.
-        start: the expert's parameters theta*_t ``(P,)``.
-        target: its parameters M epochs later, ``(P,)``.
+        stretch: what is to be reproduced.
         images: synthetic images ``(n, C, H, W)``, normalised.
         labels: their labels ``(n, num_classes)``.
         step_size: scalar alpha.
-        steps: the N inner steps.
     """
-    vector = start.detach().requires_grad_(torch.is_grad_enabled())
-    for step in steps:
-        vector = _next(loss, vector, step, images, labels, step_size)
-    return trajectory_loss(vector, start, target)
+    vector = stretch.start.detach().requires_grad_(torch.is_grad_enabled())
+    for step in stretch.steps:
+        vector = _next(stretch.loss, vector, step, images, labels, step_size)
+    return trajectory_loss(vector, stretch.start, stretch.target)
 
 
-def constant_memory(
-    loss: StepLoss,
-    start: Tensor,
-    target: Tensor,
-    images: Tensor,
-    labels: Tensor,
-    step_size: Tensor,
-    steps: Sequence[InnerStep],
-) -> Tensor:
+def constant_memory(stretch: Stretch, images: Tensor, labels: Tensor, step_size: Tensor) -> Tensor:
     """Return what :func:`unrolled` returns, with the graph of one inner step in memory whatever N is.
 
     The N steps are first taken without graph; only their parameter vectors are kept. The adjoint
@@ -109,31 +102,22 @@ def constant_memory(
 
     The gradient is computed here and waits for ``backward``, which only scales and passes it on; there is no second
     derivative. Nothing is differentiated when gradients are off.
-
-    Args:
-        loss: what an inner step descends; it is called twice per step with equal arguments and must not be random.
-        start: see :func:`unrolled`, as are the others.
-        target: ``(P,)``.
-        images: ``(n, C, H, W)``.
-        labels: ``(n, num_classes)``.
-        step_size: scalar.
-        steps: the N inner steps.
     """
     given = (images, labels, step_size)
     wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
     leaves = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in given]
-    path = [start.detach()]
+    path = [stretch.start.detach()]
     with torch.no_grad():
-        for step in steps:
-            path.append(_next(loss, path[-1], step, *leaves))
+        for step in stretch.steps:
+            path.append(_next(stretch.loss, path[-1], step, *leaves))
     end = path.pop().requires_grad_(wanted)
-    value = trajectory_loss(end, start, target)
+    value = trajectory_loss(end, stretch.start, stretch.target)
     if not wanted:
         return value
     (adjoint,) = torch.autograd.grad(value, end)
     totals = [torch.zeros_like(leaf) if leaf.requires_grad else None for leaf in leaves]
-    for step in reversed(steps):
-        adjoint, shares = _pull_back(loss, path.pop(), leaves, step, adjoint)
+    for step in reversed(stretch.steps):
+        adjoint, shares = _pull_back(stretch.loss, path.pop(), leaves, step, adjoint)
         for total, share in zip(totals, shares, strict=True):
             if total is not None and share is not None:
                 total += share
