@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from lightning_dd.callbacks import PoolAlternation
 from lightning_dd.data import RawSplit, RealData, Split
-from lightning_dd.data.images import PixelRows
 from lightning_dd.distilled.set import DistilledSet
 from lightning_dd.distillers.base import Probe
 from lightning_dd.models import Network
@@ -73,7 +72,7 @@ def tiny_trainer(folder, max_steps: int = 4, **kwargs) -> Trainer:
 
 def split_of(images: Tensor, labels: Tensor) -> Split:
     """Normalised images as a split that gives them as they are."""
-    return Split(PixelRows(images, torch.arange(len(images))), labels)
+    return Split(images, labels)
 
 
 def committee_of(network: Network) -> Committee:

@@ -21,9 +21,9 @@ from lightning_dd.applications.continual.report import curves, forgetting, markd
 from lightning_dd.applications.continual.run import rows_of
 from lightning_dd.cli import main
 from lightning_dd.data import DATA_SETS, ClassSubset, RawSplit
+from lightning_dd.data.parts import load_preprocessing, save_preprocessing
 from lightning_dd.data.registry import DataChoice
 from lightning_dd.data.sampling import draw_per_class
-from lightning_dd.data.subset import load_preprocessing, save_preprocessing
 from lightning_dd.distilled import DistilledSet
 from lightning_dd.distilled.datamodule import check_match, real_data_of, real_set
 from lightning_dd.distilled.union import embed_labels, union

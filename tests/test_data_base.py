@@ -7,7 +7,7 @@ from helpers import split_of
 from torch import Tensor
 
 from lightning_dd.data import DataFacts, Preprocessing, RawSplit, RealData
-from lightning_dd.data.preprocess import block_stride, fit_preprocessing, fit_zca, from_blocks, to_blocks, to_unit
+from lightning_dd.data.preprocess import block_stride, fit_preprocessing, from_blocks, to_blocks, to_unit
 from lightning_dd.data.sampling import EvalBatches, ShuffledStream, StepCounter, pass_through
 from lightning_dd.distilled import DistilledSet
 from lightning_dd.utils.errors import UserError
@@ -202,6 +202,12 @@ def test_a_validation_split_that_cannot_be_cut(fraction):
 
 
 # --- preprocessing ---------------------------------------------------------------------------------------------
+
+
+def fit_zca(images: Tensor, ridge: float = 0.1) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, whitening and un-whitening matrices of images that are standardised already."""
+    fitted = fit_preprocessing("zca", images, [0.0] * 3, [1.0] * 3, zca_ridge=ridge)
+    return fitted.zca_mean, fitted.zca_whiten, fitted.zca_unwhiten
 
 
 def reference_zca(rows: np.ndarray, ridge: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -16,8 +16,8 @@ import torchvision
 from PIL import Image
 
 from lightning_dd.data import DATA_SETS, HuggingFace, ImageNet, ImageNette, ImageWoof, TinyImageNet
-from lightning_dd.data.classes import CLASS_GROUPS, choose_classes, relabel
 from lightning_dd.data.imagenet import imagenet_names
+from lightning_dd.data.readers import CLASS_GROUPS, choose_classes, relabel
 from lightning_dd.utils.errors import UserError
 
 REAL_DATA = os.environ.get("LIGHTNING_DD_DATA")  # read before the fixture below hides it

@@ -22,8 +22,8 @@ from torchvision.transforms import CenterCrop, Compose, Resize
 from lightning_dd.data import DATA_SETS, ImageFolder, MNIST5k, ParquetImages, RawSplit, RealData
 from lightning_dd.data import cache as cache_module
 from lightning_dd.data.cache import cache_folder, cached_split, content_key
-from lightning_dd.data.cached import CachedData
-from lightning_dd.data.decode import decode_images
+from lightning_dd.data.readers import CachedData, decode_images
+from lightning_dd.data.registry import build_data
 from lightning_dd.utils.errors import UserError
 
 REAL_DATA = os.environ.get("LIGHTNING_DD_DATA")  # read before the fixture below hides it
@@ -47,13 +47,13 @@ def one_line(error: pytest.ExceptionInfo) -> str:
 # --- cache -----------------------------------------------------------------------------------------------------
 
 
-def a_split(count: int = 6) -> RawSplit:
+def a_split(allocate=None, count: int = 6) -> RawSplit:
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (count, 3, 4, 5), dtype=torch.uint8, generator=generator)
     return RawSplit(images, torch.arange(count) % 2, ("böse", "gut"))
 
 
-def must_not_decode() -> RawSplit:
+def must_not_decode(allocate=None) -> RawSplit:
     raise AssertionError("decoded although cached")
 
 
@@ -68,14 +68,14 @@ def test_the_cache_gives_back_what_was_decoded(cache):
     first = cached_split("k", a_split)
     assert_same_split(first, a_split())
     assert_same_split(cached_split("k", must_not_decode), first)
-    assert [file.name for file in cache.iterdir()] == ["k.safetensors"]  # and no temporary file
+    assert {file.name for file in cache.iterdir()} == {"k.npy", "k.safetensors"}  # and no temporary file
 
 
 def test_the_cache_keeps_a_view_that_is_not_contiguous():
     split = a_split()
     turned = RawSplit(split.images.permute(0, 1, 3, 2), split.labels.flip(0)[::2], split.class_names)
     turned = turned._replace(images=turned.images[::2])
-    cached_split("k", lambda: turned)
+    cached_split("k", lambda _: turned)
     assert_same_split(cached_split("k", must_not_decode), turned)
 
 
@@ -85,10 +85,19 @@ def test_a_cached_split_may_be_written_to_without_changing_the_file():
     assert_same_split(cached_split("k", must_not_decode), a_split())
 
 
-@pytest.mark.parametrize("damage", ["truncated", "empty", "garbage", "one bit", "other tensors", "folder"])
-def test_a_damaged_cache_file_is_decoded_again(cache, damage):
+DAMAGES = ["truncated", "empty", "garbage", "one bit", "folder"]
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        *(("k.npy", damage) for damage in DAMAGES),
+        *(("k.safetensors", damage) for damage in [*DAMAGES, "other tensors"]),
+    ],
+)
+def test_a_damaged_cache_file_is_decoded_again(cache, name, damage):
     cached_split("k", a_split)
-    file = cache / "k.safetensors"
+    file = cache / name
     whole = file.read_bytes()
     if damage == "folder":
         file.unlink()
@@ -116,15 +125,15 @@ def test_an_unwritable_cache_costs_only_a_warning(tmp_path, monkeypatch):
 
 
 def test_a_failing_write_leaves_nothing_behind_and_keeps_the_old_file(cache, monkeypatch):
-    def full_disk(tensors, path, metadata):
+    def full_disk(path, array):
         Path(path).write_bytes(b"half of it")
         raise OSError("no space left on device")
 
     cached_split("old", a_split)
-    monkeypatch.setattr(cache_module, "save_file", full_disk)
+    monkeypatch.setattr(np, "save", full_disk)
     with pytest.warns(UserWarning, match="no space left"):
         cached_split("new", a_split)
-    assert [file.name for file in cache.iterdir()] == ["old.safetensors"]
+    assert {file.name for file in cache.iterdir()} == {"old.npy", "old.safetensors"}
 
 
 def test_no_reader_ever_sees_half_a_file(cache):
@@ -133,12 +142,12 @@ def test_no_reader_ever_sees_half_a_file(cache):
 
     def write() -> None:
         while not stop.is_set():
-            cache_module.store_split(cache / "k.safetensors", a_split(200))
+            cache_module.store_split(cache / "k.npy", a_split(count=200))
 
     def read() -> None:
         for _ in range(100):
-            split = cache_module.load_split(cache / "k.safetensors")
-            seen.append(split is None or torch.equal(split.images, a_split(200).images))
+            split = cache_module.load_split(cache / "k.npy")
+            seen.append(split is None or torch.equal(split.images, a_split(count=200).images))
 
     writers = [threading.Thread(target=write) for _ in range(2)]
     readers = [threading.Thread(target=read) for _ in range(2)]
@@ -257,8 +266,8 @@ def test_resizing_is_torchvisions(size):
 
 
 def test_decoding_keeps_the_order_over_tasks_and_rounds(monkeypatch):
-    monkeypatch.setattr("lightning_dd.data.decode._TASK", 3)
-    monkeypatch.setattr("lightning_dd.data.decode._ROUND", 7)
+    monkeypatch.setattr("lightning_dd.data.readers._TASK", 3)
+    monkeypatch.setattr("lightning_dd.data.readers._ROUND", 7)
     images = [picture(seed) for seed in range(23)]
     ours = decode_images(((str(i), encoded(image)) for i, image in enumerate(images)), 23)
     theirs = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2)
@@ -341,7 +350,7 @@ def test_a_second_read_comes_from_the_cache_until_the_bytes_change(hub, cache, m
     with monkeypatch.context() as patch:
         patch.setattr(ParquetImages, "decode", lambda self, **_: must_not_decode())
         assert_same_split(reader().read(train=True), first)
-    assert len(list(cache.iterdir())) == 1
+    assert len(list(cache.iterdir())) == 2
     write_parquet(hub / "train-1.parquet", [encoded(picture(77))], [0], ["cat", "dog"])
     assert len(reader().read(train=True).labels) == 7
 
@@ -413,7 +422,7 @@ def test_the_spec_of_parquet_rebuilds_it_without_paths(hub, monkeypatch):
         ([encoded(picture(0)), encoded(picture(1), "JPEG")[:200]], r"'train.parquet', row 1: .*"),
         ([encoded(picture(0)), encoded(picture(1))[:60]], r"'train.parquet', row 1: .*"),
         ([encoded(picture(0)), None], r"'train.parquet', row 1: it has no bytes"),
-        ([], r"data.train_files: the files hold no rows"),
+        ([], r"data.train_files: there are no rows to read"),
     ],
 )
 def test_broken_images_are_named(tmp_path, images, message):
@@ -730,6 +739,13 @@ def test_a_failed_download_is_one_line(monkeypatch):
     assert "and more" not in one_line(error)
 
 
+def test_a_set_is_found_where_it_was_defined_before():
+    for path in ("lightning_dd.data.mnist5k.MNIST5k", "lightning_dd.data.MNIST5k", "MNIST5k"):
+        assert isinstance(build_data(path), MNIST5k)
+    with pytest.raises(UserError, match=r"data set 'lightning_dd.data.mnist5k.MNIST6k' cannot be imported"):
+        build_data("lightning_dd.data.mnist5k.MNIST6k")
+
+
 # --- together --------------------------------------------------------------------------------------------------
 
 
@@ -780,8 +796,9 @@ def test_a_trainer_runs_over_a_reader(hub, tmp_path):
 
 def test_the_cache_is_no_pickle(hub, cache):
     ParquetImages("train-*.parquet", "test.parquet", root=str(hub)).read(train=True)
-    with safe_open(next(cache.iterdir()), framework="pt") as file:
-        assert set(file.keys()) == {"images", "labels"}
+    with safe_open(next(cache.glob("*.safetensors")), framework="pt") as file:
+        assert set(file.keys()) == {"labels"}
+    assert np.load(next(cache.glob("*.npy")), allow_pickle=False).dtype == np.uint8
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 import lightning_dd.pretrained.generator as pretrained
 from lightning_dd.callbacks import MetaDD, PoolAlternation
 from lightning_dd.data.cache import cache_folder
-from lightning_dd.data.facts import DataFacts
+from lightning_dd.data.images import DataFacts
 from lightning_dd.data.preprocess import Preprocessing, fit_preprocessing
 from lightning_dd.distillers import FRePo, Random
 from lightning_dd.distillers.base import Probe

@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers import split_of
 
-from lightning_dd.data.facts import DataFacts
+from lightning_dd.data.images import DataFacts
 from lightning_dd.data.preprocess import Preprocessing
 from lightning_dd.data.sampling import draw_per_class
 from lightning_dd.losses.labels import initial_labels

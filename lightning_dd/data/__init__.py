@@ -1,17 +1,14 @@
 """Real image sets as Lightning data modules."""
 
 from lightning_dd.data.base import RealData
-from lightning_dd.data.facts import DataFacts
 from lightning_dd.data.folder import ImageFolder
 from lightning_dd.data.hub import HuggingFace
 from lightning_dd.data.imagenet import ImageNet, ImageNette, ImageWoof, TinyImageNet
-from lightning_dd.data.images import Batch, RawSplit, Split
-from lightning_dd.data.mnist5k import MNIST5k
-from lightning_dd.data.parquet import ParquetImages
+from lightning_dd.data.images import Batch, DataFacts, RawSplit, Split
+from lightning_dd.data.parts import ClassSubset, RealRows
 from lightning_dd.data.preprocess import Preprocessing
-from lightning_dd.data.rows import RealRows
-from lightning_dd.data.subset import ClassSubset
-from lightning_dd.data.torchvision_sets import CIFAR10, CIFAR100, MNIST, SVHN, FashionMNIST
+from lightning_dd.data.standard_sets import CIFAR10, CIFAR100, MNIST, SVHN, FashionMNIST, MNIST5k
+from lightning_dd.data.tables import ParquetImages
 
 DATA_SETS: dict[str, type[RealData]] = {
     data.__name__: data

@@ -12,14 +12,12 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_dd.data.cache import cached_tensors, content_key
-from lightning_dd.data.facts import DataFacts
-from lightning_dd.data.images import Batch, PixelRows, RawSplit, Split
-from lightning_dd.data.memory import remember
+from lightning_dd.data.cache import cached_tensors, content_key, remember
+from lightning_dd.data.images import Batch, DataFacts, RawSplit, Split
 from lightning_dd.data.preprocess import KINDS, RIDGE, Preprocessing, block_stride, fit_preprocessing
 from lightning_dd.data.sampling import EvalBatches, StepCounter, pass_through
 from lightning_dd.utils.arguments import RemembersArguments
-from lightning_dd.utils.errors import UserError
+from lightning_dd.utils.errors import UserError, check_range
 
 _BLOCK = 4096  # images hashed at a time
 
@@ -80,18 +78,13 @@ class RealData(RemembersArguments, LightningDataModule, ABC):
         self.name: str = type(self).__name__  # by which a distilled set remembers where it came from
         if preprocessing not in KINDS:
             raise UserError(f"data.preprocessing must be one of {', '.join(KINDS)}, got '{preprocessing}'")
-        if not 0 <= val_fraction < 1:
-            raise UserError(f"data.val_fraction must be in [0, 1), got {val_fraction}")
-        if eval_batch_size < 1:
-            raise UserError(f"data.eval_batch_size must be at least 1, got {eval_batch_size}")
+        check_range("in [0, 1)", "data.", val_fraction=val_fraction)
+        check_range("at least 1", "data.", eval_batch_size=eval_batch_size, zca_block=zca_block)
+        check_range("at least 0", "data.", workers=workers)
         if on_disk and not self.can_stay_on_disk:
             raise UserError(
                 f"data.on_disk: {self.name} is read whole into memory; set data.keep_on_device=false instead"
             )
-        if workers < 0:
-            raise UserError(f"data.workers must be at least 0, got {workers}")
-        if zca_block is not None and zca_block < 1:
-            raise UserError(f"data.zca_block must be at least 1, got {zca_block}")
         self.root = root
         self.preprocessing_kind = preprocessing
         self.val_fraction = val_fraction
@@ -162,20 +155,19 @@ class RealData(RemembersArguments, LightningDataModule, ABC):
             self._check(raw, "test")
             if tuple(raw.images.shape[1:]) != self.facts.image_shape or raw.class_names != self.facts.class_names:
                 raise UserError(f"{self.name}: the test split has other image shapes or classes than the train split")
-            self.test = self._split_of(PixelRows(raw.images, torch.arange(len(raw.labels))), raw.labels)
+            self.test = self._split_of(raw, torch.arange(len(raw.labels)))
 
     def _setup_train(self) -> None:
         raw = self.read(train=True)
         self._check(raw, "train")
         self._check_room(raw)
         kept, held_out = self._split(raw.labels)
-        pixels = PixelRows(raw.images, kept)
-        fingerprint = self._fingerprint(pixels, raw.labels[kept])
+        fingerprint = self._fingerprint(raw, kept)
         if self.preprocessing is None:
-            self.preprocessing = self._fitted(pixels, fingerprint)
-        self.train = self._split_of(pixels, raw.labels[kept])
+            self.preprocessing = self._fitted(raw.images, kept, fingerprint)
+        self.train = self._split_of(raw, kept)
         if len(held_out):
-            self.val = self._split_of(PixelRows(raw.images, held_out), raw.labels[held_out])
+            self.val = self._split_of(raw, held_out)
         channels, height, width = raw.images.shape[1:]
         self._facts = DataFacts(
             name=self.name,
@@ -203,44 +195,41 @@ class RealData(RemembersArguments, LightningDataModule, ABC):
             raise UserError(f"data.val_fraction={self.val_fraction} cannot be cut from {self.name}: {error}") from None
         return torch.from_numpy(kept).sort().values, torch.from_numpy(held_out).sort().values
 
-    def _fitted(self, pixels: PixelRows, fingerprint: str) -> Preprocessing:
+    def _fitted(self, pixels: Tensor, rows: Tensor, fingerprint: str) -> Preprocessing:
         """Fit the preprocessing, or take it from the cache where fitting takes long."""
         kind, mean, std = self.preprocessing_kind, self.channel_mean, self.channel_std
         stride = block_stride(pixels.shape[2], pixels.shape[3], self.zca_block) if kind == "zca" else 1
         device = self._device() if self._device().type == "cuda" else torch.device("cpu")
 
         def fit() -> Preprocessing:
-            return fit_preprocessing(kind, pixels, mean, std, zca_block=self.zca_block, device=device)
+            return fit_preprocessing(kind, pixels, mean, std, zca_block=self.zca_block, device=device, rows=rows)
 
         if kind != "zca" and self.train_key() is None:
             return fit()
         key = content_key("preprocessing", fingerprint, kind, mean and tuple(mean), std and tuple(std), RIDGE, stride)
         return Preprocessing.from_state_dict(cached_tensors("preprocessing", key, lambda: fit().state_dict()))
 
-    def _fingerprint(self, pixels: PixelRows, labels: Tensor) -> str:
+    def _fingerprint(self, raw: RawSplit, rows: Tensor) -> str:
         """Hash the training pixels and labels, or recall what they were hashed to."""
         key = self.train_key()
         if key is None:
-            return _hashed(pixels, labels)
-        key = content_key("fingerprint", key, hashlib.blake2b(pixels.rows.numpy().data).hexdigest())
+            return _hashed(raw, rows).hex()
+        key = content_key("fingerprint", key, hashlib.blake2b(rows.numpy().data).hexdigest())
+        kept = cached_tensors("fingerprints", key, lambda: {"digest": torch.tensor([*_hashed(raw, rows)]).byte()})
+        return bytes(kept["digest"].tolist()).hex()
 
-        def make() -> dict[str, Tensor]:
-            return {"digest": torch.tensor(list(bytes.fromhex(_hashed(pixels, labels))), dtype=torch.uint8)}
-
-        return bytes(cached_tensors("fingerprints", key, make)["digest"].tolist()).hex()
-
-    def _split_of(self, pixels: PixelRows, labels: Tensor) -> Split:
+    def _split_of(self, raw: RawSplit, rows: Tensor) -> Split:
         """Return rows ready to be drawn: their pixels on the device, or where they were decoded."""
         assert self.preprocessing is not None
-        device = self._device()
+        device, pixels, labels = self._device(), raw.images, raw.labels[rows]
         if self._moved is None:
             self._moved = self.preprocessing.to(device)  # one copy for all splits: matrices may take a gigabyte
         if self.on_disk or not self.keep_on_device:
-            return Split(pixels, labels, self._moved, device, self.workers)
-        if device.type != "cpu":
-            kept = pixels[:].to(device)
-            pixels = PixelRows(kept, torch.arange(len(kept), device=device))
-        return Split(pixels, labels.to(device), self._moved, device, keep_normalised=self.preprocessing.kind == "zca")
+            return Split(pixels, labels, self._moved, device, self.workers, rows=rows)
+        whitened = self.preprocessing.kind == "zca"
+        if device.type == "cpu":
+            return Split(pixels, labels, self._moved, device, keep_normalised=whitened, rows=rows)
+        return Split(pixels[rows].to(device), labels.to(device), self._moved, device, keep_normalised=whitened)
 
     def _device(self) -> torch.device:
         return torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
@@ -268,11 +257,8 @@ class RealData(RemembersArguments, LightningDataModule, ABC):
 
     def _check_room(self, raw: RawSplit) -> None:
         """Refuse to keep on the device what is larger than its whole memory."""
-        numbers = raw.images.numel()
-        device, needed = (
-            self._device(),
-            (4 if self.preprocessing_kind == "zca" else raw.images.element_size()) * numbers,
-        )
+        device = self._device()
+        needed = raw.images.numel() * (4 if self.preprocessing_kind == "zca" else raw.images.element_size())
         room = None if self.on_disk or not self.keep_on_device else _memory_of(device)
         if room is not None and needed > room:
             raise UserError(
@@ -305,12 +291,12 @@ class RealData(RemembersArguments, LightningDataModule, ABC):
         return pass_through(EvalBatches(split, self.eval_batch_size, rank, world))
 
 
-def _hashed(pixels: PixelRows, labels: Tensor) -> str:
+def _hashed(raw: RawSplit, rows: Tensor) -> bytes:
     digest = hashlib.blake2b(digest_size=16)
-    for start in range(0, len(pixels), _BLOCK):
-        digest.update(pixels[start : start + _BLOCK].numpy().data)
-    digest.update(labels.contiguous().numpy().data)
-    return digest.hexdigest()
+    for part in torch.split(rows, _BLOCK):
+        digest.update(raw.images.index_select(0, part).numpy().data)
+    digest.update(raw.labels[rows].numpy().data)
+    return digest.digest()
 
 
 def _memory_of(device: torch.device) -> int | None:

@@ -1,4 +1,4 @@
-"""Decoded splits and fitted tensors on disk: made once, read back in a moment, a damaged file never trusted."""
+"""The cache folder: decoded splits, fitted tensors and notes. A damaged file is made again, never trusted."""
 
 import hashlib
 import json
@@ -6,8 +6,12 @@ import os
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
+import numpy.typing as npt
+import torch
+from numpy.lib.format import open_memmap
 from pytorch_lightning.utilities import rank_zero_warn
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -15,11 +19,22 @@ from torch import Tensor
 
 from lightning_dd.data.images import RawSplit
 from lightning_dd.utils.errors import UserError
-from lightning_dd.utils.files import write_atomically
+from lightning_dd.utils.files import require_writable, write_atomically, write_text
 
 _FORMAT = 1  # raise it when the decoders change what they give for the same bytes: old entries are then left alone
 _NOT_THERE = (FileNotFoundError, NotADirectoryError, PermissionError)
-_DAMAGED = (SafetensorError, OSError, ValueError, KeyError, TypeError)
+_DAMAGED = (SafetensorError, OSError, EOFError, ValueError, KeyError, TypeError)
+
+Found = TypeVar("Found")
+PixelArray = npt.NDArray[np.uint8]
+"""Pixels as a decoder handles them: ``(C, H, W)`` or ``(N, C, H, W)``."""
+Allocate = Callable[[tuple[int, ...]], PixelArray]
+"""Makes the array for the pixels of a split, given its shape: in memory, or in a memory-mapped file."""
+
+
+def new_pixels(shape: tuple[int, ...]) -> PixelArray:
+    """Return an array in memory, not filled."""
+    return np.empty(shape, np.uint8)
 
 
 def cache_folder() -> Path:
@@ -59,34 +74,11 @@ def content_key(*parts: object) -> str:
     return digest.hexdigest()
 
 
-def split_path(key: str) -> Path:
-    """Return where the split of a key is kept."""
-    return cache_folder() / f"{key}.safetensors"
-
-
-def cached_split(key: str, decode: Callable[[], RawSplit]) -> RawSplit:
-    """Return the split stored under ``key``, or decode it and store it.
-
-    A damaged file is decoded again and replaced. A folder that cannot be written costs a warning, nothing
-    else. Files appear whole or not at all, so processes may share the folder.
-
-    Args:
-        key: from :func:`content_key`, of everything the pixels depend on.
-        decode: called when the cache has no good file.
-
-    Returns:
-        The split with the dtypes ``decode`` gave (uint8 images ``(N, C, H, W)`` as a rule, int64 labels).
-    """
-    path = split_path(key)
-    split = load_split(path)
-    if split is None:
-        split = decode()
-        store_split(path, split)
-    return split
-
-
 def cached_tensors(kind: str, key: str, make: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Return the tensors stored under ``key``, or make them and store them; see :func:`cached_split`.
+    """Return the tensors stored under ``key``, or make them and store them.
+
+    A damaged file is made again and replaced. A folder that cannot be written costs a warning, nothing else. Files
+    appear whole or not at all, so processes may share the folder.
 
     Args:
         kind: what they are, the name of their folder in the cache.
@@ -94,78 +86,182 @@ def cached_tensors(kind: str, key: str, make: Callable[[], Mapping[str, Tensor]]
         make: called when the cache has no good file.
     """
     path = cache_folder() / kind / f"{key}.safetensors"
-    try:
-        with safe_open(path, framework="pt") as file:
-            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            checksum = (file.metadata() or {})["checksum"]
-        if checksum == str(_checksum(*(found[name] for name in sorted(found)))):
-            return found
-        rank_zero_warn(f"the cached {kind} {path} is damaged (the checksum does not match); making it again")
-    except _NOT_THERE:
-        pass
-    except _DAMAGED as error:
-        rank_zero_warn(f"the cached {kind} {path} is damaged ({error}); making it again")
+
+    def load() -> dict[str, Tensor]:
+        found, checksum = _load_tensors(path, "checksum")
+        _compare(checksum, _checksum(*(found[name] for name in sorted(found))))
+        return found
+
+    found = _unless_damaged(f"cached {kind} {path}", load)
+    if found is not None:
+        return found
     made = {name: value.detach().cpu().contiguous() for name, value in make().items()}
-    _write(path, made, {"checksum": str(_checksum(*(made[name] for name in sorted(made))))})
+    checksum = _checksum(*(made[name] for name in sorted(made)))
+    _write(path, lambda file: save_file(made, file, metadata={"checksum": str(checksum)}))
     return made
 
 
-def load_split(path: Path, check: bool = True) -> RawSplit | None:
-    """Read a stored split; its pixels stay in the memory-mapped file until they are used.
+def cached_split(key: str, decode: Callable[[Allocate], RawSplit], on_disk: bool = False) -> RawSplit:
+    """Return the split stored under ``key``, or decode it and store it; see :func:`cached_tensors`.
+
+    Pixels lie in ``<key>.npy``, labels and class names in ``<key>.safetensors``. The pixels stay in the memory-mapped
+    file until they are used.
 
     Args:
-        path: from :func:`split_path`.
-        check: read it all once and compare the checksum.
+        key: from :func:`content_key`, of everything the pixels depend on.
+        decode: called when the cache has no good file, with what makes the array to decode into.
+        on_disk: decode straight into the file, for splits that do not fit in memory. The checksum is then not
+            compared, because that would read all pixels; a truncated file is still found and replaced.
 
     Returns:
-        ``None`` where there is no file, or a damaged one (with a warning).
+        The split with the dtypes ``decode`` gave (uint8 images ``(N, C, H, W)`` as a rule, int64 labels).
+
+    Raises:
+        UserError: ``on_disk``, and the cache folder cannot be written or has no room.
     """
+    path = cache_folder() / f"{key}.npy"
+    split = load_split(path, check=not on_disk)
+    if split is not None:
+        return split
+    if not on_disk:
+        split = decode(new_pixels)
+        store_split(path, split)
+        return split
     try:
-        with safe_open(path, framework="pt") as file:
-            facts = json.loads((file.metadata() or {})["split"])
-            split = RawSplit(
-                file.get_tensor("images"), file.get_tensor("labels"), tuple(map(str, facts["class_names"]))
-            )
-        if len(split.images) != len(split.labels) or (check and facts["checksum"] != split_checksum(split)):
-            raise ValueError("the checksum does not match")
-    except _NOT_THERE:
-        return None  # nothing there to be damaged; if the folder is at fault, storing says so
-    except _DAMAGED as error:
-        rank_zero_warn(f"the cached data {path} is damaged ({error}); decoding again")
-        return None
+        require_writable(path.parent)
+    except UserError as error:
+        raise UserError(f"data.on_disk needs a cache folder (LIGHTNING_DD_CACHE): {error}") from None
+    decoded: list[RawSplit] = []
+    write_atomically(path, lambda file: decoded.append(_decode_into(file, decode)))
+    _store_labels(path, decoded.pop())
+    split = load_split(path, check=False)
+    if split is None:
+        raise UserError(f"data.on_disk: the decoded data '{path}' cannot be read back")
     return split
 
 
+def load_split(path: Path, check: bool = True) -> RawSplit | None:
+    """Read a stored split, ``None`` where there is none or a damaged one (with a warning).
+
+    Args:
+        path: of the pixels.
+        check: read them all once and compare the checksum.
+    """
+
+    def load() -> RawSplit:
+        tensors, text = _load_tensors(path.with_suffix(".safetensors"), "split")
+        facts = json.loads(text)
+        images = torch.from_numpy(open_memmap(path, "c"))
+        split = RawSplit(images, tensors["labels"], tuple(map(str, facts["class_names"])))
+        if check or len(images) != len(split.labels):
+            _compare(facts["checksum"], _checksum(images, split.labels))
+        return split
+
+    return _unless_damaged(f"cached data {path}", load)
+
+
 def store_split(path: Path, split: RawSplit) -> None:
-    """Write a split; a folder that cannot be written costs a warning."""
-    _write(path, *split_content(split))
+    """Write a split's pixels to ``path``, and what else it has beside them."""
+    if _write(path, lambda file: np.save(file, split.images.contiguous().numpy())):
+        _store_labels(path, split)
 
 
-def split_content(split: RawSplit) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return the tensors and the metadata of a split's file."""
-    images, labels = split.images.contiguous(), split.labels.contiguous()
-    checksum = split_checksum(RawSplit(images, labels, split.class_names))
-    facts = {"split": json.dumps({"class_names": split.class_names, "checksum": checksum})}
-    return {"images": images, "labels": labels}, facts
+def _decode_into(file: Path, decode: Callable[[Allocate], RawSplit]) -> RawSplit:
+    """Let a decoder put the pixels into a memory-mapped ``.npy`` file; they are copied where it made others."""
+    mapped: PixelArray | None = None
+
+    def allocate(shape: tuple[int, ...]) -> PixelArray:
+        nonlocal mapped
+        mapped = open_memmap(file, "w+", np.uint8, shape)
+        if hasattr(os, "posix_fallocate"):  # a full disk is an error here and a killed process later
+            with file.open("r+b") as opened:
+                os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
+        return mapped
+
+    split = decode(allocate)
+    images = split.images.contiguous().numpy()
+    if mapped is None or images.shape != mapped.shape or images.ctypes.data != mapped.ctypes.data:
+        np.save(file, images)
+    return split
 
 
-def split_checksum(split: RawSplit) -> int:
-    """Sum over the bytes: a truncated file is found without it, a flipped bit would pass as a pixel."""
-    return _checksum(split.images, split.labels)
+def _store_labels(path: Path, split: RawSplit) -> None:
+    labels = split.labels.contiguous()
+    facts = {"class_names": split.class_names, "checksum": _checksum(split.images, labels)}
+    metadata = {"split": json.dumps(facts)}
+    _write(path.with_suffix(".safetensors"), lambda file: save_file({"labels": labels}, file, metadata=metadata))
 
 
-def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    def write(file: Path) -> Any:
-        save_file(tensors, file, metadata=metadata)
+def _load_tensors(path: Path, fact: str) -> tuple[dict[str, Tensor], str]:
+    """Read all tensors of a file and one entry of its metadata."""
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()[fact]  # noqa: SIM118
 
+
+def _unless_damaged(what: str, load: Callable[[], Found]) -> Found | None:
+    try:
+        return load()
+    except _NOT_THERE:
+        return None  # nothing there to be damaged; if the folder is at fault, storing says so
+    except _DAMAGED as error:
+        rank_zero_warn(f"the {what} is damaged ({error}); making it again")
+        return None
+
+
+def _write(path: Path, write: Callable[[Path], Any]) -> bool:
+    """Write a file of the cache and say whether it is there; a folder that cannot be written costs a warning."""
     try:
         write_atomically(path, write)
     except (UserError, SafetensorError) as error:
         rank_zero_warn(f"{path.name} is not cached ({error}); set LIGHTNING_DD_CACHE to a folder that can be written")
+        return False
+    return True
 
 
 def _checksum(*tensors: Tensor) -> int:
+    """Sum over the bytes: a truncated file is found without it, a flipped bit would pass as a pixel."""
     value = 0
     for tensor in tensors:
-        value = zlib.crc32(tensor.numpy().data, value)
+        value = zlib.crc32(tensor.contiguous().numpy().data, value)
     return value
+
+
+def _compare(kept: object, found: int) -> None:
+    if str(kept) != str(found):
+        raise ValueError("the checksum does not match")
+
+
+def remember(fingerprint: str, recipe: Mapping[str, Any]) -> None:
+    """Note on this machine how data was made, by its fingerprint, so that a distilled set finds it again.
+
+    The note lies in the cache folder and not in the distilled set, so that no path in a file from somebody else is ever
+    opened. Arguments that are no plain values, and a folder that cannot be written, leave nothing behind.
+
+    Args:
+        fingerprint: of the training images.
+        recipe: ``class_path`` and ``init_args`` of the data; a relative ``root`` is kept as an absolute one.
+    """
+    arguments = dict(recipe["init_args"])
+    if isinstance(arguments.get("root"), str):
+        arguments["root"] = str(Path(arguments["root"]).expanduser().absolute())
+    try:
+        text = json.dumps({"class_path": recipe["class_path"], "init_args": arguments}, indent=1) + "\n"
+        path = _note(fingerprint)
+        if not path.is_file() or path.read_text(encoding="utf-8") != text:
+            write_text(path, text)
+    except (TypeError, OSError, UserError):
+        return
+
+
+def recall(fingerprint: str) -> dict[str, Any] | None:
+    """Return what :func:`remember` kept of this data, as ``class_path`` and ``init_args``; ``None`` for nothing."""
+    try:
+        note = json.loads(_note(fingerprint).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return note if isinstance(note, dict) and {"class_path", "init_args"} <= set(note) else None
+
+
+def _note(fingerprint: str) -> Path:
+    name = "".join(letter for letter in fingerprint if letter.isalnum())[:64]  # it may come from a file
+    return cache_folder() / "found" / f"{name}.json"

@@ -7,22 +7,18 @@ from typing import Any, ClassVar, Literal
 import torch
 from sklearn.model_selection import train_test_split
 
-from lightning_dd.data.cache import content_key
-from lightning_dd.data.cached import CachedData
-from lightning_dd.data.classes import Classes, choose_classes
-from lightning_dd.data.decode import Allocate, check_image_size, decode_images, new_pixels
+from lightning_dd.data.cache import Allocate, content_key, new_pixels
 from lightning_dd.data.images import RawSplit
+from lightning_dd.data.readers import EXTENSIONS, Classes, EncodedImages, choose_classes, decode_images
 from lightning_dd.utils.errors import UserError
 
-EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"})
-"""Files that count as images, whatever the case of their letters; all others are passed over."""
 HELD_OUT = 0.2
 """Share of train that serves as the test split where the folder has none."""
 SPLIT_SEED = 20240
 """Seed of that split; part of the data set's definition, never an argument."""
 
 
-class ImageFolder(CachedData):
+class ImageFolder(EncodedImages):
     """Images sorted into ``root/train/<class>/`` and ``root/test/<class>/``.
 
     The test split is ``root/test``; if there is none ``root/val`` (with both, ``val`` is not used); if there is
@@ -37,7 +33,7 @@ class ImageFolder(CachedData):
         image_size: side of the square images, in pixels.
         channels: 3 for RGB, 1 for grayscale; files of the other kind are converted.
         classes: folder names or their places in sorted order, or a group of
-            :data:`~lightning_dd.data.classes.CLASS_GROUPS`; ``None`` takes all.
+            :data:`~lightning_dd.data.readers.CLASS_GROUPS`; ``None`` takes all.
         **kwargs: the other arguments of :class:`~lightning_dd.data.base.RealData`.
 
     Raises:
@@ -50,19 +46,8 @@ class ImageFolder(CachedData):
     def __init__(
         self, root: str, image_size: int, channels: Literal[1, 3] = 3, classes: Classes = None, **kwargs: Any
     ) -> None:
-        super().__init__(root=root, **kwargs)
-        if channels not in (1, 3):
-            raise UserError(f"data.channels must be 1 or 3, got {channels}")
-        check_image_size(image_size)
+        super().__init__(image_size, channels, classes, root=root, **kwargs)
         self.folder = Path(root).expanduser()
-        self.image_size = image_size
-        self.channels = channels
-        self.classes = classes
-
-    def spec(self) -> dict[str, Any]:
-        """Arguments another machine needs to rebuild this data, all but ``root``."""
-        spec = super().spec() | {"image_size": self.image_size, "channels": self.channels}
-        return spec if self.classes is None else spec | {"classes": self.classes}
 
     def source_key(self, *, train: bool) -> str:
         """Return the key of the names, sizes and times of the files (reading them all would take too long)."""
@@ -80,16 +65,6 @@ class ImageFolder(CachedData):
         images = decode_images(sources, len(listed), self.image_size, self.channels, allocate)
         return RawSplit(images, torch.tensor([label for _, label in listed]), self._names())
 
-    def _test_folder(self) -> Path | None:
-        found = (self.folder / name for name in self.test_folders)
-        return next((folder for folder in found if folder.is_dir()), None)
-
-    def _train_folder(self) -> Path:
-        folder = self.folder / "train"
-        if not folder.is_dir():
-            raise UserError(f"data.root='{self.root}' must hold a folder 'train' with one folder per class")
-        return folder
-
     def all_class_names(self) -> tuple[str, ...]:
         """Return the names of all classes there are, before any are chosen.
 
@@ -98,13 +73,20 @@ class ImageFolder(CachedData):
         """
         return tuple(_subfolders(self._train_folder()))
 
+    def _train_folder(self) -> Path:
+        folder = self.folder / "train"
+        if not folder.is_dir():
+            raise UserError(f"data.root='{self.root}' must hold a folder 'train' with one folder per class")
+        return folder
+
     def _names(self) -> tuple[str, ...]:
         everything = self.all_class_names()
         return tuple(everything[place] for place in choose_classes(self.classes, everything))
 
     def _files(self, train: bool) -> list[tuple[Path, int]]:
         """List the images of a split with their labels, in an order that is the same on every machine."""
-        test = self._test_folder()
+        found = (self.folder / name for name in self.test_folders)
+        test = next((folder for folder in found if folder.is_dir()), None)
         if test is None:
             return _held_out(self._listed(self._train_folder()), train, self.root)
         return self._listed(self._train_folder() if train else test)

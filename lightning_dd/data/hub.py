@@ -8,14 +8,12 @@ import torch
 from torch import Tensor
 
 from lightning_dd.data.cache import content_key
-from lightning_dd.data.cached import CachedData
-from lightning_dd.data.classes import Classes, choose_classes, relabel
-from lightning_dd.data.decode import Allocate, check_image_size, decode_images, new_pixels
-from lightning_dd.data.images import RawSplit
-from lightning_dd.utils.errors import UserError
+from lightning_dd.data.readers import Classes, Encoded
+from lightning_dd.data.tables import ImageTable, portable
+from lightning_dd.utils.errors import UserError, first_line
 
 
-class HuggingFace(CachedData):
+class HuggingFace(ImageTable):
     """A set of the Hugging Face hub with a column of images and one of labels.
 
     Needs the library ``datasets`` (``pip install datasets``), which downloads the set and keeps it in its own cache.
@@ -40,6 +38,8 @@ class HuggingFace(CachedData):
         UserError: an argument is out of range, or (in ``setup``) the library or the set is not there or not usable.
     """
 
+    arguments = ("train_split", "test_split")
+
     def __init__(
         self,
         path: str,
@@ -55,30 +55,17 @@ class HuggingFace(CachedData):
         root: str | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(root=root, **kwargs)
-        if image_size is not None:
-            check_image_size(image_size)
+        super().__init__(
+            image_column, label_column, image_size=image_size, channels=channels, classes=classes, root=root, **kwargs
+        )
         self.path, self.subset, self.revision = path, subset, revision
         self.train_split, self.test_split = train_split, test_split
-        self.image_size, self.channels, self.classes = image_size, channels, classes
-        self.image_column, self.label_column = image_column, label_column
         self._opened: dict[bool, Any] = {}
 
     def spec(self) -> dict[str, Any]:
         """Arguments another machine needs to rebuild this data; a local folder by its name."""
-        outside = Path(self.path).expanduser().is_absolute() or ".." in Path(self.path).parts
-        return super().spec() | {
-            "path": Path(self.path).name if outside else self.path,
-            "subset": self.subset,
-            "train_split": self.train_split,
-            "test_split": self.test_split,
-            "image_size": self.image_size,
-            "image_column": self.image_column,
-            "label_column": self.label_column,
-            "channels": self.channels,
-            "classes": self.classes,
-            "revision": self.revision,
-        }
+        own = ("subset", "train_split", "test_split", "revision", "classes")
+        return super().spec() | {"path": portable(self.path)} | {name: getattr(self, name) for name in own}
 
     def source_key(self, *, train: bool) -> str:
         """Return the key of the names, sizes and times of the library's files, and of what is read of them."""
@@ -88,60 +75,21 @@ class HuggingFace(CachedData):
         read = (self.image_column, self.label_column, self.image_size, self.channels, self.classes)
         return content_key("huggingface", self.path, self.subset, self.revision, self._split_name(train), read, stamps)
 
-    def decode(self, *, train: bool, allocate: Allocate = new_pixels) -> RawSplit:
-        """Decode a split, uint8 ``(N, C, H, W)``."""
-        names, labels = self._names(), self._labels(train)
-        chosen = choose_classes(self.classes, names)
-        if self.classes is not None:
-            labels = relabel(labels, chosen, len(names))
-        rows = torch.arange(len(labels)) if self.classes is None else (labels >= 0).nonzero().flatten()
-        if len(rows) == 0:
-            raise UserError(f"data.{_argument(train)}: split '{self._split_name(train)}' of '{self.path}' has no rows")
-        images = decode_images(self._encoded(train, rows), len(rows), self.image_size, self.channels, allocate)
-        return RawSplit(images, labels[rows], tuple(names[place] for place in chosen))
-
-    def _split_name(self, train: bool) -> str:
-        return self.train_split if train else self.test_split
-
-    def _table(self, train: bool) -> Any:
-        """Return the library's table of a split, its images not decoded."""
-        if train not in self._opened:
-            self._opened[train] = self._load(train)
-        return self._opened[train]
-
-    def _load(self, train: bool) -> Any:
-        try:
-            from datasets import Image, load_dataset  # type: ignore[import-not-found, import-untyped, unused-ignore]
-        except ImportError:
-            raise UserError("data: HuggingFace needs the library 'datasets' (pip install datasets)") from None
-        split = self._split_name(train)
-        try:
-            table = load_dataset(self.path, self.subset, split=split, revision=self.revision, cache_dir=self.root)
-        except Exception as error:  # the library raises its own and everybody else's
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise UserError(f"cannot load split '{split}' of '{self.path}': {reason}") from error
-        for column, argument in ((self.image_column, "image_column"), (self.label_column, "label_column")):
-            if column not in table.column_names:
-                present = ", ".join(table.column_names)
-                raise UserError(f"'{self.path}' has no column '{column}' (it has {present}); set data.{argument}")
-        if not isinstance(table.features[self.image_column], Image):
-            raise UserError(f"'{self.path}': column '{self.image_column}' does not hold images")
-        return table.cast_column(self.image_column, Image(decode=False))
-
-    def _names(self) -> tuple[str, ...]:
+    def all_class_names(self) -> tuple[str, ...]:
+        """Return the names the library gives, else the label numbers seen in train."""
         names = getattr(self._table(True).features[self.label_column], "names", None)
         if names is not None:
             return tuple(names)
-        return tuple(str(label) for label in range(int(self._labels(True).max()) + 1))
+        return tuple(str(label) for label in range(int(self.labels(train=True).max()) + 1))
 
-    def _labels(self, train: bool) -> Tensor:
-        """Return the label column, int64 ``(N,)``."""
+    def labels(self, *, train: bool) -> Tensor:
+        """Return the label column of a split, int64 ``(N,)``."""
         try:
             return torch.tensor(list(self._table(train)[self.label_column]), dtype=torch.int64)
         except (TypeError, ValueError) as error:
             raise UserError(f"'{self.path}': column '{self.label_column}' does not hold integers ({error})") from None
 
-    def _encoded(self, train: bool, rows: Tensor) -> Iterator[tuple[str, bytes | Path]]:
+    def encoded(self, *, train: bool, rows: Tensor) -> Iterator[Encoded]:
         """Yield the place and the encoded bytes, or the file, of each of these rows."""
         table = self._table(train).select_columns([self.image_column])
         for row in rows.tolist():
@@ -152,6 +100,28 @@ class HuggingFace(CachedData):
                 raise UserError(f"cannot decode the image {where}: it has no bytes")
             yield where, payload
 
+    def _split_name(self, train: bool) -> str:
+        return self.train_split if train else self.test_split
 
-def _argument(train: bool) -> str:
-    return "train_split" if train else "test_split"
+    def _table(self, train: bool) -> Any:
+        """Return the library's table of a split, its images not decoded."""
+        if train not in self._opened:
+            self._opened[train] = self._load(self._split_name(train))
+        return self._opened[train]
+
+    def _load(self, split: str) -> Any:
+        try:
+            from datasets import Image, load_dataset  # type: ignore[import-not-found, import-untyped, unused-ignore]
+        except ImportError:
+            raise UserError("data: HuggingFace needs the library 'datasets' (pip install datasets)") from None
+        try:
+            table = load_dataset(self.path, self.subset, split=split, revision=self.revision, cache_dir=self.root)
+        except Exception as error:  # the library raises its own and everybody else's
+            raise UserError(f"cannot load split '{split}' of '{self.path}': {first_line(error)}") from error
+        for column, argument in ((self.image_column, "image_column"), (self.label_column, "label_column")):
+            if column not in table.column_names:
+                present = ", ".join(table.column_names)
+                raise UserError(f"'{self.path}' has no column '{column}' (it has {present}); set data.{argument}")
+        if not isinstance(table.features[self.image_column], Image):
+            raise UserError(f"'{self.path}': column '{self.image_column}' does not hold images")
+        return table.cast_column(self.image_column, Image(decode=False))

@@ -5,77 +5,77 @@ WordNet ids. Channel statistics are FRePo's (Zhou et al. 2022, arXiv 2206.00719)
 """
 
 import os
-from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from lightning_dd.data.cached import CachedData
-from lightning_dd.data.classes import CLASS_GROUPS, Classes, choose_classes
-from lightning_dd.data.decode import Allocate, check_image_size, new_pixels
+from lightning_dd.data.cache import Allocate, new_pixels
 from lightning_dd.data.folder import ImageFolder
 from lightning_dd.data.images import RawSplit
-from lightning_dd.data.parquet import ParquetImages
+from lightning_dd.data.readers import CLASS_GROUPS, Classes, EncodedImages, choose_classes
+from lightning_dd.data.standard_sets import from_torchvision
+from lightning_dd.data.tables import ParquetImages
 from lightning_dd.utils.errors import UserError
 
 
-class _FromImageNet(CachedData):
-    """A published set in either of two layouts; subclasses say where it lies and how its classes are called."""
+class _FromImageNet(EncodedImages):
+    """A published set in either of two layouts; the test split is the published validation split.
+
+    It is looked for in ``root``, or in the working folder, ``data`` and the folder that ``LIGHTNING_DD_DATA`` names.
+    """
 
     parquet: ClassVar[str]
     """Start of the names of its parquet files: ``<parquet>-train*.parquet`` and ``<parquet>-val*.parquet``."""
+    archives: ClassVar[tuple[str, ...]] = ()
+    """Names its folder may have; it holds ``train`` and ``val``."""
+    among_imagenet: Sequence[int] = range(1000)
+    """Places of its classes among ImageNet's."""
     reader: ClassVar[type[ImageFolder]] = ImageFolder
+    _found: ImageFolder | ParquetImages | None = None
 
-    def __init__(self, image_size: int, classes: Classes = None, root: str | None = None, **kwargs: Any) -> None:
-        super().__init__(root=root, **kwargs)
-        check_image_size(image_size)
-        self.image_size = image_size
-        self.classes = classes
-        self._found: ImageFolder | ParquetImages | None = None
-
-    @abstractmethod
     def folders(self) -> Sequence[str]:
-        """Return the names its folder may have; it holds ``train`` and ``val``."""
+        """Return the names its folder may have, the best one first."""
+        return self.archives
 
-    @abstractmethod
     def named(self, found: Sequence[str]) -> Sequence[str]:
-        """Return the names of all classes in label order, whatever the files call them.
+        """Return the names of all classes in label order, whatever the files call them: torchvision's.
 
         Raises:
             UserError: these are not the classes of this set.
         """
+        if len(found) != len(self.among_imagenet):
+            raise UserError(
+                f"{self.name} has {len(self.among_imagenet):,} classes and {len(found)} were found; "
+                "use ImageFolder for anything else"
+            )
+        names = imagenet_names()
+        return [names[place] for place in self.among_imagenet]
 
-    def spec(self) -> dict[str, Any]:
-        """Arguments another machine needs to rebuild this data, all but ``root``."""
-        spec = super().spec() | {"image_size": self.image_size}
-        return spec if self.classes is None else spec | {"classes": self.classes}
+    def all_class_names(self) -> tuple[str, ...]:
+        """Return the names of all classes in label order."""
+        self._found = self._found or self._find()
+        return tuple(self.named(self._found.all_class_names()))
 
     def source_key(self, *, train: bool) -> str:
         """Return the key of the files that were found."""
-        reader, _ = self._reader()
-        return reader.source_key(train=train)
+        return self._reader().source_key(train=train)
 
     def decode(self, *, train: bool, allocate: Allocate = new_pixels) -> RawSplit:
         """Decode the files that were found, uint8 ``(N, 3, image_size, image_size)``."""
-        reader, _ = self._reader()
-        return reader.decode(train=train, allocate=allocate)
+        return self._reader().decode(train=train, allocate=allocate)
 
     def read(self, *, train: bool) -> RawSplit:
-        """Return the train or the test split (the published validation images), from the cache where it is there.
+        """Return the train or the test split, from the cache where it is there."""
+        names = self.all_class_names()
+        chosen = tuple(names[place] for place in choose_classes(self.classes, names))
+        return super().read(train=train)._replace(class_names=chosen)
 
-        Raises:
-            UserError: the files are missing or not those of this set.
-        """
-        _, names = self._reader()
-        return super().read(train=train)._replace(class_names=tuple(names))
-
-    def _reader(self) -> tuple[ImageFolder | ParquetImages, list[str]]:
-        """Return what reads the files that were found, and the names of the chosen classes."""
-        reader = self._found or self._find()
-        names = self.named(reader.all_class_names())
-        chosen = choose_classes(self.classes, names)
-        self._found, reader.classes = reader, None if self.classes is None else list(chosen)
-        return reader, [names[place] for place in chosen]
+    def _reader(self) -> ImageFolder | ParquetImages:
+        """Return what reads the files that were found."""
+        names = self.all_class_names()
+        assert self._found is not None
+        self._found.classes = None if self.classes is None else list(choose_classes(self.classes, names))
+        return self._found
 
     def _find(self) -> ImageFolder | ParquetImages:
         elsewhere = os.environ.get("LIGHTNING_DD_DATA")
@@ -83,14 +83,15 @@ class _FromImageNet(CachedData):
         shards = [(f"{self.parquet}-train*.parquet", f"{self.parquet}-val*.parquet")]
         if self.root is not None:  # the hub's names say nothing of the set: only where the folder is given
             shards += [(f"{inside}train-*.parquet", f"{inside}val*.parquet") for inside in ("", "data/")]
+        settings: dict[str, Any] = {"image_size": self.image_size, "channels": 3, "on_disk": self.on_disk}
         for place in places:
             home = Path(place).expanduser()
             for folder in [home / name for name in self.folders()] + ([home] if self.root is not None else []):
                 if (folder / "train").is_dir():
-                    return self.reader(str(folder), self.image_size, on_disk=self.on_disk)
+                    return self.reader(str(folder), **settings)
             for train, test in shards:
                 if any(home.glob(train)) and any(home.glob(test)):
-                    return ParquetImages(train, test, self.image_size, str(home), channels=3, on_disk=self.on_disk)
+                    return ParquetImages(train, test, root=str(home), **settings)
         where = " or ".join(f"'{place}'" for place in places)
         raise UserError(
             f"{self.name} was found neither as '{self.folders()[0]}/train' nor as '{shards[0][0]}' in {where}; set "
@@ -116,9 +117,7 @@ class TinyImageNet(_FromImageNet):
     """200 classes of ImageNet at 64 x 64 pixels, 100,000 + 10,000 images (Le & Yang 2015).
 
     Read from the archive's folder ``tiny-imagenet-200`` (as it is, or with ``val`` sorted into folders per class), or
-    from ``tiny-imagenet-train*.parquet`` and ``tiny-imagenet-val*.parquet``, in ``root``, the working folder,
-    ``data`` or the folder that ``LIGHTNING_DD_DATA`` names. The test split is the published validation split. Classes
-    are called by their WordNet id.
+    from ``tiny-imagenet-train*.parquet`` and ``tiny-imagenet-val*.parquet``. Classes are called by their WordNet id.
 
     Args:
         image_size: side of the images in pixels.
@@ -128,6 +127,7 @@ class TinyImageNet(_FromImageNet):
     """
 
     parquet = "tiny-imagenet"
+    archives = ("tiny-imagenet-200", "tiny-imagenet")
     reader = _TinyFolder
     channel_mean: Sequence[float] | None = (0.4759, 0.4481, 0.3926)
     channel_std: Sequence[float] | None = (0.2763, 0.2687, 0.2813)
@@ -135,13 +135,14 @@ class TinyImageNet(_FromImageNet):
     def __init__(self, image_size: int = 64, classes: Classes = None, root: str | None = None, **kwargs: Any) -> None:
         super().__init__(image_size=image_size, classes=classes, root=root, **kwargs)
 
-    def folders(self) -> Sequence[str]:
-        """Return the archive's name."""
-        return ("tiny-imagenet-200", "tiny-imagenet")
-
     def named(self, found: Sequence[str]) -> Sequence[str]:
         """Return the WordNet ids: parquet files often have a word after them."""
-        return _sorted_ids(self.name, [name.split(" ")[0] for name in found])
+        ids = [name.split(" ")[0] for name in found]
+        if ids != sorted(ids):
+            raise UserError(
+                f"{self.name}: the classes are not in the order of their WordNet ids, so labels would mean others"
+            )
+        return ids
 
 
 class ImageNet(_FromImageNet):
@@ -149,50 +150,50 @@ class ImageNet(_FromImageNet):
 
     Read from ``imagenet`` (or ``ILSVRC2012``, or the archive's ``ILSVRC/Data/CLS-LOC``) with one folder per class in
     ``train`` and ``val``, or from ``imagenet-train*.parquet`` and ``imagenet-val*.parquet``; with ``root`` also from
-    the hub's ``train-*.parquet`` and ``val*.parquet``. The test split is the published validation split. Classes are
-    called by torchvision's names. Images of 64 pixels in this way are not those of the down-sampled archive, which
-    does not crop. At 64 pixels the training split takes 16 GB as decoded, at 224 pixels 190 GB: set ``on_disk``.
+    the hub's ``train-*.parquet`` and ``val*.parquet``. Classes are called by torchvision's names. Images of 64 pixels
+    in this way are not those of the down-sampled archive, which does not crop. At 64 pixels the training split takes
+    16 GB as decoded, at 224 pixels 190 GB: set ``on_disk``.
 
     Args:
         image_size: side of the images in pixels.
-        classes: names or indices to keep, in this order, or a group: ``nette``, ``woof``, ``meow``, ``squawk``,
-            ``fruit``, ``yellow``, ``mammals``, ``a`` to ``e``; ``None`` takes all 1,000.
+        classes: names or indices to keep, in this order, or a group of
+            :data:`~lightning_dd.data.readers.CLASS_GROUPS`; ``None`` takes all 1,000.
         root: folder that holds it.
         **kwargs: the other arguments of :class:`~lightning_dd.data.base.RealData`.
     """
 
     parquet = "imagenet"
+    archives = ("imagenet", "ILSVRC2012", "ILSVRC/Data/CLS-LOC")
     channel_mean: Sequence[float] | None = (0.485, 0.456, 0.406)
     channel_std: Sequence[float] | None = (0.229, 0.224, 0.225)
+    small_statistics: ClassVar = {
+        32: ((0.4811, 0.4575, 0.4079), (0.2604, 0.2532, 0.2682)),
+        64: ((0.4815, 0.4578, 0.4082), (0.2686, 0.2613, 0.2758)),
+    }
+    """Channel means and standard deviations of the down-sampled images, by their side."""
 
     def __init__(self, image_size: int = 64, classes: Classes = None, root: str | None = None, **kwargs: Any) -> None:
         super().__init__(image_size=image_size, classes=classes, root=root, **kwargs)
-        if image_size in _SMALL_STATISTICS:
-            self.channel_mean, self.channel_std = _SMALL_STATISTICS[image_size]
+        if image_size in self.small_statistics:
+            self.channel_mean, self.channel_std = self.small_statistics[image_size]
         if isinstance(classes, str):
             choose_classes(classes, [""] * 1000)  # a group that does not exist is refused before any file is read
 
-    def folders(self) -> Sequence[str]:
-        """Return the usual names."""
-        return ("imagenet", "ILSVRC2012", "ILSVRC/Data/CLS-LOC")
-
-    def named(self, found: Sequence[str]) -> Sequence[str]:
-        """Return torchvision's names, in the order of the WordNet ids."""
-        if len(found) != 1000:
-            raise UserError(
-                f"{self.name} has 1,000 classes and {len(found)} were found; use ImageFolder for a part of it"
-            )
-        return imagenet_names()
-
 
 class _TenClasses(_FromImageNet):
-    """Ten classes of ImageNet as an archive of their own (Howard 2019), labelled in the published order."""
+    """Ten classes of ImageNet as an archive of their own (Howard 2019), labelled in the published order.
+
+    Args:
+        image_size: side of the images in pixels, 128 in most papers.
+        root: folder that holds the archive's.
+        **kwargs: the other arguments of :class:`~lightning_dd.data.base.RealData`.
+    """
 
     def __init__(self, image_size: int = 128, root: str | None = None, **kwargs: Any) -> None:
         group = CLASS_GROUPS[self.parquet.removeprefix("image")]
-        in_archive = sorted(group)  # as the WordNet ids sort, so do the indices
-        classes: Classes = [in_archive.index(index) for index in group]
-        super().__init__(image_size=image_size, classes=classes, root=root, **kwargs)
+        self.among_imagenet = sorted(group)  # in the archive: as the WordNet ids sort, so do the places
+        published: Classes = [self.among_imagenet.index(place) for place in group]
+        super().__init__(image_size=image_size, classes=published, root=root, **kwargs)
 
     def spec(self) -> dict[str, Any]:
         """Arguments another machine needs to rebuild this data, all but ``root``."""
@@ -200,28 +201,15 @@ class _TenClasses(_FromImageNet):
 
     def folders(self) -> Sequence[str]:
         """Return the archives whose images are large enough, smallest first."""
-        sizes = [f"-{side}" for side in (160, 320) if self.image_size <= side]
+        sizes = [f"-{side}" for side in (160, 320) if self.image_size is not None and self.image_size <= side]
         return [f"{self.parquet}2{size}" for size in [*sizes, ""]]
-
-    def named(self, found: Sequence[str]) -> Sequence[str]:
-        """Return torchvision's names of the ten classes."""
-        if len(found) != 10:
-            raise UserError(f"{self.name} has 10 classes and {len(found)} were found")
-        names = imagenet_names()
-        return [names[index] for index in sorted(CLASS_GROUPS[self.parquet.removeprefix("image")])]
 
 
 class ImageNette(_TenClasses):
-    """Ten easy classes of ImageNet, 9,469 + 3,925 images (Howard 2019), downloaded where they are missing.
+    """Ten easy classes of ImageNet, 9,469 + 3,925 images (Howard 2019), downloaded to ``root`` or ``data``.
 
     Read from the archives' folders ``imagenette2-160``, ``imagenette2-320`` or ``imagenette2``, or from
     ``imagenette-train*.parquet`` and ``imagenette-val*.parquet``.
-
-    Args:
-        image_size: side of the images in pixels, 128 in most papers.
-        root: folder that holds the archive's; ``None`` looks into the working folder, ``data`` and
-            ``LIGHTNING_DD_DATA``, and downloads to ``data``.
-        **kwargs: the other arguments of :class:`~lightning_dd.data.base.RealData`.
     """
 
     parquet = "imagenette"
@@ -237,14 +225,8 @@ class ImageNette(_TenClasses):
         try:
             self._find()
         except UserError:
-            from torchvision import datasets
-
-            root, size = self.root or "data", self.folders()[0].partition("-")[2]
-            try:
-                datasets.Imagenette(root, size=f"{size}px" if size else "full", download=True)
-            except (OSError, RuntimeError, EOFError, ValueError) as error:
-                reason = (str(error).splitlines() or [type(error).__name__])[0]
-                raise UserError(f"{self.name} could not be downloaded to data.root='{root}' ({reason})") from error
+            size = self.folders()[0].partition("-")[2]
+            from_torchvision(self.name, self.root or "data", True, "Imagenette", size=f"{size}px" if size else "full")
         super().prepare_data()
 
 
@@ -252,13 +234,7 @@ class ImageWoof(_TenClasses):
     """Ten breeds of dogs in ImageNet, 9,025 + 3,929 images (Howard 2019).
 
     Read from the archives' folders ``imagewoof2-160``, ``imagewoof2-320`` or ``imagewoof2``, or from
-    ``imagewoof-train*.parquet`` and ``imagewoof-val*.parquet``. Labels follow the published list, not the sorted ids.
-
-    Args:
-        image_size: side of the images in pixels, 128 in most papers.
-        root: folder that holds the archive's; ``None`` looks into the working folder, ``data`` and
-            ``LIGHTNING_DD_DATA``.
-        **kwargs: the other arguments of :class:`~lightning_dd.data.base.RealData`.
+    ``imagewoof-train*.parquet`` and ``imagewoof-val*.parquet``.
     """
 
     parquet = "imagewoof"
@@ -271,15 +247,3 @@ def imagenet_names() -> list[str]:
     from torchvision.models import ResNet50_Weights  # a second of importing, only for those who use these sets
 
     return list(ResNet50_Weights.IMAGENET1K_V1.meta["categories"])
-
-
-def _sorted_ids(name: str, ids: list[str]) -> list[str]:
-    if ids != sorted(ids):
-        raise UserError(f"{name}: the classes are not in the order of their WordNet ids, so labels would mean others")
-    return ids
-
-
-_SMALL_STATISTICS = {
-    32: ((0.4811, 0.4575, 0.4079), (0.2604, 0.2532, 0.2682)),
-    64: ((0.4815, 0.4578, 0.4082), (0.2686, 0.2613, 0.2758)),
-}

@@ -7,7 +7,6 @@ are whitened with the same matrix, so the matrices travel with the distilled set
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -23,18 +22,6 @@ RIDGE = 0.1
 
 _SMALLEST_BLOCK = 16  # the side below which a block chosen for the user would hardly whiten anything
 _FIT_NUMBERS = 8192 * 3072  # numbers in a block of a fit: float64 copies of the whole set would triple its memory
-
-
-class Pixels(Protocol):
-    """Training images to fit on: a tensor ``(N, C, H, W)``, or what is sliced like one."""
-
-    @property
-    def shape(self) -> torch.Size:
-        """``(N, C, H, W)``."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, rows: slice, /) -> Tensor: ...
 
 
 class Preprocessing:
@@ -133,25 +120,27 @@ class Preprocessing:
 
 def fit_preprocessing(
     kind: str,
-    pixels: Pixels,
+    pixels: Tensor,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     zca_ridge: float = RIDGE,
     zca_block: int | None = None,
     device: torch.device | str = "cpu",
+    rows: Tensor | None = None,
 ) -> Preprocessing:
-    """Fit a preprocessing on training pixels, uint8 ``(N, C, H, W)`` or float in [0, 1].
+    """Fit a preprocessing on training pixels.
 
-    Pixels are read block by block, so they need not fit in memory.
+    Pixels are read block by block, so they need not fit in memory. Computed in float64, returned in float32.
 
     Args:
         kind: ``"standardise"`` or ``"zca"``.
-        pixels: the training images.
+        pixels: the images, uint8 ``(N, C, H, W)`` or float in [0, 1].
         mean: channel means to use instead of the measured ones (published statistics).
         std: channel standard deviations, likewise.
         zca_ridge: FRePo's regulariser relative to the mean variance.
         zca_block: side in pixels of the blocks that are whitened; see :func:`block_stride`.
         device: where to compute; the result is on the CPU.
+        rows: int64 indices of the training images among ``pixels``; ``None`` is all.
 
     Raises:
         UserError: ``kind`` is unknown, or ``zca_block`` does not divide the images.
@@ -159,13 +148,11 @@ def fit_preprocessing(
     if kind not in KINDS:
         raise UserError(f"preprocessing must be one of {', '.join(KINDS)}, got '{kind}'")
     stride = block_stride(pixels.shape[2], pixels.shape[3], zca_block) if kind == "zca" else 1
+    blocks = _Blocks(pixels, torch.arange(len(pixels)) if rows is None else rows, device)
     if mean is None or std is None:
-        mean, std = _channel_statistics(pixels, device)
+        mean, std = _channel_statistics(blocks)
     channelwise = Preprocessing(mean, std)
-    if kind == "standardise":
-        return channelwise
-    centre, whiten, unwhiten = _fit_zca(pixels, channelwise, zca_ridge, stride, device)
-    return Preprocessing(mean, std, centre, whiten, unwhiten)
+    return channelwise if kind == "standardise" else _fit_zca(blocks, channelwise, zca_ridge, stride)
 
 
 def block_stride(height: int, width: int, zca_block: int | None = None) -> int:
@@ -198,27 +185,6 @@ def block_stride(height: int, width: int, zca_block: int | None = None) -> int:
             "pixels for ZCA: set data.image_size or data.zca_block"
         )
     return found
-
-
-def fit_zca(images: Tensor, ridge: float = RIDGE, stride: int = 1) -> tuple[Tensor, Tensor, Tensor]:
-    """Fit FRePo's ZCA: eigenvectors of ``cov + ridge * tr(cov)/d * I``.
-
-    With ``cov + ridge * tr(cov)/d * I = U diag(s) U^T`` the whitening matrix is ``U diag(s^-1/2) U^T`` and its
-    inverse ``U diag(s^1/2) U^T``. When there are fewer images than dimensions, eigenvalues beyond the number of
-    images are replaced by 1, as FRePo does. Computed in float64, returned in float32.
-
-    With blocks, ``cov`` is the mean over the ``stride**2`` blocks of their covariances, each about its own mean.
-
-    Args:
-        images: standardised images, ``(N, C, H, W)``.
-        ridge: regulariser relative to the mean variance ``tr(cov)/d``.
-        stride: of the blocks; 1 whitens images whole.
-
-    Returns:
-        mean ``(C*H*W,)``, whitening ``(d, d)`` and un-whitening ``(d, d)`` matrices, ``d = C*H*W / stride**2``.
-    """
-    channels = images.shape[1]
-    return _fit_zca(images, Preprocessing([0.0] * channels, [1.0] * channels), ridge, stride, images.device)
 
 
 def to_unit(pixels: Tensor) -> Tensor:
@@ -267,54 +233,66 @@ def _stride_of(mean: Tensor | None, whiten: Tensor | None, unwhiten: Tensor | No
     return stride
 
 
-def _raw_blocks(pixels: Pixels, device: torch.device | str) -> Iterator[Tensor]:
-    """Yield the pixels on ``device`` in blocks of a size that follows from the image shape alone."""
-    step = max(1, _FIT_NUMBERS // math.prod(pixels.shape[1:]))
-    for start in range(0, len(pixels), step):
-        yield pixels[start : start + step].to(device)
+class _Blocks:
+    """Training pixels on a device, in blocks whose size follows from the image shape alone."""
+
+    def __init__(self, pixels: Tensor, rows: Tensor, device: torch.device | str) -> None:
+        self.pixels, self.rows, self.device = pixels, rows, device
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for rows in torch.split(self.rows, max(1, _FIT_NUMBERS // self.pixels.shape[1:].numel())):
+            yield self.pixels.index_select(0, rows).to(self.device)
+
+    def zeros(self, *shape: int) -> Tensor:
+        """Return zeros to sum into, float64."""
+        return torch.zeros(shape, dtype=torch.float64, device=self.device)
 
 
-def _channel_statistics(pixels: Pixels, device: torch.device | str) -> tuple[list[float], list[float]]:
+def _channel_statistics(blocks: _Blocks) -> tuple[list[float], list[float]]:
     """Measure mean and standard deviation of every channel, in float64."""
-    if pixels[:1].dtype == torch.uint8:  # 256 different values: count them once
-        counts = torch.zeros(pixels.shape[1], 256, dtype=torch.int64, device=device)
-        for block in _raw_blocks(pixels, device):
+    channels = blocks.pixels.shape[1]
+    if blocks.pixels.dtype == torch.uint8:  # 256 different values: count them once
+        counts = torch.zeros(channels, 256, dtype=torch.int64, device=blocks.device)
+        for block in blocks:
             counts += torch.stack([channel.flatten().bincount(minlength=256) for channel in block.transpose(0, 1)])
         values = to_unit(torch.arange(256, dtype=torch.uint8)).double()
         shares = counts.cpu().double() / counts[0].sum().item()
         mean = shares @ values
         variance = (shares * (values - mean[:, None]).square()).sum(1)
-        return mean.tolist(), variance.sqrt().clamp_min(1e-8).tolist()
-    count = len(pixels) * math.prod(pixels.shape[2:])
-    mean, squares = (torch.zeros(pixels.shape[1], dtype=torch.float64, device=device) for _ in range(2))
-    for block in _raw_blocks(pixels, device):
-        mean += block.double().sum((0, 2, 3)) / count
-    for block in _raw_blocks(pixels, device):
-        squares += (block.double() - mean.view(1, -1, 1, 1)).square().sum((0, 2, 3)) / count
-    return mean.tolist(), squares.sqrt().clamp_min(1e-8).tolist()
+    else:
+        count = len(blocks.rows) * blocks.pixels.shape[2:].numel()
+        mean, variance = blocks.zeros(channels), blocks.zeros(channels)
+        for block in blocks:
+            mean += block.double().sum((0, 2, 3)) / count
+        for block in blocks:
+            variance += (block.double() - mean.view(1, -1, 1, 1)).square().sum((0, 2, 3)) / count
+    return mean.tolist(), variance.sqrt().clamp_min(1e-8).tolist()
 
 
-def _fit_zca(
-    pixels: Pixels, channelwise: Preprocessing, ridge: float, stride: int, device: torch.device | str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Fit :func:`fit_zca` on ``channelwise`` images, two passes over the pixels."""
-    count, dims = len(pixels), math.prod(pixels.shape[1:])
-    size = dims // stride**2
-    mean = torch.zeros(dims, dtype=torch.float64, device=device)
-    for block in _raw_blocks(pixels, device):
+def _fit_zca(blocks: _Blocks, channelwise: Preprocessing, ridge: float, stride: int) -> Preprocessing:
+    """Fit FRePo's ZCA on ``channelwise`` images, two passes over the pixels.
+
+    With ``cov + ridge * tr(cov)/d * I = U diag(s) U^T`` the whitening matrix is ``U diag(s^-1/2) U^T`` and its
+    inverse ``U diag(s^1/2) U^T``. When there are fewer images than dimensions, eigenvalues beyond the number of
+    images are replaced by 1, as FRePo does. With blocks, ``cov`` is the mean over the ``stride**2`` blocks of their
+    covariances, each about its own mean.
+    """
+    count, shape = len(blocks.rows), blocks.pixels.shape[1:]
+    size = shape.numel() // stride**2
+    mean = blocks.zeros(shape.numel())
+    for block in blocks:
         mean += channelwise(to_unit(block)).flatten(1).double().sum(0)
     mean /= count
-    covariance = torch.zeros(size, size, dtype=torch.float64, device=device)
-    for block in _raw_blocks(pixels, device):
-        centred = channelwise(to_unit(block)).double() - mean.view(block.shape[1:])
-        rows = to_blocks(centred, stride).flatten(1)
+    covariance = blocks.zeros(size, size)
+    for block in blocks:
+        rows = to_blocks(channelwise(to_unit(block)).double() - mean.view(shape), stride).flatten(1)
         covariance += rows.T @ rows
     covariance /= count * stride**2
-    regularised = covariance + ridge * covariance.trace() / size * torch.eye(size, dtype=torch.float64, device=device)
-    values, vectors = torch.linalg.eigh(regularised)
+    identity = torch.eye(size, dtype=torch.float64, device=blocks.device)
+    values, vectors = torch.linalg.eigh(covariance + ridge * covariance.trace() / size * identity)
     values, vectors = values.flip(0), vectors.flip(1)  # descending, so that `count` cuts the smallest
-    if count < size:
-        values = torch.where(torch.arange(size, device=values.device) < count, values, torch.ones_like(values))
-    whiten = (vectors * values.rsqrt()) @ vectors.T
-    unwhiten = (vectors * values.sqrt()) @ vectors.T
-    return mean.float().cpu(), whiten.float().cpu(), unwhiten.float().cpu()
+    values[count:] = 1
+    matrices = ((vectors * root) @ vectors.T for root in (values.rsqrt(), values.sqrt()))
+    return Preprocessing(
+        channelwise.mean, channelwise.std, mean.float().cpu(), *(matrix.float().cpu() for matrix in matrices)
+    )

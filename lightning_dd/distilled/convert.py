@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from lightning_dd.data.base import RealData
-from lightning_dd.data.facts import DataFacts
-from lightning_dd.data.preprocess import Pixels, Preprocessing, to_unit
+from lightning_dd.data.images import DataFacts
+from lightning_dd.data.preprocess import Preprocessing, to_unit
 from lightning_dd.data.registry import build_data
 from lightning_dd.distilled.foreign import LAYOUTS, ForeignSet
 from lightning_dd.distilled.set import DistilledSet, library_versions
@@ -90,7 +90,7 @@ def summary(distilled: DistilledSet) -> str:
     )
 
 
-def fit_kornia_zca(pixels: Pixels, ridge: float = KORNIA_RIDGE) -> Preprocessing:
+def fit_kornia_zca(pixels: Tensor, ridge: float = KORNIA_RIDGE) -> Preprocessing:
     """Fit the ZCA of kornia as MTT (Cazenavette et al. 2022, arXiv 2203.11932) and DATM use it.
 
     On pixels in [0, 1], not standardised: with the unbiased covariance ``U diag(s) U^T`` the whitening matrix is

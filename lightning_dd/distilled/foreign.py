@@ -11,10 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_dd.data.decode import decode_images
-from lightning_dd.data.facts import DataFacts
-from lightning_dd.data.folder import EXTENSIONS
-from lightning_dd.utils.errors import UserError
+from lightning_dd.data.images import DataFacts
+from lightning_dd.data.readers import EXTENSIONS, decode_images
+from lightning_dd.utils.errors import UserError, first_line
 
 _EXPORT = "export it with numpy.savez(file, image=state['params']['x_proto'], label=state['params']['y_proto'])"
 
@@ -117,7 +116,7 @@ def _load_torch(file: Path) -> Any:
         what = f"it holds {found[1]}" if found else "it is damaged or of another kind"
         raise UserError(f"'{file}' is not loaded, because only tensors and numbers are safe to load: {what}") from None
     except (RuntimeError, EOFError, OSError, KeyError, ValueError, AttributeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise UserError(f"'{file}' is not a file of torch.save ({reason})") from None
 
 
@@ -129,7 +128,7 @@ def _load_npz(file: Path) -> dict[str, Any]:
         with opened as archive:
             return {name: archive[name] for name in archive.files}
     except (ValueError, OSError, EOFError, BadZipFile) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise UserError(f"'{file}' is not an .npz file of arrays ({reason}); of a flax checkpoint, {_EXPORT}") from None
 
 

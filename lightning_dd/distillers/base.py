@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_dd.data.base import RealData
-from lightning_dd.data.facts import DataFacts
-from lightning_dd.data.images import Split
+from lightning_dd.data.images import DataFacts, Split
 from lightning_dd.distilled.set import DistilledSet, library_versions
 from lightning_dd.distillers.checkpoint import Resumable
 from lightning_dd.losses.labels import LABEL_KINDS

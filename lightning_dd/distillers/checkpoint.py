@@ -8,7 +8,7 @@ import torch
 from pytorch_lightning import LightningModule
 from pytorch_lightning.trainer.states import TrainerFn
 
-from lightning_dd.data.facts import DataFacts
+from lightning_dd.data.images import DataFacts
 from lightning_dd.data.preprocess import Preprocessing
 from lightning_dd.distilled.set import DistilledSet
 from lightning_dd.pretrained.task import Task

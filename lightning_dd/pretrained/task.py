@@ -19,8 +19,7 @@ from tqdm import tqdm
 
 from lightning_dd.data.base import RealData
 from lightning_dd.data.cache import cache_folder
-from lightning_dd.data.facts import DataFacts
-from lightning_dd.data.images import Split
+from lightning_dd.data.images import DataFacts, Split
 from lightning_dd.data.preprocess import Preprocessing
 from lightning_dd.data.sampling import ShuffledStream
 from lightning_dd.students.recipe import Recipe

@@ -77,6 +77,8 @@ def known_class(name: str, base: type[Kind], what: str) -> type[Kind]:
         <class 'lightning_dd.utils.errors.UserError'>
     """
     found = {cls.__name__: cls for cls in subclasses(base)} | {class_path(cls): cls for cls in subclasses(base)}
+    if name not in found and name.startswith("lightning_dd."):
+        name = name.rpartition(".")[2]  # a class of ours that has moved since
     if name not in found:
         raise unknown_name(what, name, (cls.__name__ for cls in subclasses(base)))
     return found[name]
@@ -104,7 +106,13 @@ def find_class(name: str, base: type[Kind], what: str) -> type[Kind]:
     """
     if "." not in name:
         return known_class(name, base, what)
-    found = find_object(name, what)
+    try:
+        found = find_object(name, what)
+    except UserError:
+        attribute = name.rpartition(".")[2]
+        if name.startswith("lightning_dd.") and attribute in {cls.__name__ for cls in subclasses(base)}:
+            return known_class(attribute, base, what)  # a class of ours that has moved since
+        raise
     if not (inspect.isclass(found) and issubclass(found, base)):
         raise UserError(f"{what} '{name}' is no subclass of {class_path(base)}")
     return found

@@ -9,6 +9,7 @@ _RANGES = {
     "at least 1": lambda number: 1 <= number < math.inf,
     "positive": lambda number: 0 < number < math.inf,
     "in (0, 1]": lambda number: 0 < number <= 1,
+    "in [0, 1)": lambda number: 0 <= number < 1,
 }
 
 
@@ -53,7 +54,7 @@ def check_range(accepted: str, prefix: str = "", /, **settings: float | None) ->
     """Refuse numbers outside a range; ``None`` stands for a default that is found elsewhere, and passes.
 
     Args:
-        accepted: ``at least 0``, ``at least 1``, ``positive`` or ``in (0, 1]``.
+        accepted: ``at least 0``, ``at least 1``, ``positive``, ``in (0, 1]`` or ``in [0, 1)``.
         prefix: put before a setting's name in the message.
         settings: the numbers by the setting's name.
 
@@ -66,3 +67,13 @@ def check_range(accepted: str, prefix: str = "", /, **settings: float | None) ->
     for name, number in settings.items():
         if number is not None and not _RANGES[accepted](number):
             raise UserError(f"{prefix}{name} must be {accepted}, got {number}")
+
+
+def first_line(error: BaseException) -> str:
+    r"""Return the first line of another library's message, or its kind where it says nothing.
+
+    Example:
+        >>> first_line(OSError("no route\nand more")), first_line(EOFError())
+        ('no route', 'EOFError')
+    """
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -8,7 +8,7 @@ from typing import Any
 
 from lightning_dd.applications.continual.plan import JOINT, Plan, class_order, split_classes
 from lightning_dd.data import ClassSubset
-from lightning_dd.data.subset import save_preprocessing
+from lightning_dd.data.parts import save_preprocessing
 from lightning_dd.distilled.datamodule import real_set
 from lightning_dd.distilled.set import DistilledSet
 from lightning_dd.utils.seeding import derive_seed

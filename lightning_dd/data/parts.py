@@ -1,18 +1,39 @@
-"""A part of a data set by rows: members for whoever learns, and held-out images nobody has learned from."""
+"""Parts of a data set as data sets of their own: some rows, or some classes."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lightning_dd.data.base import RealData
 from lightning_dd.data.images import RawSplit
+from lightning_dd.data.preprocess import Preprocessing
+from lightning_dd.data.readers import relabel
 from lightning_dd.data.registry import build_data
 from lightning_dd.utils.errors import UserError
+from lightning_dd.utils.files import write_atomically
 from lightning_dd.utils.seeding import make_generator
 
 
-class RealRows(RealData):
+class _Part(RealData):
+    """A part keeps its source's name, its channel statistics, and whether its images may be mirrored."""
+
+    def __init__(self, name: str, source: RealData, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.name, self.source = name, source
+        self.mirror = source.mirror
+        # Statistics are the class's elsewhere; a part takes those of whatever it is a part of.
+        vars(self).update(channel_mean=source.channel_mean, channel_std=source.channel_std)
+
+    def prepare_data(self) -> None:
+        """Let the source download what it needs."""
+        self.source.prepare_data()
+
+
+class RealRows(_Part):
     """Some rows of another data set's training split as training data, and held-out images as test data.
 
     The training split is shuffled once by ``rows_seed`` and cut into chunks of ``rows`` images; ``chunk`` says which
@@ -20,8 +41,6 @@ class RealRows(RealData):
     the shuffled training split. Chunk and held-out images together, in this order, are the *pool*; shadow models of
     a membership attack train on random halves of it (Carlini et al. 2022, arXiv 2112.03570): ``half`` 2k and 2k + 1
     are the k-th random half and its complement.
-
-    The part keeps its source's name, by which methods know digits from photographs, and its channel statistics.
 
     Args:
         source: class name of the data set.
@@ -50,22 +69,13 @@ class RealRows(RealData):
         root: str | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(root=root, **kwargs)
         if rows < 1 or chunk < 0 or held_out < 0 or (half is not None and half < 0):
             raise UserError(
                 "a part of a data set needs rows >= 1 and chunk, held_out and half >= 0, got "
                 f"{rows}, {chunk}, {held_out} and {half}"
             )
-        self.source = build_data(source, source_args, root)
-        self.name = source
-        self.mirror = self.source.mirror
-        # Statistics are the class's elsewhere; a part takes those of whatever it is a part of.
-        vars(self).update(channel_mean=self.source.channel_mean, channel_std=self.source.channel_std)
+        super().__init__(source, build_data(source, source_args, root), root=root, **kwargs)
         self.rows, self.chunk, self.held_out, self.half, self.rows_seed = rows, chunk, held_out, half, rows_seed
-
-    def prepare_data(self) -> None:
-        """Let the source download what it needs."""
-        self.source.prepare_data()
 
     def pool(self) -> RawSplit:
         """Return the pool: the chunk's ``rows`` images and then the held-out ones, as the source reads them.
@@ -136,9 +146,91 @@ class RealRows(RealData):
         return order[last - self.rows : last], order[size - self.held_out :]
 
     def _training_rows(self, size: int) -> Tensor:
-        """Places in the pool of ``size`` images, sorted."""
+        """Return the sorted places, in the pool of ``size`` images, of what is trained on."""
         if self.half is None:
             return torch.arange(self.rows)
         order = torch.randperm(size, generator=make_generator(self.rows_seed, "half", self.half // 2))
         middle = size // 2
         return (order[:middle] if self.half % 2 == 0 else order[middle:]).sort().values
+
+
+class ClassSubset(_Part):
+    """The images of some classes of another data set, renumbered ``0..k-1`` in the order they are named.
+
+    Images of other classes are left out before anything looks at a pixel: they reach neither the split, the
+    preprocessing nor the fingerprint. The subset takes over its source's settings; a distilled set remembers the
+    classes beside them.
+
+    Args:
+        source: class name of the data set.
+        classes: the source's labels to keep, each once.
+        source_args: arguments of the source other than ``root``.
+        preprocessing_file: a map written by :func:`save_preprocessing`, applied instead of fitting one.
+        root: folder of the source; ``None`` is its default.
+
+    Raises:
+        UserError: ``classes`` is empty, repeats one or names none of the source's, or the file is unusable.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        classes: list[int],
+        source_args: dict[str, Any] | None = None,
+        preprocessing_file: str | None = None,
+        root: str | None = None,
+    ) -> None:
+        if not classes or min(classes) < 0 or len(set(classes)) < len(classes):
+            raise UserError(f"classes must be different labels, at least one, got {list(classes)}")
+        whole = build_data(source, source_args, root)
+        taken_over = ("root", "val_fraction", "eval_batch_size", "split_seed", "workers", "zca_block")
+        super().__init__(
+            source,
+            whole,
+            preprocessing=whole.preprocessing_kind,
+            keep_on_device=whole.keep_on_device and not whole.on_disk,  # what is chosen is a copy in memory
+            **{setting: getattr(whole, setting) for setting in taken_over},
+        )
+        self.classes = list(classes)
+        if preprocessing_file is not None:
+            self.use_preprocessing(load_preprocessing(preprocessing_file))
+
+    def read(self, *, train: bool) -> RawSplit:
+        """Return the images of the chosen classes, in the source's order.
+
+        Raises:
+            UserError: the source cannot be read, or has no such class.
+        """
+        images, labels, names = self.source.read(train=train)
+        if max(self.classes) >= len(names):
+            raise UserError(f"classes must be below {len(names)} for {self.name}, got {max(self.classes)}")
+        renumbered = relabel(labels, self.classes, len(names))
+        kept = renumbered >= 0
+        return RawSplit(images[kept], renumbered[kept], tuple(names[label] for label in self.classes))
+
+    def spec(self) -> dict[str, Any]:
+        """Arguments another machine needs, and which class they are for (the name is the source's)."""
+        return {
+            "part": type(self).__name__,
+            "source": self.name,
+            "classes": self.classes,
+            "source_args": self.source.spec(),
+        }
+
+
+def save_preprocessing(preprocessing: Preprocessing, path: Path | str) -> Path:
+    """Write a map atomically as safetensors and return the path."""
+    state = {name: value.cpu().contiguous() for name, value in preprocessing.state_dict().items()}
+    return write_atomically(path, lambda temporary: save_file(state, temporary))
+
+
+def load_preprocessing(path: Path | str) -> Preprocessing:
+    """Read a map written by :func:`save_preprocessing`.
+
+    Raises:
+        UserError: the file is missing or holds something else.
+    """
+    try:
+        return Preprocessing.from_state_dict(load_file(path))
+    except (SafetensorError, OSError, TypeError) as error:
+        raise UserError(f"preprocessing file '{path}': missing, or not one of lightning_dd ({error})") from None

@@ -1,27 +1,70 @@
-"""Images in parquet files, as the Hugging Face hub stores them."""
+"""Tables of encoded images and labels, as parquet files hold them."""
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from abc import abstractmethod
+from collections.abc import Iterator
 from contextlib import contextmanager
 from glob import glob
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from lightning_dd.data.cache import content_key
-from lightning_dd.data.cached import CachedData
-from lightning_dd.data.classes import Classes, choose_classes, relabel
-from lightning_dd.data.decode import Allocate, check_image_size, decode_images, new_pixels
+from lightning_dd.data.cache import Allocate, content_key, new_pixels
 from lightning_dd.data.images import RawSplit
-from lightning_dd.utils.errors import UserError
+from lightning_dd.data.readers import Classes, Encoded, EncodedImages, choose_classes, decode_images, relabel
+from lightning_dd.utils.errors import UserError, first_line
 
 
-class ParquetImages(CachedData):
+class ImageTable(EncodedImages):
+    """Images in one column and integer labels in another."""
+
+    arguments: ClassVar[tuple[str, str]]
+    """Those that say what the train and what the test split is."""
+
+    def __init__(self, image_column: str, label_column: str, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.image_column = image_column
+        self.label_column = label_column
+
+    @abstractmethod
+    def labels(self, *, train: bool) -> Tensor:
+        """Return the label column of a split, int64 ``(N,)``.
+
+        Raises:
+            UserError: it holds something else.
+        """
+
+    @abstractmethod
+    def encoded(self, *, train: bool, rows: Tensor) -> Iterator[Encoded]:
+        """Yield these rows ``(B,)``, sorted, of the image column.
+
+        Raises:
+            UserError: a row has no image.
+        """
+
+    def spec(self) -> dict[str, Any]:
+        """Arguments another machine needs to rebuild this data (never a path)."""
+        return super().spec() | {"image_column": self.image_column, "label_column": self.label_column}
+
+    def decode(self, *, train: bool, allocate: Allocate = new_pixels) -> RawSplit:
+        """Decode the rows whose classes are chosen, uint8 ``(N, C, H, W)``."""
+        names = self.all_class_names()
+        chosen = choose_classes(self.classes, names)
+        labels = relabel(self.labels(train=train), chosen, len(names))
+        rows = (labels >= 0).nonzero().flatten()
+        if len(rows) == 0:
+            raise UserError(f"data.{self.arguments[not train]}: there are no rows to read")
+        images = decode_images(
+            self.encoded(train=train, rows=rows), len(rows), self.image_size, self.channels, allocate
+        )
+        return RawSplit(images, labels[rows], tuple(names[place] for place in chosen))
+
+
+class ParquetImages(ImageTable):
     """Encoded images and integer labels in parquet files, the layout of the Hugging Face hub.
 
     The image column is ``struct(bytes, path)`` or plain binary; ``path`` is not followed. Class names come from
@@ -42,13 +85,15 @@ class ParquetImages(CachedData):
         image_column: name of the image column.
         label_column: name of the label column.
         channels: 3 for RGB, 1 for grayscale; ``None`` gives one channel where all images are grayscale.
-        classes: class names or labels, or a group of :data:`~lightning_dd.data.classes.CLASS_GROUPS`; ``None`` takes
+        classes: class names or labels, or a group of :data:`~lightning_dd.data.readers.CLASS_GROUPS`; ``None`` takes
             all. Labels then follow the order of the choice.
         **kwargs: the other arguments of :class:`~lightning_dd.data.base.RealData`.
 
     Raises:
         UserError: an argument is out of range, or (in ``setup``) files, columns or images are not usable.
     """
+
+    arguments = ("train_files", "test_files")
 
     def __init__(
         self,
@@ -62,32 +107,19 @@ class ParquetImages(CachedData):
         classes: Classes = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(root=root, **kwargs)
-        if image_size is not None:
-            check_image_size(image_size)
+        super().__init__(
+            image_column, label_column, image_size=image_size, channels=channels, classes=classes, root=root, **kwargs
+        )
         self.train_files = [train_files] if isinstance(train_files, str) else list(train_files)
         self.test_files = [test_files] if isinstance(test_files, str) else list(test_files)
-        self.image_size = image_size
-        self.image_column = image_column
-        self.label_column = label_column
-        self.channels = channels
-        self.classes = classes
         self._train_shape: torch.Size | None = None
 
     def spec(self) -> dict[str, Any]:
         """Arguments another machine needs to rebuild this data; files by a name that needs no path."""
-        chosen = {"channels": self.channels, "classes": self.classes}
-        return (
-            super().spec()
-            | {name: value for name, value in chosen.items() if value is not None}
-            | {
-                "train_files": [_portable(name) for name in self.train_files],
-                "test_files": [_portable(name) for name in self.test_files],
-                "image_size": self.image_size,
-                "image_column": self.image_column,
-                "label_column": self.label_column,
-            }
-        )
+        return super().spec() | {
+            "train_files": [portable(name) for name in self.train_files],
+            "test_files": [portable(name) for name in self.test_files],
+        }
 
     def source_key(self, *, train: bool) -> str:
         """Return the key of the columns, the size and the files' bytes (with ``on_disk``, their sizes and times)."""
@@ -96,22 +128,6 @@ class ParquetImages(CachedData):
         content = stamps if self.on_disk else files
         chosen = () if self.classes is None and self.channels is None else (self.classes, self.channels)
         return content_key("parquet", self.image_size, columns, self.all_class_names(), *chosen, *content)
-
-    def decode(self, *, train: bool, allocate: Allocate = new_pixels) -> RawSplit:
-        """Decode the files of a split, uint8 ``(N, C, H, W)``."""
-        files, names = self._files(train), self.all_class_names()
-        labels = [self._labels([file]) for file in files]
-        if self.classes is not None:
-            chosen = choose_classes(self.classes, names)
-            labels = [relabel(of_file, chosen, len(names)) for of_file in labels]
-            names = tuple(names[place] for place in chosen)
-        wanted = torch.cat(labels)
-        wanted = wanted[wanted >= 0] if self.classes is not None else wanted
-        if len(wanted) == 0:
-            raise UserError(f"data.{_argument(train)}: the files hold no rows")
-        keep = [None if self.classes is None else (of_file >= 0).numpy() for of_file in labels]
-        rows = (row for file, mask in zip(files, keep, strict=True) for row in self._rows(file, mask))
-        return RawSplit(decode_images(rows, len(wanted), self.image_size, self.channels, allocate), wanted, names)
 
     def read(self, *, train: bool) -> RawSplit:
         """Return the train or the test split, from the cache where it is there; both have one shape.
@@ -123,10 +139,7 @@ class ParquetImages(CachedData):
         if train:
             self._train_shape = split.images.shape[1:]
             return split
-        if self._train_shape is None:
-            self.read(train=True)
-        wanted = self._train_shape
-        assert wanted is not None
+        wanted = self._train_shape or self.read(train=True).images.shape[1:]
         images = split.images
         if images.shape[1] == 1 and wanted[0] == 3:  # a test split may happen to be all grayscale
             images = images.expand(-1, 3, -1, -1)
@@ -135,17 +148,67 @@ class ParquetImages(CachedData):
                 f"data.test_files: the images are {tuple(images.shape[1:])} and those of data.train_files "
                 f"{tuple(wanted)} (channels, height, width); set data.image_size, or use files of one kind"
             )
-        return RawSplit(images, split.labels, split.class_names)
+        return split._replace(images=images)
+
+    def all_class_names(self) -> tuple[str, ...]:
+        """Return the names all files agree on, before any are chosen: label 3 means the same in train and test.
+
+        Raises:
+            UserError: files are missing or disagree.
+        """
+        train, test = self._files(True), self._files(False)
+        if both := {file.resolve() for file in train} & {file.resolve() for file in test}:
+            raise UserError(f"'{min(both)}' is in data.train_files and in data.test_files")
+        declared = {file: names for file in [*train, *test] if (names := self._declared_names(file)) is not None}
+        if not declared:
+            labels = self.labels(train=True)
+            return tuple(str(label) for label in range(int(labels.max()) + 1 if len(labels) else 0))
+        first, agreed = next(iter(declared.items()))
+        for file, names in declared.items():
+            if names != agreed:
+                raise UserError(f"'{first.name}' and '{file.name}' disagree on the names of the classes")
+        return agreed
+
+    def labels(self, *, train: bool) -> Tensor:
+        """Return the label columns of the files of a split, int64 ``(N,)``."""
+        parts = []
+        for file in self._files(train):
+            with _opened(file) as parquet:
+                column = parquet.read(columns=[self.label_column]).column(0)
+            if column.null_count:
+                raise UserError(f"'{file.name}': column '{self.label_column}' has rows without a label")
+            parts.append(torch.from_numpy(column.to_numpy().astype(np.int64)))
+        return torch.cat(parts)
+
+    def encoded(self, *, train: bool, rows: Tensor) -> Iterator[Encoded]:
+        """Yield the place and the encoded bytes of these rows of the files of a split."""
+        first = 0  # rows of the batches before
+        for file in self._files(train):
+            start = first
+            with _opened(file) as parquet:
+                for batch in parquet.iter_batches(batch_size=1024, columns=[self.image_column]):
+                    low, high = torch.searchsorted(rows, torch.tensor([first, first + len(batch)])).tolist()
+                    places = rows[low:high]
+                    for row, value in zip(
+                        places.tolist(), batch.column(0).take((places - first).numpy()).to_pylist(), strict=True
+                    ):
+                        payload = value["bytes"] if isinstance(value, dict) else value
+                        where = f"in '{file.name}', row {row - start}"
+                        if payload is None:
+                            raise UserError(f"cannot decode the image {where}: it has no bytes")
+                        yield where, payload
+                    first += len(batch)
 
     def _files(self, train: bool) -> list[Path]:
+        argument = self.arguments[not train]
         patterns = self.train_files if train else self.test_files
         if not patterns:
-            raise UserError(f"data.{_argument(train)} must name at least one file")
+            raise UserError(f"data.{argument} must name at least one file")
         # One file may match two patterns; its rows must not count twice. The name that was given is kept for
         # error messages, because links into a download cache resolve to names that say nothing.
         unique: dict[Path, Path] = {}
         for name in patterns:
-            for file in self._find(name, _argument(train)):
+            for file in self._find(name, argument):
                 unique.setdefault(file.resolve(), file)
         return list(unique.values())
 
@@ -163,28 +226,6 @@ class ParquetImages(CachedData):
         where = " or ".join(f"'{folder}'" for folder in folders)
         raise UserError(f"data.{argument}: no file matches '{pattern}' in {where} (set data.root or LIGHTNING_DD_DATA)")
 
-    def all_class_names(self) -> tuple[str, ...]:
-        """Return the names all files agree on, before any are chosen: label 3 means the same in train and test.
-
-        Raises:
-            UserError: files are missing or disagree.
-        """
-        train, test = self._files(True), self._files(False)
-        if both := {file.resolve() for file in train} & {file.resolve() for file in test}:
-            raise UserError(f"'{min(both)}' is in data.train_files and in data.test_files")
-        agreed: tuple[Path, tuple[str, ...]] | None = None
-        for file in [*train, *test]:
-            names = self._declared_names(file)
-            if names is None:
-                continue
-            if agreed is not None and agreed[1] != names:
-                raise UserError(f"'{agreed[0].name}' and '{file.name}' disagree on the names of the classes")
-            agreed = agreed or (file, names)
-        if agreed is not None:
-            return agreed[1]
-        labels = self._labels(train)
-        return tuple(str(label) for label in range(int(labels.max()) + 1 if len(labels) else 0))
-
     def _declared_names(self, file: Path) -> tuple[str, ...] | None:
         """Check the columns of a file and return its class names, ``None`` if it does not say."""
         import pyarrow as pa
@@ -198,44 +239,19 @@ class ParquetImages(CachedData):
                     "set data.image_column and data.label_column"
                 )
         kind = schema.field(self.image_column).type
-        if pa.types.is_struct(kind):
-            kind = kind.field("bytes").type if kind.get_field_index("bytes") >= 0 else kind
+        if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+            kind = kind.field("bytes").type
         if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
             raise UserError(f"'{file.name}': column '{self.image_column}' holds {kind}, not the bytes of images")
         kind = schema.field(self.label_column).type
         if not pa.types.is_integer(kind):
             raise UserError(f"'{file.name}': column '{self.label_column}' holds {kind}, not integers")
-        return _names_in((schema.metadata or {}).get(b"huggingface"), self.label_column)
-
-    def _labels(self, files: Sequence[Path]) -> Tensor:
-        """Read the label columns, int64 ``(N,)``."""
-        parts = [np.empty(0, np.int64)]
-        for file in files:
-            with _opened(file) as parquet:
-                column = parquet.read(columns=[self.label_column]).column(0)
-            if column.null_count:
-                raise UserError(f"'{file.name}': column '{self.label_column}' has rows without a label")
-            parts.append(column.to_numpy().astype(np.int64))
-        return torch.from_numpy(np.concatenate(parts))
-
-    def _rows(self, file: Path, mask: npt.NDArray[np.bool_] | None) -> Iterator[tuple[str, bytes]]:
-        """Yield the place and the encoded bytes of each image of a file, or of those in the mask."""
-        import pyarrow as pa
-
-        first = 0
-        with _opened(file) as parquet:
-            for batch in parquet.iter_batches(batch_size=1024, columns=[self.image_column]):
-                rows, column = np.arange(len(batch)), batch.column(0)
-                if mask is not None:
-                    rows = rows[mask[first : first + len(batch)]]
-                    column = column.take(pa.array(rows))
-                for row, value in zip((rows + first).tolist(), column.to_pylist(), strict=True):
-                    payload = value["bytes"] if isinstance(value, dict) else value
-                    where = f"in '{file.name}', row {row}"
-                    if payload is None:
-                        raise UserError(f"cannot decode the image {where}: it has no bytes")
-                    yield where, payload
-                first += len(batch)
+        try:
+            metadata = json.loads((schema.metadata or {})[b"huggingface"])
+            names = metadata["info"]["features"][self.label_column]["names"]
+        except (ValueError, KeyError, TypeError):  # anything unexpected means that there are none
+            return None
+        return tuple(map(str, names)) if isinstance(names, list) and names else None
 
 
 @contextmanager
@@ -248,25 +264,11 @@ def _opened(file: Path) -> Iterator[Any]:
         with ParquetFile(file) as parquet:
             yield parquet
     except (pa.ArrowException, OSError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"cannot read '{file}' as parquet: {reason}") from error
+        raise UserError(f"cannot read '{file}' as parquet: {first_line(error)}") from error
 
 
-def _names_in(metadata: bytes | None, column: str) -> tuple[str, ...] | None:
-    """Find the class names in the Hugging Face metadata; anything unexpected means there are none."""
-    try:
-        names = json.loads(metadata or b"{}")["info"]["features"][column]["names"]
-    except (ValueError, KeyError, TypeError):
-        return None
-    return tuple(map(str, names)) if isinstance(names, list) and names else None
-
-
-def _portable(name: str) -> str:
-    """Drop the folders of a file name that points outside ``root``: they mean nothing on another machine."""
+def portable(name: str) -> str:
+    """Drop the folders of a path that points elsewhere: they mean nothing on another machine."""
     path = Path(name)
     outside = path.is_absolute() or ".." in path.parts or name.startswith("~")
     return path.name if outside else path.as_posix()
-
-
-def _argument(train: bool) -> str:
-    return "train_files" if train else "test_files"
