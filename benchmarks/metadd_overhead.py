@@ -61,7 +61,7 @@ def measure(experiment: dict[str, Any], setting: str | None, steps: int, threads
     found = {"peak_mb": peak / 1024}
     if meta:
         took = [later - earlier for earlier, later in itertools.pairwise(clock.times)]  # of step 1, 2, ...
-        every = meta.clock.every
+        every = meta.every
         if every == 1:
             raise SystemExit(f"{setting}: every step carries the term, so the run has no step without it to compare")
         plain = [seconds for step, seconds in enumerate(took, 1) if not meta.weight_at(step)]

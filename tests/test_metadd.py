@@ -262,7 +262,7 @@ def test_a_resumed_run_equals_the_run_never_interrupted(tmp_path):
 
     straight = run(tmp_path / "a")
     assert torch.equal(straight, run(tmp_path / "b", str(tmp_path / "a" / "step=3.ckpt")))
-    with pytest.raises(UserError, match="another metadd setting"):
+    with pytest.raises(UserError, match=r"of another configuration: metadd\.loss is"):
         run(tmp_path / "c", str(tmp_path / "a" / "step=3.ckpt"), variance=9.0)
 
 
@@ -359,8 +359,8 @@ def test_foreign_files_are_refused(tmp_path):
     [
         ({"architectures": ARCHITECTURES[:1]}, "at least 2 architectures to compare, got 1"),
         ({"variance": -1.0}, "weight variance must be at least 0"),
-        ({"weight": -1.0}, "weight >= 0"),
-        ({"every": 0}, "every >= 1"),
+        ({"weight": -1.0}, "metadd.weight must be at least 0, got -1.0"),
+        ({"every": 0}, "metadd.every must be at least 1, got 0"),
         (
             {"per_step": 1},
             r"per_step must be from 2 \(maps are compared\) to the number of architectures",

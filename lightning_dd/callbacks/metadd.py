@@ -2,7 +2,8 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -17,9 +18,10 @@ from lightning_dd.distillers.base import Distiller
 from lightning_dd.losses.gradients import SteadyShare, attach_gradients
 from lightning_dd.losses.metadd import MetaOptions
 from lightning_dd.losses.metadd_gradient import Architecture, MetaLoss, gathered_loss
-from lightning_dd.models.mixture import NetworkMixture
+from lightning_dd.models.mixture import Architectures, NetworkMixture
 from lightning_dd.pretrained import ClassifierRecipe, Task, trained_classifier
-from lightning_dd.utils.errors import UserError, unknown_name
+from lightning_dd.utils.checkpoint import check_settings, plain_values
+from lightning_dd.utils.errors import UserError, check_range, unknown_name
 from lightning_dd.utils.seeding import make_generator
 
 _log = logging.getLogger(__name__)
@@ -39,26 +41,6 @@ class Look:
     file: str | None = None
     layer: str | None = None
     cam: str | None = None
-
-
-@dataclass(frozen=True)
-class _Clock:
-    """When the term acts, and how much it weighs."""
-
-    weight: float
-    scale: str
-    every: int
-    start: int
-    warmup: int
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.weight < float("inf") or self.every < 1 or self.start < 0 or self.warmup < 0:
-            raise UserError(
-                "metadd needs weight >= 0, every >= 1, start >= 0 and warmup >= 0, got "
-                f"{self.weight}, {self.every}, {self.start} and {self.warmup}"
-            )
-        if self.scale not in SCALES:
-            raise unknown_name("metadd scale", self.scale, SCALES)
 
 
 class MetaDD(OuterTerm):
@@ -103,7 +85,7 @@ class MetaDD(OuterTerm):
 
     def __init__(
         self,
-        architectures: list[str] | dict[str, float],
+        architectures: Architectures,
         loss: MetaOptions = MetaOptions(),  # noqa: B008  (frozen)
         weight: float = 1.0,
         scale: str = "steady",
@@ -118,10 +100,14 @@ class MetaDD(OuterTerm):
         looks: dict[str, Look] | None = None,
         seed: int = 0,
     ) -> None:
+        given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        self._settings = {f"metadd.{name}": plain_values(value) for name, value in given.items()}
+        check_range("at least 0", "metadd.", weight=weight, start=start, warmup=warmup)
+        check_range("at least 1", "metadd.", every=every, rows=rows)
+        if scale not in SCALES:
+            raise unknown_name("metadd scale", scale, SCALES)
         self.mixture = NetworkMixture.parse(architectures)
-        self.options, self.clock = loss, _Clock(weight, scale, every, start, warmup)
-        count = len(self.mixture.names)
-        fewest = 2 if loss.uses_maps else 1
+        count, fewest = len(self.mixture.names), 2 if loss.uses_maps else 1
         if count < fewest:
             raise UserError(f"metadd needs at least {fewest} architectures to compare, got {count}")
         if per_step is not None and not fewest <= per_step <= count:
@@ -129,13 +115,13 @@ class MetaDD(OuterTerm):
                 f"metadd.per_step must be from {fewest}{' (maps are compared)' * (fewest - 1)} to the "
                 f"number of architectures, {count}, or none, got {per_step}"
             )
-        if rows is not None and rows < 1:
-            raise UserError(f"metadd.rows must be at least 1, or none, got {rows}")
-        self.move_labels, self.rows, self.per_step = move_labels, rows, per_step
-        self.augment, self.augmentation = augment, Augmentation("none" if augment == "auto" else augment)
-        self.training, self.looks, self.seed = training, looks or {}, seed
+        self.looks = looks or {}
         if stray := set(self.looks) - set(self.mixture.names):
             raise UserError(f"metadd.looks names '{min(stray)}', which is none of its architectures")
+        self.options, self.weight, self.scale, self.move_labels = loss, weight, scale, move_labels
+        self.every, self.start, self.warmup, self.rows, self.per_step = every, start, warmup, rows, per_step
+        self.augment, self.augmentation = augment, Augmentation("none" if augment == "auto" else augment)
+        self.training, self.seed = training, seed
         self.architectures: list[Architecture] = []
         self.accuracies: dict[str, float] = {}
         self.share = SteadyShare()
@@ -145,10 +131,10 @@ class MetaDD(OuterTerm):
 
         Override this for another rhythm.
         """
-        since = outer_step - self.clock.start
-        if since < 0 or since % self.clock.every:
+        since = outer_step - self.start
+        if since < 0 or since % self.every:
             return 0.0
-        return self.clock.weight * min(1.0, (since + 1) / max(1, self.clock.warmup))
+        return self.weight * min(1.0, (since + 1) / max(1, self.warmup))
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Train or load the architectures before the fit."""
@@ -166,8 +152,9 @@ class MetaDD(OuterTerm):
             self.augmentation = Augmentation(default_strategy(task.facts.mirror))
         adapt = None
         if task.preprocessing.kind == "zca":
-            adapt = _Unwhiten(task.preprocessing)
-            task = task.through(adapt.standardised)
+            standardised = Preprocessing(task.preprocessing.mean, task.preprocessing.std)
+            adapt = partial(_unwhitened, whitened=task.preprocessing, standardised=standardised)
+            task = task.through(standardised)
         for name in self.mixture.names:
             look = self.looks.get(name, Look())
             network, accuracy = trained_classifier(name, task, self.training, self.seed, look.file)
@@ -198,11 +185,11 @@ class MetaDD(OuterTerm):
         result = self.measure(seen, few_labels, distiller.label_kind, consensus, self.looking_at(step))
         watched = {**result.terms, "loss": result.loss.detach()}
         factor: Tensor | float = weight
-        if self.clock.scale != "absolute":
+        if self.scale != "absolute":
             loss, own = _differentiated(trainer, distiller, images, loss)
             own, term = _mean(trainer, own), _mean(trainer, _gradient(result.loss, images))
             factor = weight * own.norm() / term.norm().clamp(min=1e-12)
-            if self.clock.scale == "steady":
+            if self.scale == "steady":
                 watched["steady"] = self.share.take(own)
                 factor = factor * watched["steady"]
         distiller.watch(**{f"metadd/{name}": value for name, value in watched.items()})
@@ -216,10 +203,7 @@ class MetaDD(OuterTerm):
         consensus: Tensor | None = None,
         architectures: Sequence[Architecture] | None = None,
     ) -> MetaLoss:
-        """Return loss, terms and maps of images ``(N, C, H, W)`` in the data's normalised space.
-
-        Those of all architectures, unless told which.
-        """
+        """Return loss, terms and maps of images ``(N, C, H, W)``, normalised; by default of all architectures."""
         looking = self.architectures if architectures is None else architectures
         return gathered_loss(looking, images, labels, label_kind, self.options, consensus)
 
@@ -244,33 +228,21 @@ class MetaDD(OuterTerm):
 
     def state_dict(self) -> dict[str, Any]:
         """Keep the settings, so that a run is not continued with others, and what is known of the method's gradient."""
-        seen = (self.rows, self.per_step, self.augment, self.move_labels, self.seed)
-        return {
-            "settings": repr((self.mixture, self.options, self.clock, seen, asdict(self.training), self.looks)),
-            "share": self.share.state_dict(),
-        }
+        return {"settings": self._settings, "share": self.share.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Refuse other settings than the checkpoint's.
+        """Go on from a checkpoint.
 
         Raises:
-            UserError: they differ.
+            UserError: it is of other settings.
         """
-        here, there = MetaDD.state_dict(self)["settings"], state_dict["settings"]
-        if there != here:
-            raise UserError(f"the checkpoint is of another metadd setting: {there} there, {here} here")
+        if isinstance(state_dict["settings"], dict):  # older checkpoints have a text that cannot be compared
+            check_settings(state_dict["settings"], self._settings)
         self.share.load_state_dict(state_dict["share"])
 
 
-class _Unwhiten:
-    """From whitened images to channel-standardised ones."""
-
-    def __init__(self, preprocessing: Preprocessing) -> None:
-        self.whitened = preprocessing
-        self.standardised = Preprocessing(preprocessing.mean, preprocessing.std)
-
-    def __call__(self, images: Tensor) -> Tensor:
-        return self.standardised(self.whitened.inverse(images))
+def _unwhitened(images: Tensor, whitened: Preprocessing, standardised: Preprocessing) -> Tensor:
+    return standardised(whitened.inverse(images))
 
 
 def _gradient(loss: Tensor, images: Tensor) -> Tensor:

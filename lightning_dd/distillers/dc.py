@@ -44,9 +44,6 @@ class DC(ClassMatching):
             ``PoolAlternation`` without a number of its own.
         lifetime: inner steps a network takes before it is replaced; ``None`` takes the table.
         **kwargs: see :class:`~lightning_dd.distillers.matching.ClassMatching`.
-
-    Raises:
-        UserError: an argument is out of range.
     """
 
     label_kinds: ClassVar[tuple[str, ...]] = ("hard", "centred", "learned")
@@ -145,9 +142,6 @@ class DSA(DC):
         init: ``real`` for random training images, or ``noise``.
         augment: see :class:`~lightning_dd.distillers.matching.ClassMatching`.
         **kwargs: see :class:`DC`.
-
-    Raises:
-        UserError: an argument is out of range.
     """
 
     def __init__(self, init: str = "real", augment: str = "auto", **kwargs: Any) -> None:

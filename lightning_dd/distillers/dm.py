@@ -24,9 +24,6 @@ class DM(ClassMatching):
         lr: learning rate of the images (the paper takes 10 for 100 and more images per class of CIFAR-10).
         augment: see :class:`~lightning_dd.distillers.matching.ClassMatching`.
         **kwargs: see :class:`~lightning_dd.distillers.matching.ClassMatching`.
-
-    Raises:
-        UserError: an argument is out of range.
     """
 
     label_kinds: ClassVar[tuple[str, ...]] = ("hard", "centred")

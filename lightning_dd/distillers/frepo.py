@@ -28,9 +28,6 @@ class FRePo(PoolDistiller):
         lr: LAMB's learning rate, decayed by a cosine to 10 % over the run.
         compiled: ``torch.compile`` the features; worth half a minute of compiling for runs of many minutes.
         **kwargs: see :class:`PoolDistiller`.
-
-    Raises:
-        UserError: an argument is out of range.
     """
 
     def __init__(

@@ -25,21 +25,18 @@ class ClassMatching(PoolDistiller):
     :attr:`real_per_class` takes its place.
 
     Args:
-        architecture: see :class:`Distiller`.
-        labels: see :class:`Distiller`.
+        architecture: the networks to distil with.
+        labels: as far as the method defines them.
         lr: learning rate of the images, and of learned labels.
         real_per_class: real images of every class per outer step, at most the smallest class.
         augment: operations of the siamese family joined by ``_``, one of which is drawn per class and outer step and
             applied to its real and synthetic images alike; inner steps draw one per batch with numbers of its own for
             every image. ``auto`` takes the published family for the data, ``none`` none.
-        pool_size: see :class:`PoolDistiller`; the published methods have one network.
-        lifetime: see :class:`PoolDistiller`.
+        pool_size: networks in turn; the published methods have one.
+        lifetime: inner steps a network takes before it is replaced; 0 gives every outer step a fresh, untrained one.
         inner_lr: learning rate of the inner SGD.
-        inner_batch_size: see :class:`PoolDistiller`.
+        inner_batch_size: synthetic images per inner step, drawn without replacement.
         **kwargs: see :class:`PoolDistiller`.
-
-    Raises:
-        UserError: an argument is out of range, or an operation is unknown.
     """
 
     def __init__(

@@ -20,7 +20,7 @@ from lightning_dd.models.pool import rest
 from lightning_dd.pretrained.experts import ExpertRecipe, Trajectories, expert_file
 from lightning_dd.students.recipe import student_loss
 from lightning_dd.synthetic.labels import Labels
-from lightning_dd.utils.errors import UserError
+from lightning_dd.utils.errors import UserError, check_range
 
 LEAST_STEP_SIZE = 0.01
 """The learned step size is kept at or above this share of its first value: below 0 it would climb the loss."""
@@ -39,7 +39,8 @@ class MTT(Distiller):
     one-hot vectors. Inner steps run in inference mode (no dropout).
 
     Args:
-        architecture: the network of experts and inner steps; one without batch normalisation.
+        architecture: the network of experts and inner steps, without batch normalisation; of several one is drawn for
+            every outer step.
         labels: ``hard``, ``centred`` or ``learned``.
         lr: learning rate of the images (SGD with momentum 0.5).
         label_lr: learning rate of learned labels.
@@ -50,7 +51,7 @@ class MTT(Distiller):
             than cross-entropy (0.005 where that has 0.02).
         step_size_lr: learning rate of alpha itself, which is kept above 1 % of its first value.
         batch_syn: synthetic images per inner step; ``None`` takes all.
-        experts: number of experts.
+        experts: number of experts of every architecture.
         trajectory_epochs: epochs every expert is trained for.
         expert_lr: learning rate of the experts' SGD.
         expert_batch_size: real images per step of an expert.
@@ -60,9 +61,6 @@ class MTT(Distiller):
         constant_memory: hold the graph of one inner step instead of all N. The gradient is equal; it costs up to a
             quarter more time where few images are distilled.
         **kwargs: see :class:`Distiller`.
-
-    Raises:
-        UserError: an argument is out of range.
     """
 
     label_kinds: ClassVar[tuple[str, ...]] = ("hard", "centred", "learned")
@@ -89,17 +87,10 @@ class MTT(Distiller):
         **kwargs: Any,
     ) -> None:
         super().__init__(architecture=architecture, labels=labels, lr=lr, **kwargs)
-        counts = (syn_steps, expert_epochs, max_start_epoch, experts, 1 if batch_syn is None else batch_syn)
-        if min(counts) < 1:
-            raise UserError(
-                "syn_steps, expert_epochs, max_start_epoch, experts and batch_syn (or none) must be at least 1, got "
-                f"{syn_steps}, {expert_epochs}, {max_start_epoch}, {experts} and {batch_syn}"
-            )
-        if step_size <= 0 or step_size_lr < 0 or label_lr < 0:
-            raise UserError(
-                "step_size must be positive, step_size_lr and label_lr at least 0, got "
-                f"{step_size}, {step_size_lr} and {label_lr}"
-            )
+        check_range("at least 1", syn_steps=syn_steps, expert_epochs=expert_epochs, max_start_epoch=max_start_epoch)
+        check_range("at least 1", experts=experts, batch_syn=batch_syn)
+        check_range("positive", step_size=step_size)
+        check_range("at least 0", step_size_lr=step_size_lr, label_lr=label_lr)
         last = max_start_epoch - 1 + expert_epochs
         if trajectory_epochs < last:
             raise UserError(
@@ -120,42 +111,39 @@ class MTT(Distiller):
         self.step_size = nn.Parameter(torch.tensor(step_size))
         self.step_size_lr, self.least_step_size = step_size_lr, LEAST_STEP_SIZE * step_size
         self.match = trajectory.constant_memory if constant_memory else trajectory.unrolled
-        self._student: tuple[Network, ...] = ()  # in a tuple: a registered network would enter the checkpoint
+        self._networks: dict[str, Network] = {}  # a plain dictionary: registered ones would enter the checkpoint
 
     def setup(self, stage: str) -> None:
-        """Build the network of the inner steps as well, and train or find the experts."""
+        """Build the networks of the inner steps as well, and train or find the experts."""
         super().setup(stage)
-        if stage != "fit" or hasattr(self, "_trajectories"):
+        if stage != "fit" or self._networks:
             return
-        device = self.task.device
-        network = self.build_network(self.expert_seed).to(device)
-        rest(network)
-        self._student = (network,)
         if self.augment == "auto":
             self.expert_recipe = replace(self.expert_recipe, augment=siamese_strategy(self.facts.mirror))
         self._augmentation = siamese(self.expert_recipe.augment, shared=False)
-        files = [
-            expert_file(self.architecture, self.task, self.expert_recipe, self.expert_seed, index)
-            for index in range(self.experts)
-        ]
-        self._trajectories = Trajectories(files, device)
+        self._trajectories: dict[str, Trajectories] = {}
+        for name in self.networks.names:
+            settings = (name, self.task, self.expert_recipe, self.expert_seed)
+            files = [expert_file(*settings, index) for index in range(self.experts)]
+            self._trajectories[name] = Trajectories(files, self.task.device)
+            self._networks[name] = self.build_network(self.expert_seed, name).to(self.task.device)
+            rest(self._networks[name])
+        self._current = self.architecture
 
     def outer_terms(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """The trajectory loss from a drawn start epoch of a drawn expert."""
         generator = self.step_generator("trajectory")
+        self._current = self.networks.draw(generator)
         expert, epoch = (
             int(torch.randint(count, (), generator=generator)) for count in (self.experts, self.max_start_epoch)
         )
-        start, target = (self._trajectories.snapshot(expert, at) for at in (epoch, epoch + self.expert_epochs))
+        trajectories = self._trajectories[self._current]
+        start, target = (trajectories.snapshot(expert, at) for at in (epoch, epoch + self.expert_epochs))
         vector_to_parameters(start, self.network.parameters())
         steps = self._inner_steps(len(images), generator)
         loss = functional_loss(self.network, partial(student_loss, label_kind=self.label_kind))
-        self.watch(
-            **{
-                "trajectory/step_size": self.step_size.detach().clone(),
-                "trajectory/start_epoch": torch.tensor(float(epoch)),
-            }
-        )
+        start_epoch = torch.tensor(float(epoch))
+        self.watch(**{"trajectory/step_size": self.step_size.clone(), "trajectory/start_epoch": start_epoch})
         return {"trajectory": self.match(Stretch(loss, start, target, steps), images, labels, self.step_size)}
 
     def configure_optimizers(self) -> Any:
@@ -173,9 +161,9 @@ class MTT(Distiller):
     @property
     def network(self) -> Network:
         """The network at the current expert's start epoch, in inference mode."""
-        if not self._student:
+        if not self._networks:
             raise RuntimeError("the network exists only while fitting")
-        return self._student[0]
+        return self._networks[self._current]
 
     def distilled_set(self, *, views: bool = True, **training: Any) -> DistilledSet:
         """Return the current synthetic set with the learned step size beside it."""

@@ -40,9 +40,6 @@ class PoolDistiller(Distiller):
 
     Attributes:
         pool: the model pool; there while fitting.
-
-    Raises:
-        UserError: an argument is out of range.
     """
 
     pool: ModelPool

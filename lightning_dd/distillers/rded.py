@@ -35,7 +35,7 @@ class RDED(SelectionDistiller):
         **kwargs: see :class:`TeacherDistiller`.
 
     Raises:
-        UserError: an argument is out of range, or too few candidates or an image that cannot be tiled.
+        UserError: (also in ``setup``) there are too few candidates, or an image cannot be tiled.
     """
 
     def __init__(

@@ -56,7 +56,7 @@ class SRe2L(TeacherDistiller):
         **kwargs: see :class:`TeacherDistiller`. The teacher must have batch normalisation.
 
     Raises:
-        UserError: an argument is out of range, or the teacher has no batch normalisation.
+        UserError: (also in ``setup``) the teacher has no batch normalisation.
     """
 
     label_kinds: ClassVar[tuple[str, ...]] = ("hard",)

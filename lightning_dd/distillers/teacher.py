@@ -17,9 +17,6 @@ class TeacherDistiller(Distiller):
         labels: as for :class:`Distiller`.
         teacher: one network, or a committee of several (:class:`~lightning_dd.pretrained.Teacher`).
         **kwargs: see :class:`Distiller`.
-
-    Raises:
-        UserError: an argument is out of range.
     """
 
     def __init__(
