@@ -111,10 +111,11 @@ def paired_difference(left: Mapping[Hashable, float], right: Mapping[Hashable, f
     mean, count = float(differences.mean()), len(differences)
     if count < 2:
         return Difference(mean, float("nan"), float("nan"), float("nan"), count)
-    error = float(differences.std(ddof=1)) / count**0.5
-    half = float(stats.t.ppf(0.975, count - 1)) * error
-    p = float(2 * stats.t.sf(abs(mean) / error, count - 1)) if error else float(mean == 0)
-    return Difference(mean, mean - half, mean + half, p, count)
+    if not differences.std():
+        return Difference(mean, mean, mean, float(mean == 0), count)
+    test = stats.ttest_1samp(differences, 0.0)
+    low, high = test.confidence_interval(0.95)
+    return Difference(mean, float(low), float(high), float(test.pvalue), count)
 
 
 def _resampled_means(groups: Sequence[np.ndarray], seed: int) -> np.ndarray:

@@ -6,6 +6,7 @@ import os
 import pickle
 import signal
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -396,6 +397,19 @@ def test_students_are_tested_on_the_data_the_user_names(tmp_path):
     assert {row.accuracy_best for row in rows} == {None}  # no validation split
     with pytest.raises(UserError, match=r"class names or their order disagree|num_classes disagree"):
         evaluate_files(*arguments, DataChoice("MNIST5k"))
+
+
+def test_fit_and_test_take_the_real_data_by_name_or_path(tmp_path, capsys):
+    distilled = replace(make_distilled(ipc=2), data={"name": "Gone", "spec": {}, "fingerprint": "unseen"})
+    file = str(distilled.save(tmp_path / "set.safetensors"))
+    asked = ["--data=DistilledData", f"--data.file={file}", "--model=Student", f"--model.architecture={SMALL}"]
+    asked += ["--trainer.accelerator=cpu", "--trainer.logger=false", "--trainer.max_steps=2"]
+    assert main(["fit", *asked]) == 2
+    assert "say which real data to score on" in capsys.readouterr().err
+    real = ["--data.real=helpers.TinyData", "--data.real.val_fraction=0.25"]
+    assert main(["fit", *asked, *real, "--trainer.default_root_dir=run"]) == 0
+    assert main(["test", *asked, *real, f"--ckpt_path={next(Path('run').rglob('last.ckpt'))}"]) == 0
+    assert "test/accuracy" in capsys.readouterr().out
 
 
 def test_other_test_images_are_another_result(tmp_path, monkeypatch):

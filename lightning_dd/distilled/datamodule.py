@@ -15,6 +15,8 @@ from lightning_dd.distilled.views import SyntheticBatches
 from lightning_dd.losses.labels import initial_labels
 from lightning_dd.utils.errors import UserError
 
+_SAY = "say which real data to score on (--data and --root, or --data.real of fit and test)"
+
 
 class DistilledData(LightningDataModule):
     """Train batches from a distilled set; validation and test batches from real data.
@@ -139,14 +141,13 @@ def _real_data_named_in(distilled: DistilledSet, choice: DataChoice) -> RealData
     part = spec.get("part")
     if name not in DATA_SETS or part not in (None, *DATA_PARTS):
         raise UserError(
-            f"the distilled set was made from '{name}', which is none of {', '.join(sorted(DATA_SETS))}: "
-            "say which real data to score on (--data and --root)"
+            f"the distilled set was made from '{name}', which is none of {', '.join(sorted(DATA_SETS))}: {_SAY}"
         )
     arguments = {key: value for key, value in spec.items() if key not in ("preprocessing", "part")}
     try:
         return build_data(part or name, {**arguments, **choice.arguments}, choice.root)
     except UserError as error:
-        raise UserError(f"the distilled set's data cannot be rebuilt from the file alone: {error}") from None
+        raise UserError(f"the distilled set's data cannot be rebuilt from the file alone: {_SAY} ({error})") from None
 
 
 def _like(distilled: DistilledSet, real: RealData) -> RealData:
@@ -181,13 +182,11 @@ def check_match(distilled: DistilledSet, real: RealData) -> None:
         UserError: number of classes, image shape or class names differ.
     """
     facts = real.facts
-    if distilled.num_classes != facts.num_classes:
-        raise UserError(
-            f"num_classes disagree: the distilled set has {distilled.num_classes}, {facts.name} has {facts.num_classes}"
-        )
-    if distilled.image_shape != facts.image_shape:
-        raise UserError(
-            f"image shapes disagree: {distilled.image_shape} in the distilled set, {facts.image_shape} in {facts.name}"
-        )
+    for what, ours, theirs in (
+        ("num_classes", distilled.num_classes, facts.num_classes),
+        ("image shapes", distilled.image_shape, facts.image_shape),
+    ):
+        if ours != theirs:
+            raise UserError(f"{what} disagree: the distilled set has {ours}, {facts.name} has {theirs}")
     if distilled.class_names != facts.class_names:
         raise UserError(f"class names or their order disagree between the distilled set and {facts.name}")

@@ -11,9 +11,9 @@ Both are mapped to ``(e^x - e^-1) / (e - e^-1)``; ``w`` is a half. More is bette
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -79,7 +79,16 @@ class Robustness:
         return robust_score(weight * (self.own - self.random) + (1 - weight) * (self.plain - self.random_plain))
 
 
-_ACCURACIES = ("own", "hard", "random", "plain", "random_plain", "all_real")
+# What a record holds, and how the table calls it.
+_SCORES = {"label_robust": "label-robust score", "augmentation_robust": "augmentation-robust score"}
+_ACCURACIES = {
+    "own": "own labels",
+    "hard": "hard labels",
+    "random": "random real, same labels",
+    "plain": "not augmented",
+    "random_plain": "random real, same labels, not augmented",
+    "all_real": "all real",
+}
 
 
 @quiet_trainers()
@@ -136,7 +145,7 @@ def score_files(
     records = [
         Robustness(*key, *(bench.row(cells[name]).accuracy for name in _ACCURACIES)) for key, cells in asked.items()
     ]
-    _write(records, folder)
+    write_results(folder, [_as_row(record) for record in records], markdown(records), _figure(records))
     print(f"\n{markdown(records)}\nreport: {folder}/results.md, .json, .csv, .png")
     return records
 
@@ -173,57 +182,36 @@ def _check_control(name: str, distilled: DistilledSet, control: DistilledSet | N
         )
 
 
-_SCORES: dict[str, Callable[[Robustness], float]] = {
-    "label-robust score": Robustness.label_robust,
-    "augmentation-robust score": Robustness.augmentation_robust,
-}
-_COLUMNS: dict[str, Callable[[Robustness], float]] = _SCORES | {
-    "own labels": lambda record: record.own,
-    "hard labels": lambda record: record.hard,
-    "random real, same labels": lambda record: record.random,
-    "not augmented": lambda record: record.plain,
-    "random real, same labels, not augmented": lambda record: record.random_plain,
-    "all real": lambda record: record.all_real,
-}
-
-
 def markdown(records: Sequence[Robustness]) -> str:
     """Render the table: scores and accuracies in %, mean ± sample standard deviation over seeds."""
-    lines = [["set", "architecture", *_COLUMNS]]
-    for (name, architecture), scores in _summary(records, _COLUMNS).items():
-        lines.append([name, f"`{architecture}`", *map(str, scores)])
+    lines = [["set", "architecture", *_SCORES.values(), *_ACCURACIES.values()]]
+    for (name, architecture), scores in _summary(records).items():
+        lines.append([name, f"`{architecture}`", *(str(scores[key]) for key in (*_SCORES, *_ACCURACIES))])
     seeds = len({record.seed for record in records})
     return f"{markdown_table(lines)}\n\nIn %, mean ± sample standard deviation over {seeds} student seeds.\n"
 
 
-def _summary(
-    records: Sequence[Robustness], columns: Mapping[str, Callable[[Robustness], float]]
-) -> dict[tuple[str, str], list[Score]]:
-    """Return the columns' means over seeds, by set and architecture."""
-    lines = grouped(records, lambda record: (record.set, record.architecture))
+def _as_row(record: Robustness) -> dict[str, Any]:
+    return asdict(record) | {name: getattr(record, name)() for name in _SCORES}
+
+
+def _summary(records: Sequence[Robustness]) -> dict[tuple[str, str], dict[str, Score]]:
+    """Return means over seeds of scores and accuracies, by set and architecture."""
+    lines = grouped(map(_as_row, records), lambda row: (row["set"], row["architecture"]))
     return {
-        line: [nested_score({line: [of(record) for record in own]}) for of in columns.values()]
+        line: {key: nested_score({line: [row[key] for row in own]}) for key in (*_SCORES, *_ACCURACIES)}
         for line, own in lines.items()
     }
 
 
-def _write(records: Sequence[Robustness], folder: Path) -> None:
-    rows = [
-        asdict(record) | {"label_robust": record.label_robust(), "augmentation_robust": record.augmentation_robust()}
-        for record in records
-    ]
-    write_results(folder, rows, markdown(records), _figure(records))
-
-
 def _figure(records: Sequence[Robustness]) -> Figure:
     """Draw both scores of every set, one panel per architecture."""
-    by_panel = grouped(_summary(records, _SCORES).items(), lambda line: line[0][1])
+    by_panel = grouped(_summary(records).items(), lambda line: line[0][1])
     figure = Figure(figsize=(2 + 4 * len(by_panel), 3.5), layout="constrained")
-    for axes, (architecture, lines) in zip(
-        figure.subplots(1, len(by_panel), squeeze=False)[0], by_panel.items(), strict=True
-    ):
-        for index, label in enumerate(_SCORES):
-            scores = [line[1][index] for line in lines]
+    panels = figure.subplots(1, len(by_panel), squeeze=False)[0]
+    for axes, (architecture, lines) in zip(panels, by_panel.items(), strict=True):
+        for index, (key, label) in enumerate(_SCORES.items()):
+            scores = [line[1][key] for line in lines]
             places = [place + (index - 0.5) * 0.4 for place in range(len(lines))]
             means, spreads = [100 * score.mean for score in scores], [100 * score.std for score in scores]
             axes.bar(places, means, 0.4, yerr=spreads, capsize=2, label=label)
