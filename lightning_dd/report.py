@@ -7,8 +7,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from lightning_dd.statistics import Score
 from lightning_dd.utils.files import write_atomically, write_text
 
 Item = TypeVar("Item")
@@ -48,6 +50,27 @@ def write_results(
         "md": write_text(folder / "results.md", markdown),
         "png": write_atomically(folder / "results.png", lambda path: figure.savefig(path, dpi=120)),
     }
+
+
+def draw_bars(axes: Axes, bars: Sequence[tuple[str, Mapping[str, Score], str | None]], places: Sequence[str]) -> None:
+    """Draw scores in % with their deviations, side by side at every place.
+
+    Args:
+        axes: the panel.
+        bars: label, scores by place (none where there is no score) and colour (matplotlib's next one if ``None``).
+        places: from left to right.
+    """
+    width = 0.8 / len(bars)
+    for index, (label, scores, colour) in enumerate(bars):
+        axes.bar(
+            [places.index(place) + (index - (len(bars) - 1) / 2) * width for place in scores],
+            [100 * score.mean for score in scores.values()],
+            width,
+            yerr=[100 * score.std for score in scores.values()],
+            label=label,
+            color=colour,
+            capsize=2,
+        )
 
 
 def grouped(items: Iterable[Item], key: Callable[[Item], Key]) -> dict[Key, list[Item]]:

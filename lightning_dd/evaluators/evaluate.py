@@ -14,7 +14,7 @@ from lightning_dd.data.base import RealData
 from lightning_dd.data.registry import DataChoice
 from lightning_dd.distilled.datamodule import check_match, real_data_of
 from lightning_dd.distilled.set import DistilledSet, library_versions
-from lightning_dd.evaluators.matrix import ALL_REAL, DISTILLED, RANDOM_REAL, Cell, Hardware, Row, cells_of, run_cell
+from lightning_dd.evaluators.matrix import ALL_REAL, DISTILLED, RANDOM_REAL, Cell, Hardware, Row, run_cell
 from lightning_dd.evaluators.report import markdown, write_report
 from lightning_dd.jobs import Job, Ledger, Tick, check_workers, device_of, place, run_jobs, tensor_digest
 from lightning_dd.models.factory import build_network
@@ -66,7 +66,14 @@ def evaluate_files(
     recipes = {"": recipe} if isinstance(recipe, Recipe) else dict(recipe)
     bench = Bench(named(files), recipes, folder, data, hardware)
     architectures = bench.architectures(architectures)
-    cells = cells_of(list(bench.sets), architectures, seeds, list(recipes))
+    cells = [
+        Cell(name, architecture, source, seed, protocol)
+        for protocol in recipes
+        for name in bench.sets
+        for architecture in architectures
+        for source in (DISTILLED, RANDOM_REAL)
+        for seed in range(seeds)
+    ]
     if not bench.train(cells, workers):
         return []
     rows = _in_groups([bench.row(cell) for cell in cells], bench.sets)
@@ -116,9 +123,6 @@ class Bench:
     def architectures(self, asked: Sequence[str]) -> list[str]:
         """Replace groups by their members, and build every network once for every set.
 
-        Args:
-            asked: names of the factory, or of groups (:mod:`lightning_dd.models.zoo`).
-
         Raises:
             UserError: a name is unknown, or a network cannot take a set's images.
         """
@@ -131,7 +135,15 @@ class Bench:
     def train(self, cells: Sequence[Cell], workers: int | str) -> bool:
         """Train what the ledger lacks; return whether this process writes the report."""
         together = self.hardware.strategy != "auto"  # of a launcher's processes, that then train one student
-        jobs = [self._job(cell) for cell in cells]
+        jobs = [
+            Job(
+                f"{cell.architecture} {cell.source} {cell.seed}",
+                self._identity(cell),
+                cell,
+                cost=self.recipes[cell.protocol].steps_for(len(self.sets[cell.set_name])),
+            )
+            for cell in cells
+        ]
         return run_jobs(jobs, self.work, self.ledger, workers, unit="step", together=together)
 
     def work(self, cell: Cell, tick: Tick) -> dict[str, Any]:
@@ -139,9 +151,8 @@ class Bench:
         start, hardware, device = time.perf_counter(), self.hardware, device_of(self.hardware.accelerator)
         if place() is not None and device.type == "cuda":
             hardware = replace(hardware, devices=[device.index])
-        distilled, real = self.sets[cell.set_name], self.reals[cell.set_name]
-        logs = self.folder / "tensorboard"
-        row = run_cell(cell, distilled, real, self.recipes[cell.protocol], hardware, logs, tick)
+        both, logs = (self.sets[cell.set_name], self.reals[cell.set_name]), self.folder / "tensorboard"
+        row = run_cell(cell, *both, self.recipes[cell.protocol], hardware, logs, tick)
         return asdict(replace(row, seconds=round(time.perf_counter() - start, 2)))
 
     def row(self, cell: Cell) -> Row:
@@ -149,10 +160,6 @@ class Bench:
         own = {"set": cell.set_name, "protocol": cell.protocol}
         own |= {"method": self.sets[cell.set_name].method} if cell.source == DISTILLED else {}
         return Row(**(self.ledger.need(self._identity(cell)) | own))
-
-    def _job(self, cell: Cell) -> Job:
-        steps = self.recipes[cell.protocol].steps_for(len(self.sets[cell.set_name]))
-        return Job(f"{cell.architecture} {cell.source} {cell.seed}", self._identity(cell), cell, steps)
 
     def _identity(self, cell: Cell) -> dict[str, Any]:
         """Return everything the outcome of a cell depends on; cells with equal identities are one student.

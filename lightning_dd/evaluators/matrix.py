@@ -1,7 +1,7 @@
 """One student of an evaluation: what it is trained on, how it is trained and tested, and its row."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -75,20 +75,6 @@ class Hardware:
     strategy: str = "auto"
 
 
-def cells_of(
-    set_names: Sequence[str], architectures: Sequence[str], seeds: int, protocols: Sequence[str] = ("",)
-) -> list[Cell]:
-    """List the students to train: every protocol x set x architecture x seed, distilled and random-real."""
-    return [
-        Cell(name, architecture, source, seed, protocol)
-        for protocol in protocols
-        for name in set_names
-        for architecture in architectures
-        for source in (DISTILLED, RANDOM_REAL)
-        for seed in range(seeds)
-    ]
-
-
 def is_seen(architecture: str, distilled: DistilledSet) -> bool:
     """Tell whether a set was distilled with an architecture of this name, whatever the options of either."""
     own = () if distilled.architecture is None else NetworkMixture.parse(distilled.architecture).names
@@ -104,17 +90,7 @@ def run_cell(
     log_dir: Path,
     on_step: Callable[[], object],
 ) -> Row:
-    """Train and test one student.
-
-    Args:
-        cell: which.
-        distilled: the set the cell names.
-        real: its real data; set up.
-        recipe: how students are trained.
-        hardware: where.
-        log_dir: folder of the TensorBoard logs.
-        on_step: called after every training step.
-    """
+    """Train a cell's student on the set it names (or on what stands in for it), and test it on set-up real data."""
     source = SOURCES[cell.source](distilled, real, cell.seed)
     data = DistilledData.from_set(source, real)
     student = Student.with_recipe(cell.architecture, recipe, cell.seed)
@@ -125,12 +101,10 @@ def run_cell(
     trainer.fit(student, datamodule=data)
     trainer.logger = None  # tests would each open another event file
     last = _test(trainer, student, data)
-    at_best = None
-    if best.weights is not None:
-        changed = best.step != steps
-        if changed:
-            student.load_state_dict(best.weights)
-        at_best = _test(trainer, student, data) if changed else last
+    at_best = None if best.weights is None else last
+    if best.weights is not None and best.step != steps:
+        student.load_state_dict(best.weights)
+        at_best = _test(trainer, student, data)
     logger.log_metrics({"test/accuracy": last}, steps)
     logger.finalize("success")
     return Row(
@@ -175,12 +149,7 @@ def _test(trainer: Trainer, student: Student, data: DistilledData) -> float:
 
 
 class BestWeights(Callback):
-    """Keep the weights of the best validation accuracy in memory.
-
-    Attributes:
-        weights: the module's state at the best score; ``None`` while there was no validation.
-        step: the training step of the best score.
-    """
+    """Keep the weights of the best validation accuracy, and its step, in memory; ``None`` without a validation."""
 
     def __init__(self) -> None:
         self.weights: dict[str, Any] | None = None

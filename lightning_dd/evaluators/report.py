@@ -4,6 +4,7 @@ import re
 import statistics
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import cycle
 from pathlib import Path
 
 import matplotlib
@@ -11,7 +12,7 @@ import matplotlib.colors
 from matplotlib.figure import Figure
 
 from lightning_dd.evaluators.matrix import DISTILLED, RANDOM_REAL, Row
-from lightning_dd.report import grouped, markdown_table, write_results
+from lightning_dd.report import draw_bars, grouped, markdown_table, write_results
 from lightning_dd.statistics import Difference, Nested, Score, gain_interval, nested_score, paired_difference
 
 
@@ -169,39 +170,27 @@ _COLOURS = [f"C{index}" for index in range(10) if index != 7] + [  # without the
 
 def bar_figure(lines: Sequence[Line]) -> Figure:
     """Draw one group of bars per architecture: every set, and random real images once for all sets they suit."""
-    sets = list(dict.fromkeys(line.set for line in lines))
-    architectures = list(dict.fromkeys(line.architecture for line in lines))
-    by_set = {name: {line.architecture: line for line in lines if line.set == name} for name in sets}
-    bars = [
-        (
-            name if len(sets) > 1 else "distilled",
-            {key: line.distilled for key, line in by_set[name].items()},
-            _COLOURS[index % len(_COLOURS)],
-        )
-        for index, name in enumerate(sets)
-    ]
+    by_architecture = grouped(lines, lambda line: line.architecture)
+    by_set = {
+        name: {line.architecture: line for line in own} for name, own in grouped(lines, lambda line: line.set).items()
+    }
+    bars: list[tuple[str, Mapping[str, Score], str | None]] = []
+    for (name, own), colour in zip(by_set.items(), cycle(_COLOURS), strict=False):
+        label = name if len(by_set) > 1 else "distilled"
+        bars.append((label, {key: line.distilled for key, line in own.items()}, colour))
     greys = iter(("0.75", "0.6", "0.45"))
     for names in _of_equal_baseline(by_set):
         others = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        label = f"random real ({names[0]}{others})" if len(names) < len(sets) else "random real"
+        label = f"random real ({names[0]}{others})" if len(names) < len(by_set) else "random real"
         scores = {key: line.random_real for key, line in by_set[names[0]].items()}
         bars.append((label, scores, next(greys, "0.3")))
-    figure = Figure(figsize=(2 + max(1.3, 0.2 * len(bars)) * len(architectures), 4), layout="constrained")
+    figure = Figure(figsize=(2 + max(1.3, 0.2 * len(bars)) * len(by_architecture), 4), layout="constrained")
     axes = figure.subplots()
-    width = 0.8 / len(bars)
-    for index, (label, scores, colour) in enumerate(bars):
-        axes.bar(
-            [architectures.index(architecture) + (index - (len(bars) - 1) / 2) * width for architecture in scores],
-            [100 * score.mean for score in scores.values()],
-            width,
-            yerr=[100 * score.std for score in scores.values()],
-            label=label,
-            color=colour,
-            capsize=2,
-        )
-    seen = {name for name in architectures if all(line.seen for line in lines if line.architecture == name)}
-    ticks = [_wrapped(name) + ("\n(seen)" if name in seen else "") for name in architectures]
-    axes.set_xticks(range(len(architectures)), ticks, fontsize=8)
+    draw_bars(axes, bars, list(by_architecture))
+    ticks = [
+        _wrapped(name) + ("\n(seen)" if all(line.seen for line in own) else "") for name, own in by_architecture.items()
+    ]
+    axes.set_xticks(range(len(ticks)), ticks, fontsize=8)
     axes.set_ylabel("test accuracy [%]")
     axes.set_ylim(0, 100)
     axes.grid(axis="y", alpha=0.3)

@@ -30,7 +30,7 @@ from lightning_dd.evaluators.matrix import (
     Cell,
     Hardware,
 )
-from lightning_dd.report import grouped, markdown_table, write_results
+from lightning_dd.report import draw_bars, grouped, markdown_table, write_results
 from lightning_dd.statistics import Score, nested_score
 from lightning_dd.students.recipe import Recipe
 from lightning_dd.utils.errors import UserError
@@ -210,13 +210,11 @@ def _figure(records: Sequence[Robustness]) -> Figure:
     figure = Figure(figsize=(2 + 4 * len(by_panel), 3.5), layout="constrained")
     panels = figure.subplots(1, len(by_panel), squeeze=False)[0]
     for axes, (architecture, lines) in zip(panels, by_panel.items(), strict=True):
-        for index, (key, label) in enumerate(_SCORES.items()):
-            scores = [line[1][key] for line in lines]
-            places = [place + (index - 0.5) * 0.4 for place in range(len(lines))]
-            means, spreads = [100 * score.mean for score in scores], [100 * score.std for score in scores]
-            axes.bar(places, means, 0.4, yerr=spreads, capsize=2, label=label)
+        sets = [name for (name, _), _ in lines]
+        bars = [(label, {name: scores[key] for (name, _), scores in lines}, None) for key, label in _SCORES.items()]
+        draw_bars(axes, bars, sets)
         axes.axhline(100 * robust_score(0.0), color="0.5", linestyle=":", label="no difference")
-        axes.set_xticks(range(len(lines)), [name for (name, _), _ in lines], fontsize=8, rotation=20)
+        axes.set_xticks(range(len(sets)), sets, fontsize=8, rotation=20)
         axes.set_title(architecture, fontsize=8)
         axes.set_ylabel("score [%]")
         axes.legend(frameon=False, fontsize=7)
