@@ -235,6 +235,16 @@ def test_the_teacher_is_trained_once_cached_and_reused(trainings, tmp_path):
     assert not [name for name in first.state_dict() if "teacher" in name or "network" in name]
 
 
+def test_several_architectures_are_a_committee_of_teachers_unless_the_teacher_names_its_own(trainings, tmp_path):
+    several = {TINY["architecture"]: 1, "conv:width=4,depth=2": 3}
+    selected(Random, tmp_path, **SOFT, architecture=several, teacher=Teacher(TINY["architecture"], steps=60, lr=0.02))
+    assert trainings == [TINY["architecture"]]
+    model = selected(Random, tmp_path, **SOFT, architecture=several)
+    assert trainings == list(several)
+    assert model.committee().mixture.probabilities == (0.25, 0.75)
+    assert model.student_architecture == "conv:width=4,depth=2"
+
+
 def test_a_missing_teacher_is_refused_where_none_may_be_trained(trainings, tmp_path):
     for cls, changes in ((Herding, {}), (Random, SOFT)):
         with pytest.raises(UserError, match="is not trained on this data yet, and train_missing is false"):

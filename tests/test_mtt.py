@@ -406,6 +406,17 @@ def test_the_network_stands_at_the_experts_start(tmp_path):
         _ = mtt().network
 
 
+def test_of_several_architectures_one_is_drawn_for_every_step(tmp_path):
+    names, seen = ["convnet:width=4,depth=2", "convnet:width=6,depth=2"], []
+
+    class KeepNetwork(Callback):
+        def on_train_batch_end(self, trainer, pl_module, *args):
+            seen.append((pl_module._current, pl_module.network.num_features))
+
+    model = fitted(tmp_path, trainer=tiny_trainer(tmp_path, 8, callbacks=[KeepNetwork()]), architecture=names)
+    assert set(seen) == {(name, model.build_network(0, name).num_features) for name in names}
+
+
 def checkpointing(folder, steps, every):
     keep = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=every, save_top_k=-1)
     return tiny_trainer(folder, steps, callbacks=[keep], enable_checkpointing=True, val_check_interval=4)
