@@ -58,8 +58,8 @@ def frepo(parameterisation=TINY, **changes):
     [
         ({"steps": 0}, "latents: steps must be a whole number of at least 1, got 0"),
         ({"slice": 2.5}, "latents: slice must be a whole number"),
-        ({"lr_styles": 0}, "latents: lr_styles must be a positive number, got 0"),
-        ({"level": -1}, "latents: level must be a whole number of at least 0, got -1"),
+        ({"lr_styles": 0}, "latents: lr_styles must be positive, got 0"),
+        ({"level": -1}, "latents: level must be at least 0, got -1"),
         ({"generator": "mine.pt", "level": 1}, "level must be 0 with a generator of your own"),
     ],
 )

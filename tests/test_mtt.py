@@ -483,7 +483,7 @@ def test_two_processes_share_set_step_size_and_experts(tmp_path, cache):
             {"trajectory_epochs": 2},
             r"trajectory_epochs must be at least max_start_epoch - 1 \+ expert_epochs = 3, got 2",
         ),
-        ({"expert_lr": 0.0}, "expert_lr > 0"),
+        ({"expert_lr": 0.0}, "expert_lr must be positive"),
         ({"augment": "flip_nonsense"}, "unknown augmentation 'nonsense'"),
         ({"labels": "fuzzy"}, "labels of MTT must be one of hard, centred, learned"),
     ],

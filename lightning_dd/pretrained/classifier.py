@@ -16,7 +16,7 @@ from lightning_dd.models.mixture import Architectures, NetworkMixture
 from lightning_dd.models.pool import rest
 from lightning_dd.pretrained.task import Made, Task, fit, read_trained, train_once
 from lightning_dd.students.recipe import Recipe
-from lightning_dd.utils.errors import UserError
+from lightning_dd.utils.errors import UserError, check_range
 from lightning_dd.utils.seeding import derive_seed, make_generator, seeded
 
 _ROWS = 512
@@ -43,11 +43,9 @@ class ClassifierRecipe:
     batch_size: int = 128
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.batch_size < 1 or not 0 < self.lr < float("inf") or self.weight_decay < 0:
-            raise UserError(
-                "training on the real data needs steps and batch_size >= 1, lr > 0 and weight_decay >= 0, got "
-                f"{self.steps}, {self.batch_size}, {self.lr} and {self.weight_decay}"
-            )
+        check_range("at least 1", "training on the real data: ", steps=self.steps, batch_size=self.batch_size)
+        check_range("positive", "training on the real data: ", lr=self.lr)
+        check_range("at least 0", "training on the real data: ", weight_decay=self.weight_decay)
 
 
 def trained_classifier(

@@ -23,7 +23,7 @@ from lightning_dd.models.factory import build_network
 from lightning_dd.models.interface import Network
 from lightning_dd.pretrained.task import Made, Task, fit, train_once
 from lightning_dd.students.recipe import Recipe, student_loss
-from lightning_dd.utils.errors import UserError
+from lightning_dd.utils.errors import UserError, check_range
 from lightning_dd.utils.seeding import derive_seed, make_generator
 
 
@@ -49,11 +49,8 @@ class ExpertRecipe:
     labels: str = "hard"
 
     def __post_init__(self) -> None:
-        if self.epochs < 1 or self.batch_size < 1 or self.lr <= 0:
-            raise UserError(
-                "experts need trajectory_epochs and expert_batch_size >= 1 and expert_lr > 0, got "
-                f"{self.epochs}, {self.batch_size} and {self.lr}"
-            )
+        check_range("at least 1", trajectory_epochs=self.epochs, expert_batch_size=self.batch_size)
+        check_range("positive", expert_lr=self.lr)
         siamese(self.augment)
 
 
@@ -73,11 +70,11 @@ def expert_file(architecture: str, task: Task, recipe: ExpertRecipe, seed: int, 
     """
 
     def make() -> Made:
-        named = derive_seed(seed, "expert", architecture, index)
-        weights = derive_seed(named, "weights")
-        network = build_network(architecture, task.facts.num_classes, task.facts.image_shape, weights)
+        own = derive_seed(seed, "expert", architecture, index)
+        facts, weights = task.facts, derive_seed(own, "weights")
+        network = build_network(architecture, facts.num_classes, facts.image_shape, weights)
         _refuse_batch_statistics(architecture, network)
-        snapshots = _trajectory(network, task, recipe, named, f"expert {index}")
+        snapshots = _trajectory(network, task, recipe, own, f"expert {index}")
         if not bool(torch.isfinite(snapshots[-1]).all()):
             raise UserError(
                 f"{what} diverged: its parameters are not finite after {recipe.epochs} epochs; lower expert_lr "
@@ -86,11 +83,11 @@ def expert_file(architecture: str, task: Task, recipe: ExpertRecipe, seed: int, 
         return {_name(epoch): snapshot for epoch, snapshot in enumerate(snapshots)}, {}
 
     what = f"expert {index} of '{architecture}'"
-    own = {"architecture": architecture, "recipe": asdict(recipe), "seed": seed, "index": index}
-    made = train_once("experts", own, make, task, what)
-    if made.file is None:
+    identity = {"architecture": architecture, "recipe": asdict(recipe), "seed": seed, "index": index}
+    file = train_once("experts", identity, make, task, what).file
+    if file is None:
         raise UserError(f"{what} cannot be kept: set LIGHTNING_DD_CACHE to a folder that can be written")
-    return made.file
+    return file
 
 
 class Trajectories:
@@ -103,9 +100,6 @@ class Trajectories:
 
     def __init__(self, files: Sequence[Path], device: torch.device | str = "cpu") -> None:
         self._files: list[Any] = [safe_open(file, framework="pt", device=str(device)) for file in files]
-
-    def __len__(self) -> int:
-        return len(self._files)
 
     def snapshot(self, expert: int, epoch: int) -> Tensor:
         """Return an expert's parameters ``(P,)`` after ``epoch`` epochs; 0 is before the first. Not to be changed."""

@@ -15,7 +15,7 @@ from lightning_dd.pretrained.classifier import Committee, Teacher
 from lightning_dd.pretrained.task import Task
 from lightning_dd.utils.arguments import RemembersArguments
 from lightning_dd.utils.checkpoint import plain_values
-from lightning_dd.utils.errors import UserError
+from lightning_dd.utils.errors import check_range
 from lightning_dd.utils.seeding import make_generator
 
 _ROWS = 512
@@ -90,12 +90,9 @@ class TeacherLabels(Labels):
         while_distilling: str | None = None,
     ) -> None:
         super().__init__(while_distilling)
-        if epochs < 0:
-            raise UserError(f"labels.epochs must be at least 0, got {epochs}")
-        if not 0 < min_scale <= 1:
-            raise UserError(f"labels.min_scale must be in (0, 1], got {min_scale}")
-        if not 0 < temperature < float("inf"):
-            raise UserError(f"labels.temperature must be positive, got {temperature}")
+        check_range("at least 0", "labels.", epochs=epochs)
+        check_range("in (0, 1]", "labels.", min_scale=min_scale)
+        check_range("positive", "labels.", temperature=temperature)
         self.teacher = Teacher(**teacher) if isinstance(teacher, dict) else teacher
         self.epochs, self.min_scale, self.temperature = epochs, min_scale, temperature
         self._committee: Committee | None = None

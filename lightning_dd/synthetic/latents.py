@@ -12,7 +12,7 @@ from lightning_dd.models.generator import Generator
 from lightning_dd.pretrained.generator import train_generator
 from lightning_dd.pretrained.task import Task
 from lightning_dd.synthetic.parameterisation import Parameterisation
-from lightning_dd.utils.errors import UserError, check_count
+from lightning_dd.utils.errors import UserError, check_count, check_range
 from lightning_dd.utils.seeding import derive_seed, seeded
 
 _DEFAULT_LEVEL = 2
@@ -76,11 +76,8 @@ class Latents(Parameterisation):
         super().__init__()
         for name, count in (("slice", slice), ("latent_size", latent_size), ("width", width), ("steps", steps)):
             check_count(f"latents: {name}", count)
-        for name, rate in (("lr_features", lr_features), ("lr_styles", lr_styles), ("lr", lr)):
-            if not 0 < rate < float("inf"):
-                raise UserError(f"latents: {name} must be a positive number, got {rate!r}")
-        if level is not None and level < 0:
-            raise UserError(f"latents: level must be a whole number of at least 0, got {level!r}")
+        check_range("positive", "latents: ", lr_features=lr_features, lr_styles=lr_styles, lr=lr)
+        check_range("at least 0", "latents: ", level=level)
         if generator is not None and level:
             raise UserError(f"latents: level must be 0 with a generator of your own, which cannot be cut, got {level}")
         self.source, self.wanted_level, self.slice = generator, level, slice
