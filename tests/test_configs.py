@@ -11,7 +11,7 @@ from helpers import make_distilled, tiny_settings
 import lightning_dd.distillers
 from lightning_dd.cli import main
 from lightning_dd.data import DATA_SETS, RawSplit
-from lightning_dd.utils.checkpoint import plain_values
+from lightning_dd.utils.arguments import plain_values
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 FILES = sorted(CONFIGS.rglob("*.yaml"))

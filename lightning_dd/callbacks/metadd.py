@@ -20,7 +20,7 @@ from lightning_dd.losses.metadd import MetaOptions
 from lightning_dd.losses.metadd_gradient import Architecture, MetaLoss, gathered_loss
 from lightning_dd.models.mixture import Architectures, NetworkMixture
 from lightning_dd.pretrained import ClassifierRecipe, Task, trained_classifier
-from lightning_dd.utils.checkpoint import check_settings, plain_values
+from lightning_dd.utils.arguments import plain_values, refuse_other
 from lightning_dd.utils.errors import UserError, check_range, unknown_name
 from lightning_dd.utils.seeding import make_generator
 
@@ -237,7 +237,7 @@ class MetaDD(OuterTerm):
             UserError: it is of other settings.
         """
         if isinstance(state_dict["settings"], dict):  # older checkpoints have a text that cannot be compared
-            check_settings(state_dict["settings"], self._settings)
+            refuse_other("another configuration", state_dict["settings"], self._settings)
         self.share.load_state_dict(state_dict["share"])
 
 

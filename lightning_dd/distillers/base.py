@@ -22,8 +22,7 @@ from lightning_dd.students.loop import train_student
 from lightning_dd.students.recipe import Recipe
 from lightning_dd.synthetic.labels import Labels, TeacherLabels
 from lightning_dd.synthetic.parameterisation import Parameterisation, Pixels, SyntheticSet, check_synthetic
-from lightning_dd.utils.arguments import revive
-from lightning_dd.utils.checkpoint import plain_values, public_settings
+from lightning_dd.utils.arguments import plain_values, public_settings, revive
 from lightning_dd.utils.errors import UserError, check_range
 from lightning_dd.utils.scoring import ScoredModule
 from lightning_dd.utils.seeding import derive_seed, make_generator

@@ -12,8 +12,7 @@ from lightning_dd.data.images import DataFacts
 from lightning_dd.data.preprocess import Preprocessing
 from lightning_dd.distilled.set import DistilledSet
 from lightning_dd.pretrained.task import Task
-from lightning_dd.utils.arguments import known_class, nothing_imported
-from lightning_dd.utils.checkpoint import check_data, check_settings, gather_ranks, public_settings, take_rank
+from lightning_dd.utils.arguments import known_class, nothing_imported, public_settings, refuse_other
 from lightning_dd.utils.errors import UserError
 
 STATE_KEY = "lightning_dd"
@@ -52,13 +51,17 @@ class Resumable(LightningModule, ABC):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what lies outside the module tree: the data's facts, and the state of every rank."""
+        ranks: list[dict[str, Any]] = [{}]
+        if self._is_fitting():
+            own, strategy = {"state": self.rank_state()}, self.trainer.strategy
+            ranks = [strategy.broadcast(own, rank) for rank in range(self.trainer.world_size)]
         checkpoint[STATE_KEY] = {
             "format": FORMAT,
             "method": type(self).__name__,
             "facts": self.task.facts.to_dict(),
             "preprocessing": self.task.preprocessing.state_dict(),
             "origin": self.task.origin,
-            "ranks": gather_ranks({"state": self.rank_state()} if self._is_fitting() else {}),
+            "ranks": ranks,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -72,14 +75,22 @@ class Resumable(LightningModule, ABC):
         if hasattr(self, "task"):
             if state["method"] != type(self).__name__:
                 raise UserError(f"the checkpoint was written by {state['method']}, this run is {type(self).__name__}")
-            check_settings(public_settings(checkpoint["hyper_parameters"]), public_settings(self.hparams))
-            check_data(facts.to_dict(), self.task.facts.to_dict())
+            settings = public_settings(checkpoint["hyper_parameters"]), public_settings(self.hparams)
+            refuse_other("another configuration", *settings)
+            refuse_other("other data", facts.to_dict(), self.task.facts.to_dict())
         else:
             self.task = Task(facts, Preprocessing.from_state_dict(state["preprocessing"]), state["origin"])
             self.make_synthetic()
         if self._is_fitting():
-            ranks = take_rank(state["ranks"], self.trainer.global_rank, self.trainer.world_size)
-            self.load_rank_state(ranks["state"])
+            ranks, world_size = state["ranks"], self.trainer.world_size
+            if not ranks[0]:
+                raise UserError("the checkpoint holds no model pool: it was not written while fitting")
+            if len(ranks) != world_size:
+                raise UserError(
+                    f"the checkpoint was written by {len(ranks)} process(es) and this run has {world_size}: every "
+                    f"process continues its own model pool, so set trainer.devices and num_nodes to give {len(ranks)}"
+                )
+            self.load_rank_state(ranks[self.trainer.global_rank]["state"])
 
     def _is_fitting(self) -> bool:
         return self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING

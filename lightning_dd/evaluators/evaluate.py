@@ -21,7 +21,7 @@ from lightning_dd.models.factory import build_network
 from lightning_dd.models.zoo import expand
 from lightning_dd.report import grouped
 from lightning_dd.students.recipe import Recipe
-from lightning_dd.utils.checkpoint import public_settings
+from lightning_dd.utils.arguments import public_settings
 from lightning_dd.utils.errors import UserError
 from lightning_dd.utils.files import require_writable
 from lightning_dd.utils.silence import quiet_trainers

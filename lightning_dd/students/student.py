@@ -12,7 +12,7 @@ from lightning_dd.models.factory import build_network
 from lightning_dd.students.loop import StudentStep
 from lightning_dd.students.recipe import Recipe
 from lightning_dd.students.recipe import protocol as published
-from lightning_dd.utils.checkpoint import check_settings, public_settings
+from lightning_dd.utils.arguments import public_settings, refuse_other
 from lightning_dd.utils.errors import UserError
 from lightning_dd.utils.scoring import ScoredModule
 
@@ -120,7 +120,9 @@ class Student(ScoredModule):
         """
         if _STATE not in checkpoint:
             raise UserError("the checkpoint was not written by a lightning_dd student")
-        check_settings(public_settings(checkpoint["hyper_parameters"]), public_settings(self.hparams))
+        refuse_other(
+            "another configuration", public_settings(checkpoint["hyper_parameters"]), public_settings(self.hparams)
+        )
         channels, height, width = checkpoint[_STATE]["image_shape"]
         self._build(checkpoint[_STATE]["num_classes"], (channels, height, width))
 

@@ -13,8 +13,7 @@ from lightning_dd.distilled.set import DistilledSet
 from lightning_dd.distilled.views import SoftViews, draw_views
 from lightning_dd.pretrained.classifier import Committee, Teacher
 from lightning_dd.pretrained.task import Task
-from lightning_dd.utils.arguments import RemembersArguments
-from lightning_dd.utils.checkpoint import plain_values
+from lightning_dd.utils.arguments import RemembersArguments, plain_values
 from lightning_dd.utils.errors import check_range
 from lightning_dd.utils.seeding import make_generator
 

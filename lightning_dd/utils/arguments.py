@@ -1,16 +1,18 @@
-"""Objects that know the arguments they were made with, and classes found by name or by path."""
+"""Settings: objects that know their own, what a file says of them, and classes found by name or by path."""
 
 import importlib
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import asdict, is_dataclass
 from typing import Any, Self, TypeVar
 
 from lightning_dd.utils.errors import UserError, unknown_name
 
 Kind = TypeVar("Kind")
+_OURS = "lightning_dd."
 _MAY_IMPORT = ContextVar("_MAY_IMPORT", default=True)
 
 
@@ -77,11 +79,32 @@ def known_class(name: str, base: type[Kind], what: str) -> type[Kind]:
         <class 'lightning_dd.utils.errors.UserError'>
     """
     found = {cls.__name__: cls for cls in subclasses(base)} | {class_path(cls): cls for cls in subclasses(base)}
-    if name not in found and name.startswith("lightning_dd."):
-        name = name.rpartition(".")[2]  # a class of ours that has moved since
+    if name not in found and name.startswith(_OURS):
+        name = name.rpartition(".")[2]  # it has moved since
     if name not in found:
         raise unknown_name(what, name, (cls.__name__ for cls in subclasses(base)))
     return found[name]
+
+
+def plain_values(value: Any) -> Any:
+    """Return settings as plain values that a checkpoint can hold and a file can say.
+
+    Objects that remember their arguments become ``{"class_path": ..., "init_args": ...}``, dataclasses dictionaries,
+    tuples lists.
+
+    Example:
+        >>> plain_values({"sizes": (1, 2)})
+        {'sizes': [1, 2]}
+    """
+    if isinstance(value, RemembersArguments):
+        return plain_values(value.recipe())
+    if is_dataclass(value) and not isinstance(value, type):
+        return plain_values(asdict(value))
+    if isinstance(value, Mapping):
+        return {str(key): plain_values(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain_values(item) for item in value]
+    return value
 
 
 def revive(plain: Any) -> Any:
@@ -104,15 +127,9 @@ def find_class(name: str, base: type[Kind], what: str) -> type[Kind]:
     Raises:
         UserError: there is no such class, or it is no subclass of ``base``.
     """
-    if "." not in name:
+    if "." not in name or name.startswith(_OURS):
         return known_class(name, base, what)
-    try:
-        found = find_object(name, what)
-    except UserError:
-        attribute = name.rpartition(".")[2]
-        if name.startswith("lightning_dd.") and attribute in {cls.__name__ for cls in subclasses(base)}:
-            return known_class(attribute, base, what)  # a class of ours that has moved since
-        raise
+    found = find_object(name, what)
     if not (inspect.isclass(found) and issubclass(found, base)):
         raise UserError(f"{what} '{name}' is no subclass of {class_path(base)}")
     return found
@@ -141,3 +158,23 @@ def nothing_imported() -> Iterator[None]:
         yield
     finally:
         _MAY_IMPORT.reset(token)
+
+
+def public_settings(hparams: Any) -> dict[str, Any]:
+    """Return hyper-parameters without the entries Lightning's command line adds for itself."""
+    return {name: value for name, value in dict(hparams).items() if not name.startswith("_")}
+
+
+def refuse_other(what: str, saved: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    """Refuse to continue a checkpoint of another configuration or of other data, naming the first difference.
+
+    Raises:
+        UserError: a setting differs.
+
+    Example:
+        >>> refuse_other("another configuration", {"ipc": 1}, {"ipc": 1})
+    """
+    for name in {**saved, **here}:
+        there, now = saved.get(name), here.get(name)
+        if there != now:
+            raise UserError(f"the checkpoint is of {what}: {name} is {there!r} there and {now!r} here")
