@@ -69,11 +69,7 @@ class Ledger:
             return None
 
     def need(self, identity: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the record of a job that is done.
-
-        Raises:
-            UserError: it is gone.
-        """
+        """Return the record of a job that is done; a :class:`UserError` if it is gone."""
         record = self.read(identity)
         if record is None:
             raise UserError(f"'{self.path(identity)}' has disappeared or is damaged: run the same command again")
@@ -126,11 +122,7 @@ class Job:
 
 
 def check_workers(workers: int | str) -> None:
-    """Refuse a number of workers that cannot be.
-
-    Raises:
-        UserError: it is neither a number from 1 nor ``auto``.
-    """
+    """Raise a :class:`UserError` unless it is a number from 1 or ``auto``."""
     if workers != "auto" and not (isinstance(workers, int) and workers >= 1):
         raise UserError(f"workers must be at least 1, or 'auto', got {workers}")
 
@@ -219,11 +211,7 @@ def place() -> int | None:
 
 
 def device_of(accelerator: str) -> "torch.device":
-    """Return where this process trains: on a GPU if there is one, every worker on its own as far as they go.
-
-    Args:
-        accelerator: ``cpu``, or anything else for a GPU where there is one.
-    """
+    """Return where this process trains: the CPU if asked for or all there is, else a GPU; workers spread over all."""
     import torch
 
     if accelerator == "cpu" or not torch.cuda.is_available():
@@ -234,7 +222,7 @@ def device_of(accelerator: str) -> "torch.device":
 def _in_workers(jobs: Sequence[Job], payload: bytes, count: int, cores: int, on_done: Callable[[Job], object]) -> None:
     """Hand jobs out to new processes, one at a time; whatever happens, none of them is left."""
     context = multiprocessing.get_context("spawn")
-    waiting, busy, workers = list(reversed(jobs)), {}, []
+    waiting, busy, idle, workers = list(reversed(jobs)), dict[Connection, Job](), list[Connection](), []
     try:
         with _environment("OMP_NUM_THREADS", str(max(1, cores // count))):  # read when torch is loaded there
             for number in range(count):
@@ -242,26 +230,23 @@ def _in_workers(jobs: Sequence[Job], payload: bytes, count: int, cores: int, on_
                 workers.append(context.Process(target=_serve, args=(theirs, payload, number), daemon=True))
                 workers[-1].start()
                 theirs.close()  # so that the line breaks when the worker dies
+                idle.append(line)
+        while waiting or busy:
+            while waiting and idle:
+                line = idle.pop()
                 busy[line] = waiting.pop()
-                _send(line, busy[line])
-        while busy:
+                with suppress(OSError):  # a worker that is gone is noticed where its answer is awaited
+                    line.send(busy[line])
             for line in cast(list[Connection], wait(list(busy))):
                 job = busy.pop(line)
                 _check_answer(line, job, count)
                 on_done(job)
-                if waiting:
-                    busy[line] = waiting.pop()
-                    _send(line, busy[line])
+                idle.append(line)
     finally:
         for worker in workers:
             worker.kill()  # ledgers are written atomically, so there is nothing to wait for
         for worker in workers:
             worker.join()
-
-
-def _send(line: Connection, job: Job) -> None:
-    with suppress(OSError):  # a worker that is gone is noticed where its answer is awaited
-        line.send(job)
 
 
 def _check_answer(line: Connection, job: Job, count: int) -> None:

@@ -13,7 +13,7 @@ from lightning_dd.data.sampling import pass_through
 from lightning_dd.distilled.set import DistilledSet
 from lightning_dd.distilled.views import SyntheticBatches
 from lightning_dd.losses.labels import initial_labels
-from lightning_dd.utils.errors import UserError
+from lightning_dd.utils.errors import UserError, check_range
 
 _SAY = "say which real data to score on (--data and --root, or --data.real of fit and test)"
 
@@ -57,8 +57,7 @@ class DistilledData(LightningDataModule):
     def _assemble(
         self, distilled: DistilledSet, real: RealData | None, batch_size: int | None, seed: int | None
     ) -> None:
-        if batch_size is not None and batch_size < 1:
-            raise UserError(f"data.batch_size must be at least 1, got {batch_size}")
+        check_range("at least 1", "data.", batch_size=batch_size)
         self.distilled = distilled
         self.real = real_data_of(distilled) if real is None else _like(distilled, real)
         self.batch_size, self.seed = batch_size, seed

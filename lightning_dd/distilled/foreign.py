@@ -116,8 +116,7 @@ def _load_torch(file: Path) -> Any:
         what = f"it holds {found[1]}" if found else "it is damaged or of another kind"
         raise UserError(f"'{file}' is not loaded, because only tensors and numbers are safe to load: {what}") from None
     except (RuntimeError, EOFError, OSError, KeyError, ValueError, AttributeError) as error:
-        reason = first_line(error)
-        raise UserError(f"'{file}' is not a file of torch.save ({reason})") from None
+        raise UserError(f"'{file}' is not a file of torch.save ({first_line(error)})") from None
 
 
 def _load_npz(file: Path) -> dict[str, Any]:
@@ -128,8 +127,9 @@ def _load_npz(file: Path) -> dict[str, Any]:
         with opened as archive:
             return {name: archive[name] for name in archive.files}
     except (ValueError, OSError, EOFError, BadZipFile) as error:
-        reason = first_line(error)
-        raise UserError(f"'{file}' is not an .npz file of arrays ({reason}); of a flax checkpoint, {_EXPORT}") from None
+        raise UserError(
+            f"'{file}' is not an .npz file of arrays ({first_line(error)}); of a flax checkpoint, {_EXPORT}"
+        ) from None
 
 
 def _entry(container: Any, key: str, file: Path) -> Any:

@@ -22,7 +22,7 @@ from lightning_dd.models.zoo import expand
 from lightning_dd.report import grouped
 from lightning_dd.students.recipe import Recipe
 from lightning_dd.utils.arguments import public_settings
-from lightning_dd.utils.errors import UserError
+from lightning_dd.utils.errors import UserError, check_range
 from lightning_dd.utils.files import require_writable
 from lightning_dd.utils.silence import quiet_trainers
 
@@ -225,8 +225,7 @@ def check_asked(files: Sequence[str], architectures: Sequence[str], seeds: int, 
     Raises:
         UserError: there are no files, no architectures, no seeds or no workers.
     """
-    if seeds < 1:
-        raise UserError(f"seeds must be at least 1, got {seeds}")
+    check_range("at least 1", seeds=seeds)
     check_workers(workers)
     if not files or not architectures:
         raise UserError("name at least one file and one architecture")

@@ -22,14 +22,7 @@ from lightning_dd.utils.seeding import derive_seed, make_generator, seeded
 
 @dataclass(frozen=True)
 class StudentStep:
-    """What a student does with the k-th batch.
-
-    Args:
-        label_kind: form of the labels.
-        temperature: of soft labels.
-        augmentation: of the images.
-        seed: of augmentation and dropout.
-    """
+    """What a student does with the k-th batch; ``seed`` is that of augmentation and dropout."""
 
     label_kind: str
     temperature: float
@@ -38,14 +31,7 @@ class StudentStep:
 
     @classmethod
     def on(cls, distilled: DistilledSet, recipe: Recipe, seed: int, mirror: bool) -> "StudentStep":
-        """Return the step for a set; views stored with a set are its augmentation, and there is no other then.
-
-        Args:
-            distilled: what is learned from.
-            recipe: how.
-            seed: the student's.
-            mirror: whether images may be mirrored.
-        """
+        """Return the step for a set; views stored with a set are its augmentation, and there is no other then."""
         augmentation = Augmentation("none") if distilled.views is not None else recipe.augmentation(mirror)
         return cls(distilled.label_kind, distilled.temperature, augmentation, seed)
 
@@ -57,7 +43,7 @@ class StudentStep:
             images: ``(N, C, H, W)``, normalised.
             labels: ``(N, num_classes)``.
             step: k, counted from 0.
-            rank: of this process among those that train the student together.
+            rank: of this process among those that train one student.
         """
         images = self.augmentation(images, make_generator(self.seed, "augment", rank, step))
         with seeded(derive_seed(self.seed, "dropout", rank, step)):

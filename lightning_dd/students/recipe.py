@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from lightning_dd.augment.frepo import Augmentation, default_strategy
 from lightning_dd.augment.siamese import siamese, siamese_strategy
 from lightning_dd.losses.krr import half_squared_error
-from lightning_dd.utils.errors import UserError, unknown_name
+from lightning_dd.utils.errors import check_range, unknown_name
 
 _FREPO_STEPS = {10: 1000, 100: 2000, 200: 20000, 400: 5000, 500: 5000, 1000: 10000, 2000: 40000, 5000: 40000}
 
@@ -70,19 +70,11 @@ class Recipe:
         for name, known in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
             if getattr(self, name) not in known:
                 raise unknown_name(f"recipe.{name}", str(getattr(self, name)), known)
-        for name, fits, range_ in (
-            ("steps", self.steps is None or self.steps >= 1, "at least 1"),
-            ("epochs", self.epochs is None or self.epochs >= 1, "at least 1"),
-            ("lr", self.lr > 0, "positive"),
-            ("warmup", self.warmup >= 0, "at least 0 steps"),
-            ("final_lr", 0 <= self.final_lr <= 1, "in [0, 1]"),
-            ("batch_size", self.batch_size >= 1, "at least 1"),
-            ("ema", 0 <= self.ema < 1, "in [0, 1)"),
-            ("momentum", 0 <= self.momentum < 1, "in [0, 1)"),
-            ("weight_decay", self.weight_decay >= 0, "at least 0"),
-        ):
-            if not fits:
-                raise UserError(f"recipe.{name} must be {range_}, got {getattr(self, name)}")
+        check_range("at least 1", "recipe.", steps=self.steps, epochs=self.epochs, batch_size=self.batch_size)
+        check_range("positive", "recipe.", lr=self.lr)
+        check_range("at least 0", "recipe.", warmup=self.warmup, weight_decay=self.weight_decay)
+        check_range("in [0, 1)", "recipe.", ema=self.ema, momentum=self.momentum)
+        check_range("in [0, 1]", "recipe.", final_lr=self.final_lr)
 
     def steps_for(self, rows: int) -> int:
         """Training steps for a set of ``rows`` images: ``steps``, ``epochs``, or FRePo's table (next larger entry).
@@ -100,11 +92,7 @@ class Recipe:
         return _FREPO_STEPS[min((n for n in _FREPO_STEPS if n >= rows), default=max(_FREPO_STEPS))]
 
     def suited_to(self, architecture: str, learned_lr: float | None = None) -> "Recipe":
-        """Return the recipe with the learning rate for one architecture and one distilled set.
-
-        Args:
-            architecture: of the student.
-            learned_lr: the rate that came with the set, if any.
+        """Return the recipe with the learning rate for an architecture and a set that came with a learned one, if any.
 
         Example:
             >>> recipe = Recipe(lr=1e-3, lr_of=(("vgg", 1e-4),))

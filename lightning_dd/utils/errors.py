@@ -10,6 +10,7 @@ _RANGES = {
     "positive": lambda number: 0 < number < math.inf,
     "in (0, 1]": lambda number: 0 < number <= 1,
     "in [0, 1)": lambda number: 0 <= number < 1,
+    "in [0, 1]": lambda number: 0 <= number <= 1,
 }
 
 
@@ -54,7 +55,7 @@ def check_range(accepted: str, prefix: str = "", /, **settings: float | None) ->
     """Refuse numbers outside a range; ``None`` stands for a default that is found elsewhere, and passes.
 
     Args:
-        accepted: ``at least 0``, ``at least 1``, ``positive``, ``in (0, 1]`` or ``in [0, 1)``.
+        accepted: ``at least 0``, ``at least 1``, ``positive``, ``in (0, 1]``, ``in [0, 1)`` or ``in [0, 1]``.
         prefix: put before a setting's name in the message.
         settings: the numbers by the setting's name.
 

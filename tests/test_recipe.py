@@ -1,4 +1,4 @@
-"""Published recipes: their numbers, and that they steer the student."""
+"""Recipes and the published ones: their numbers, and that they steer the student."""
 
 import pytest
 import torch
