@@ -1,6 +1,5 @@
 """MetaDD for any distiller: the invariance term of frozen architectures, added to the outer loss when it is due."""
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,13 +23,12 @@ from lightning_dd.utils.arguments import plain_values, refuse_other
 from lightning_dd.utils.errors import UserError, check_range, unknown_name
 from lightning_dd.utils.seeding import make_generator
 
-_log = logging.getLogger(__name__)
 SCALES = ("steady", "norm", "absolute")
 
 
 @dataclass(frozen=True)
 class Look:
-    """What is special about how one architecture is had and looked through.
+    """How one of the architectures differs from the others: where it comes from, and how its map is made.
 
     Args:
         file: a trained network of your own (written by this project), in place of training.
@@ -63,8 +61,8 @@ class MetaDD(OuterTerm):
         scale: what a weight of 1 stands for. ``absolute`` is the loss as it is. ``norm`` gives the term's gradient by
             the images the norm of the method's own, so that one weight suits objectives of any scale. ``steady`` takes
             the steady part of that norm alone, as :class:`~lightning_dd.losses.gradients.SteadyShare` estimates it:
-            the gradient of a method with other networks in every step (DM, FRePo) points elsewhere each time, and the
-            term, which does not, would have the upper hand at the same norm.
+            a method that looks through other networks in every step (DM, FRePo) has a gradient that points elsewhere
+            each time, and a term whose gradient does not would dominate it at the same norm.
         move_labels: let the term move learned labels too. They are small beside the images: a relative weight, which
             is set by the images' gradient, can move them a hundred times as far as the method itself does.
         every: outer steps between two that carry the term.
@@ -76,7 +74,7 @@ class MetaDD(OuterTerm):
         augment: operations joined by ``_``, one of which is drawn per step and applied before the architectures look;
             ``auto`` is FRePo's family for the data, ``none`` is none.
         training: how an architecture is trained on the real data.
-        looks: what is special about single architectures, by name.
+        looks: exceptions for single architectures, by name.
         seed: of the architectures; kept apart from the run's seed, so that seeds of a run share them.
 
     Raises:
@@ -157,11 +155,9 @@ class MetaDD(OuterTerm):
             task = task.through(standardised)
         for name in self.mixture.names:
             look = self.looks.get(name, Look())
-            network, accuracy = trained_classifier(name, task, self.training, self.seed, look.file)
+            network, self.accuracies[name] = trained_classifier(name, task, self.training, self.seed, look.file)
             network = network.to(memory_format=torch.channels_last)
             self.architectures.append(Architecture(network, adapt, look.layer, look.cam, name))
-            self.accuracies[name] = accuracy
-            _log.info("metadd: %s has %.1f %% validation accuracy", name, 100 * accuracy)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attach the term, and log how good the architectures are."""
@@ -258,8 +254,8 @@ def _mean(trainer: Trainer, gradient: Tensor) -> Tensor:
 def _differentiated(trainer: Trainer, distiller: Distiller, images: Tensor, loss: Tensor) -> tuple[Tensor, Tensor]:
     """Return the method's own loss with its gradients attached, and its gradient by the images.
 
-    The latter is known before the backward pass this way, and the loss's graph is gone through once, not twice. It is
-    kept, for the part from what is learned to the images is the term's as well.
+    This way the gradient is known before the backward pass, and the loss's graph is traversed once, not twice. The
+    graph is kept, because the term shares the part of it that leads from the learned tensors to the images.
     """
     if getattr(trainer.precision_plugin, "scaler", None) is not None:  # float16 must go back with its scale
         return loss, _gradient(loss, images)

@@ -154,11 +154,10 @@ def image_grid(pixels: Tensor, ipc: int, scale: int | None = None) -> Tensor:
     """
     classes = len(pixels) // ipc
     scale = scale or max(1, round(64 / pixels.shape[-1]))
-    blocks = pixels.view(classes, ipc, *pixels.shape[1:])[:, :_LARGEST_GRID]
-    columns = min(classes, _LARGEST_GRID)
-    rows = blocks.transpose(0, 1) if classes <= _LARGEST_GRID else blocks[:, :1].transpose(0, 1)
+    shown = _LARGEST_GRID if classes <= _LARGEST_GRID else 1
+    rows = pixels.view(classes, ipc, *pixels.shape[1:])[:, :shown].transpose(0, 1)
     enlarged = rows.flatten(0, 1).repeat_interleave(scale, -1).repeat_interleave(scale, -2)
-    grid: Tensor = make_grid(enlarged, nrow=columns, padding=2 * scale, pad_value=1.0)
+    grid: Tensor = make_grid(enlarged, nrow=min(classes, _LARGEST_GRID), padding=2 * scale, pad_value=1.0)
     return grid
 
 

@@ -152,7 +152,7 @@ class Distiller(Resumable, ScoredModule):
 
     @property
     def facts(self) -> DataFacts:
-        """What the data says of itself."""
+        """Facts of the data: its classes, image shape and names."""
         return self.task.facts
 
     @property

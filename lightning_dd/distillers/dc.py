@@ -75,7 +75,7 @@ class DC(ClassMatching):
         return super().configure_pool(generator, device)
 
     def on_fit_start(self) -> None:
-        """Refuse a clock that beats otherwise than the networks' lifetime supposes."""
+        """Refuse a clock whose number of inner steps is not the one that the networks' lifetime counts on."""
         super().on_fit_start()
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             given = getattr(callback, "inner_steps", None)
@@ -89,9 +89,8 @@ class DC(ClassMatching):
         """Return the distance of gradients, summed over classes; its own gradient is gathered class by class."""
         num_classes = labels.shape[1]
         measure_batch_statistics(network, real.images, num_classes)
-        weights = {
-            name: weight.detach().requires_grad_() for name, weight in network.named_parameters() if weight.ndim > 1
-        }  # those that the distance counts
+        matched = [(name, weight) for name, weight in network.named_parameters() if weight.ndim > 1]
+        weights = {name: weight.detach().requires_grad_() for name, weight in matched}
         hard = self.label_kind == "hard"
         targets = one_hot(real.labels, num_classes).float() if hard else centred_one_hot(real.labels, num_classes)
         leaves = [t.detach().requires_grad_(torch.is_grad_enabled() and t.requires_grad) for t in (images, labels)]

@@ -63,8 +63,7 @@ class ClassMatching(PoolDistiller):
             **kwargs,
         )
         check_range("at least 1", real_per_class=real_per_class)
-        self.real_per_class = real_per_class
-        self.augment = augment
+        self.real_per_class, self.augment = real_per_class, augment
         self._use_strategy("none" if augment == "auto" else augment)
 
     def setup(self, stage: str) -> None:
@@ -82,8 +81,8 @@ class ClassMatching(PoolDistiller):
         return train.take(self._class_blocks.draw(self.real_per_class, generator), self.device)
 
     def draw_siamese(self, num_classes: int) -> list[Draw]:
-        """Draw what happens to the real and synthetic images of each class in this outer step."""
-        if not self.siamese.operations:
+        """Draw one augmentation for the real and synthetic images of each class in this outer step."""
+        if not self.siamese.operations:  # without a Trainer, too
             return [self.siamese.draw(torch.Generator())] * num_classes
         generator = self.step_generator("siamese")
         return [self.siamese.draw(generator) for _ in range(num_classes)]
@@ -108,13 +107,12 @@ class ClassMatching(PoolDistiller):
 
 @contextmanager
 def batch_statistics(network: Network) -> Iterator[bool]:
-    """Within the block batch normalisation uses, and takes up, the statistics of its batch.
+    """Within the block, let batch normalisation use the statistics of its batch and remember them.
 
     Yields:
         Whether the network has any.
     """
-    kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-    layers = [module for module in network.modules() if isinstance(module, kinds)]
+    layers = [module for module in network.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     for layer in layers:
         layer.train()
     try:
@@ -126,7 +124,7 @@ def batch_statistics(network: Network) -> Iterator[bool]:
 
 @torch.no_grad()
 def measure_batch_statistics(network: Network, images: Tensor, num_classes: int, count: int = 16) -> None:
-    """Let batch normalisation take up the statistics of real images of all classes at once.
+    """Let batch normalisation remember the statistics of real images of all classes at once.
 
     A batch of one class, or of one image, would mislead it.
 

@@ -27,7 +27,7 @@ LEAST_STEP_SIZE = 0.01
 
 
 class MTT(Distiller):
-    """Distil by training from an expert's parameters to where the expert came on real data.
+    """Distil by training from an expert's parameters to where the expert arrived on real data.
 
     Experts are networks trained on the real data before the first outer step; their parameters after every epoch are
     on disk, cached and reused. An outer step draws an expert and a start epoch, takes ``syn_steps`` SGD steps on the
