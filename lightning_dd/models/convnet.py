@@ -7,7 +7,7 @@ literature tests transfer with.
 
 import math
 from abc import abstractmethod
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -71,38 +71,55 @@ class _PlainNetwork(Network):
         return logits
 
 
-class _Blocks(_PlainNetwork):
-    """``depth`` blocks of convolution, ReLU and average pooling that each halve the map; subclasses add ``norms``."""
+class _PlainConv(_PlainNetwork):
+    """Blocks of convolution, normalisation, ReLU and average pooling that each halve the map."""
 
-    norms: nn.ModuleList
+    growth: ClassVar[int]  # of the width from block to block
+    own_norm: ClassVar[str]
+    norm_first: ClassVar[bool]  # before the convolution; the image itself is not normalised then
+    most_groups: ClassVar[int]
+    momentum: ClassVar[float]
 
     def __init__(
-        self, in_channels: int, num_classes: int, image_size: tuple[int, int], width: int, depth: int, growth: int
+        self,
+        in_channels: int,
+        num_classes: int,
+        image_size: tuple[int, int],
+        width: int = 128,
+        depth: int = 3,
+        norm: str | None = None,
     ) -> None:
         super().__init__(in_channels, num_classes, image_size, width, check_count("depth", depth), f"depth {depth}")
         self.depth = depth
-        self.widths = [width * growth**index for index in range(depth)]
+        self.widths = [width * self.growth**index for index in range(depth)]
         inputs = [in_channels, *self.widths[:-1]]
         paddings = [_first_padding(image_size, 3)] + [(1, 1)] * (depth - 1)
         self.convs = nn.ModuleList(
             _Conv3x3(i, o, 3, padding=padding) for i, o, padding in zip(inputs, self.widths, paddings, strict=True)
         )
         self.head = self.make_head(self.widths[-1])
+        for layer in [*self.convs, self.head]:
+            self.start_weights(layer)
+        norms = [
+            make_norm(norm or self.own_norm, channels, self.most_groups, self.momentum)
+            for channels in (inputs if self.norm_first else self.widths)
+        ]
+        self.norms = nn.ModuleList([nn.Identity(), *norms[1:]] if self.norm_first else norms)
 
     def feature_maps(self, images: Tensor) -> Tensor:
         """Map normalised images ``(N, C, H, W)`` to the last activation ``(N, widths[-1], h, w)``."""
         check_images(images, self.in_channels)
         x = images
         for norm, conv in zip(self.norms, self.convs, strict=True):
-            x = F.avg_pool2d(_relu(self.normed_conv(norm, conv, x)), 2)
+            x = conv(norm(x)) if self.norm_first else norm(conv(x))
+            x = F.avg_pool2d(_relu(x), 2)
         return x
 
-    @abstractmethod
-    def normed_conv(self, norm: nn.Module, conv: nn.Module, x: Tensor) -> Tensor:
-        """Apply a block's convolution and its normalisation, in the network's order."""
+    def start_weights(self, layer: nn.Module) -> None:
+        """Give a convolution, or the head, its first weights; PyTorch's are there already."""
 
 
-class FRePoConv(_Blocks):
+class FRePoConv(_PlainConv):
     """FRePo's network ``conv`` (Zhou et al. 2022, arXiv 2206.00719).
 
     A block is [norm, from the second block on] -> conv3x3 -> ReLU -> average pool 2; widths double: w, 2w, 4w, ...
@@ -116,7 +133,7 @@ class FRePoConv(_Blocks):
         width: channels of the first block.
         depth: number of blocks.
         norm: see :func:`~lightning_dd.models.norms.make_norm`; ``group`` makes up to 32 groups. FRePo distils with
-            ``batch`` and trains students with ``none``.
+            ``batch``, which None stands for, and trains students with ``none``.
 
     Raises:
         UserError: a setting is out of range, or the image is too small for the depth.
@@ -126,31 +143,19 @@ class FRePoConv(_Blocks):
         torch.Size([2, 512])
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        num_classes: int,
-        image_size: tuple[int, int],
-        width: int = 128,
-        depth: int = 3,
-        norm: str = "batch",
-    ) -> None:
-        super().__init__(in_channels, num_classes, image_size, width, depth, growth=2)
-        # flax's momentum 0.1 is the fraction of the *old* statistic that is kept, PyTorch's the fraction of the new
-        # one that is taken. Pool networks live about 100 steps: with PyTorch's usual 0.1 the running statistics,
-        # which the outer loss uses, would lag behind the weights all their life.
-        norms = [make_norm(norm, channels, groups=32, momentum=0.9) for channels in self.widths[:-1]]
-        self.norms = nn.ModuleList([nn.Identity(), *norms])
-        for module in [*self.convs, self.head]:
-            lecun_normal_(cast(Tensor, module.weight))
-            nn.init.zeros_(cast(Tensor, module.bias))
+    growth, own_norm, norm_first, most_groups = 2, "batch", True, 32
+    # flax's momentum 0.1 is the fraction of the *old* statistic that is kept, PyTorch's the fraction of the new one
+    # that is taken. Pool networks live about 100 steps: with PyTorch's usual 0.1 the running statistics, which the
+    # outer loss uses, would lag behind the weights all their life.
+    momentum = 0.9
 
-    def normed_conv(self, norm: nn.Module, conv: nn.Module, x: Tensor) -> Tensor:
-        """Normalise, then convolve."""
-        return cast(Tensor, conv(norm(x)))
+    def start_weights(self, layer: nn.Module) -> None:
+        """Give a layer flax's first weights."""
+        lecun_normal_(cast(Tensor, layer.weight))
+        nn.init.zeros_(cast(Tensor, layer.bias))
 
 
-class ConvNet(_Blocks):
+class ConvNet(_PlainConv):
     """The field's ConvNet (Zhao et al. 2021, arXiv 2006.05929, and most methods since).
 
     A block is conv3x3 -> norm -> ReLU -> average pool 2, with the same width in every block and PyTorch's initial
@@ -162,7 +167,7 @@ class ConvNet(_Blocks):
         image_size: as for :class:`FRePoConv`.
         width: channels of every block.
         depth: number of blocks; the literature takes 3 at 32 px, 4 at 64, 5 at 128, 6 at 256.
-        norm: see :func:`~lightning_dd.models.norms.make_norm`; ``group`` makes up to 4 groups.
+        norm: see :func:`~lightning_dd.models.norms.make_norm`; ``group`` makes up to 4 groups, None is ``instance``.
 
     Raises:
         UserError: a setting is out of range, or the image is too small for the depth.
@@ -172,21 +177,7 @@ class ConvNet(_Blocks):
         128
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        num_classes: int,
-        image_size: tuple[int, int],
-        width: int = 128,
-        depth: int = 3,
-        norm: str = "instance",
-    ) -> None:
-        super().__init__(in_channels, num_classes, image_size, width, depth, growth=1)
-        self.norms = nn.ModuleList(make_norm(norm, channels, groups=4, momentum=0.1) for channels in self.widths)
-
-    def normed_conv(self, norm: nn.Module, conv: nn.Module, x: Tensor) -> Tensor:
-        """Convolve, then normalise."""
-        return cast(Tensor, norm(conv(x)))
+    growth, own_norm, norm_first, most_groups, momentum = 1, "instance", False, 4, 0.1
 
 
 class AlexNet(_PlainNetwork):

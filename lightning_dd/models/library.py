@@ -182,18 +182,16 @@ def _assemble(
     """Fit the stem, find the number of features by a trial run, and join trunk and head."""
     channels, height, width = image_shape
     images = torch.zeros(2, channels, _padded(height), _padded(width))
-    trunk.eval()
-    undo = fit_stem(trunk, images) if refit else lambda: None
+    fitted = fit_stem(trunk.eval(), images) if refit else trunk.eval()
     try:
-        num_features = _trial(trunk, images)
-    except Exception:
-        undo()
-        num_features = _trial(trunk, images)
+        num_features = _trial(fitted, images)
+    except Exception:  # not with another stem
+        fitted, num_features = trunk, _trial(trunk, images)
     if head is None:
         head = nn.Linear(num_features, num_classes)
     if head.in_features != num_features:
         raise ValueError(f"the classifier takes {head.in_features} features, the network makes {num_features}")
-    return LibraryNetwork(trunk.train(), head, channels, (height, width))
+    return LibraryNetwork(fitted.train(), head, channels, (height, width))
 
 
 def _trial(trunk: nn.Module, images: Tensor) -> int:

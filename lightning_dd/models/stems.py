@@ -4,7 +4,7 @@ At 32 px a network that halves its map five times ends in a single cell: it clas
 map of one cell says nothing.
 """
 
-from collections.abc import Callable
+from copy import deepcopy
 from typing import Any, cast
 
 import torch
@@ -15,35 +15,31 @@ LARGEST_SMALL_SIDE = 64
 
 _CELLS = 4  # wanted side of the last map: that of the literature's ResNet18 at 32 px
 
-_Undo = Callable[[], None]
 _Strided = nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d
 
 
-def fit_stem(model: nn.Module, images: Tensor) -> _Undo:
-    """Change a convolutional network in place so that small images leave a map worth looking at.
+def fit_stem(model: nn.Module, images: Tensor) -> nn.Module:
+    """Return a copy of a convolutional network that leaves a map worth looking at of small images.
 
     A ResNet gets the stem that the literature uses up to 64 px: a 3x3 convolution of stride 1 and no max pool (He et
     al. 2016, CIFAR; SRe2L, arXiv 2306.13092, for Tiny ImageNet). In any other network the first strided layers lose
-    their stride until the last map would be 4x4. Transformers and whatever cannot be run are left alone.
+    their stride until the last map would be 4x4. Transformers and whatever cannot be run are left alone; whether the
+    copy can be run is for the caller to try.
 
     Args:
         model: a network in inference mode.
         images: an example batch ``(N, C, H, W)``, padded as the network will get it.
-
-    Returns:
-        A function that takes the stride changes back, for networks that turn out not to work with them.
     """
     if min(images.shape[-2:]) > LARGEST_SMALL_SIDE:
-        return lambda: None
-    if _is_resnet(model):
+        return model
+    model = deepcopy(model)
+    if all(
+        hasattr(model, name) for name in ("conv1", "bn1", "maxpool", "layer1", "layer4")
+    ):  # timm's and torchvision's
         _small_resnet_stem(model)
-        return lambda: None
-    return _reduce_strides(_strided_layers(model, images))
-
-
-def _is_resnet(model: nn.Module) -> bool:
-    """Tell the ResNets of timm and torchvision, and their many kin, by what they share."""
-    return all(hasattr(model, name) for name in ("conv1", "bn1", "maxpool", "layer1", "layer4"))
+    else:
+        _reduce_strides(_strided_layers(model, images))
+    return model
 
 
 def _small_resnet_stem(model: Any) -> None:
@@ -81,26 +77,18 @@ def _strided_layers(model: nn.Module, images: Tensor) -> list[tuple[_Strided, in
     return seen
 
 
-def _reduce_strides(layers: list[tuple[_Strided, int, int]]) -> _Undo:
+def _reduce_strides(layers: list[tuple[_Strided, int, int]]) -> None:
     """Take strides away from the front until the last map has the wanted side."""
     surplus = max(1, _CELLS // min((after for _, _, after in layers), default=_CELLS))
-    changed: list[tuple[_Strided, dict[str, Any]]] = []
     for side in sorted({before for _, before, _ in layers}, reverse=True):
         if surplus == 1:
-            break
+            return
         level = [layer for layer, before, _ in layers if before == side]
         old = max(_stride(layer) for layer in level)
         new = max(1, old // surplus)
         for layer in level:
-            changed.append((layer, _set_stride(layer, new)))
+            _set_stride(layer, new)
         surplus //= old // new
-
-    def undo() -> None:
-        for layer, attributes in changed:
-            for name, value in attributes.items():
-                setattr(layer, name, value)
-
-    return undo
 
 
 def _stride(layer: _Strided) -> int:
@@ -108,21 +96,20 @@ def _stride(layer: _Strided) -> int:
     return max(stride) if isinstance(stride, tuple) else int(stride)
 
 
-def _set_stride(layer: _Strided, stride: int) -> dict[str, Any]:
-    """Give a layer a smaller stride, keeping its map aligned, and return the attributes it had."""
-    old = {name: getattr(layer, name) for name in ("stride", "kernel_size", "padding")}
+def _set_stride(layer: _Strided, stride: int) -> None:
+    """Give a layer a smaller stride, keeping its map aligned."""
     layer.stride = (stride, stride)
     if not isinstance(layer, nn.Conv2d):
         if stride == 1:  # a pool that no longer shrinks would only blur
             layer.kernel_size, layer.padding = (1, 1), (0, 0)
-        return old
+        return
     kernel = layer.kernel_size[0]
-    if kernel % 2 == 0:
+    cropped = kernel % 2 == 0
+    if cropped:
         # Patch layers (kernel = stride) become the overlapping 3x3 of a small-image stem: an even kernel would shift
         # the map by half a pixel. Cropping keeps the library's scale of the initial weights.
-        old["weight"], kernel = layer.weight, kernel - 1
+        kernel -= 1
         layer.weight = nn.Parameter(layer.weight.detach()[..., :kernel, :kernel].clone())
         layer.kernel_size = (kernel, kernel)
-    if kernel % 2 and (layer.padding != (0, 0) or "weight" in old):
+    if cropped or layer.padding != (0, 0):
         layer.padding = (kernel // 2, kernel // 2)
-    return old
