@@ -2,8 +2,11 @@
 
 import pytest
 import torch
-from helpers import LinearNetwork
+from helpers import LinearNetwork, TinyData, tiny_trainer
+from pytorch_lightning.callbacks import ModelCheckpoint
 
+from lightning_dd.distillers import FRePo
+from lightning_dd.distillers.base import Probe
 from lightning_dd.models.mixture import NetworkMixture
 from lightning_dd.models.pool import ModelPool
 from lightning_dd.utils.errors import UserError
@@ -149,6 +152,26 @@ def test_state_round_trip_continues_bit_for_bit(architectures):
     for left, right in zip(second.members, straight.members, strict=True):
         assert left.architecture == right.architecture
         assert torch.equal(weights(left.network), weights(right.network))
+
+
+def test_a_resumed_run_with_a_mixed_pool_equals_the_run_never_interrupted(tmp_path):
+    def fit(folder, model, **kwargs):
+        keep = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=3, save_top_k=-1)
+        trainer = tiny_trainer(folder, 9, callbacks=[keep], enable_checkpointing=True)
+        trainer.fit(model, TinyData(val_fraction=0.25), **kwargs)
+        return model
+
+    def frepo():
+        mixture = {"conv:width=4,depth=2": 2.0, "convnet:width=8,depth=1": 1.0}
+        return FRePo(architecture=mixture, pool_size=2, lifetime=1, real_batch_size=8, probe=Probe(steps=1))
+
+    straight = fit(tmp_path / "a", frepo())
+    resumed = fit(tmp_path / "b", frepo(), ckpt_path=str(tmp_path / "a" / "step=3.ckpt"), weights_only=True)
+    assert len(straight.pool.state_dict()["sizes"]) == 2
+    for name, value in straight.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+    for name, size in straight.pool.state_dict()["sizes"].items():
+        assert torch.equal(size, resumed.pool.state_dict()["sizes"][name])
 
 
 def test_a_pool_of_an_older_checkpoint_has_one_architecture():

@@ -49,12 +49,10 @@ class ExportedGenerator(nn.Module):
     def __init__(self, path: Path | str, num_classes: int, image_shape: tuple[int, int, int], latent_size: int) -> None:
         super().__init__()
         self.path, self.image_shape, self.latent_size = Path(path), image_shape, latent_size
-        program = _read(self.path)
-        program.eval()
+        program = _read(self.path).eval()
         for parameter in program.parameters():
             parameter.requires_grad_(False)
         self._program = (program,)  # in a tuple: a registered module would enter the checkpoint
-        self._device = torch.device("cpu")
         with self.path.open("rb") as file:
             digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).digest()
         self.register_buffer("digest", torch.tensor(list(digest), dtype=torch.uint8))
@@ -62,10 +60,7 @@ class ExportedGenerator(nn.Module):
 
     def forward(self, z: Tensor, classes: Tensor) -> Tensor:
         """Map latents ``(n, latent_size)`` and classes ``(n,)`` to images ``(n, C, H, W)`` in [0, 1]."""
-        if z.device != self._device:
-            self._program[0].to(z.device)
-            self._device = z.device
-        images: Tensor = self._program[0](z, classes)
+        images: Tensor = self._program[0].to(z.device)(z, classes)
         return images
 
     def _try(self, classes: Tensor) -> None:
@@ -80,8 +75,8 @@ class ExportedGenerator(nn.Module):
                 f"{why[-1]} (latents: latent_size sets the first)"
             ) from None
         expected = (len(classes), *self.image_shape)
-        if not isinstance(images, Tensor) or tuple(images.shape) != expected:
-            got = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
+        got = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
+        if got != expected:
             raise UserError(f"generator '{self.path}' must give images of shape {expected} for this data, got {got}")
         if not bool(torch.isfinite(images).all()):
             raise UserError(f"generator '{self.path}' gives NaN or infinite values")
@@ -92,11 +87,7 @@ class ExportedGenerator(nn.Module):
             raise UserError(f"generator '{self.path}' must give pixels in [0, 1], got [{low:.3g}, {high:.3g}]")
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        """Refuse the state of another file.
-
-        Raises:
-            UserError: the hashes differ.
-        """
+        """Refuse the state of another file."""
         saved = state_dict.get(f"{prefix}digest")
         if saved is not None and not torch.equal(saved.cpu(), self.digest.cpu()):
             raise UserError(f"generator '{self.path}' is not the file the checkpoint was made with")
@@ -109,9 +100,7 @@ def _read(path: Path) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # torch prefers .pt2, which it unpickles
-            return torch.jit.load(  # type: ignore[no-untyped-call]
-                str(path), map_location="cpu"
-            )
+            return torch.jit.load(str(path), map_location="cpu")  # type: ignore[no-untyped-call]
     except Exception as error:  # torch raises many kinds, by how the file is broken
         raise UserError(
             f"generator '{path}': not a TorchScript file, or truncated ({type(error).__name__}); write it with "

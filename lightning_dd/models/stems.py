@@ -33,9 +33,7 @@ def fit_stem(model: nn.Module, images: Tensor) -> nn.Module:
     if min(images.shape[-2:]) > LARGEST_SMALL_SIDE:
         return model
     model = deepcopy(model)
-    if all(
-        hasattr(model, name) for name in ("conv1", "bn1", "maxpool", "layer1", "layer4")
-    ):  # timm's and torchvision's
+    if all(hasattr(model, name) for name in ("conv1", "bn1", "maxpool", "layer1", "layer4")):  # a ResNet, or its kin
         _small_resnet_stem(model)
     else:
         _reduce_strides(_strided_layers(model, images))
