@@ -7,6 +7,7 @@ from helpers import split_of
 from lightning_dd.data.images import DataFacts
 from lightning_dd.data.preprocess import Preprocessing
 from lightning_dd.data.sampling import draw_per_class
+from lightning_dd.distillers import FRePo, Random
 from lightning_dd.losses.labels import initial_labels
 from lightning_dd.pretrained.task import Task
 from lightning_dd.synthetic import Pixels, SyntheticSet
@@ -69,8 +70,8 @@ def test_every_draw_per_class_is_possible():
 
 def test_bad_settings_name_the_setting_and_the_limit():
     with pytest.raises(UserError, match=r"ipc \(images per class\) must be at least 1, got 0"):
-        synthetic_set(0, 3, (1, 4, 4))
-    with pytest.raises(UserError, match="labels must be one of learned, centred, hard, got 'soft'"):
-        synthetic_set(1, 3, (1, 4, 4), "soft")
+        Random(ipc=0, labels="hard")
+    with pytest.raises(UserError, match="labels of FRePo must be one of learned, centred, hard, soft, got 'smooth'"):
+        FRePo(labels="smooth")
     with pytest.raises(UserError, match="largest possible ipc is 2"):
         draw_per_class(torch.tensor([0, 1, 0, 1, 1]), 3, 2, generator())

@@ -21,7 +21,7 @@ from lightning_dd.pretrained.task import Task
 from lightning_dd.students.loop import train_student
 from lightning_dd.students.recipe import Recipe
 from lightning_dd.synthetic.labels import Labels, TeacherLabels
-from lightning_dd.synthetic.parameterisation import Parameterisation, Pixels, SyntheticSet, check_synthetic
+from lightning_dd.synthetic.parameterisation import Parameterisation, Pixels, SyntheticSet
 from lightning_dd.utils.arguments import plain_values, public_settings, revive
 from lightning_dd.utils.errors import UserError, check_range
 from lightning_dd.utils.scoring import ScoredModule
@@ -118,7 +118,8 @@ class Distiller(Resumable, ScoredModule):
         if kind not in self.label_kinds:
             kinds = ", ".join((*self.label_kinds, "soft"))
             raise UserError(f"labels of {type(self).__name__} must be one of {kinds}, got '{kind}'")
-        check_synthetic(ipc, kind)
+        if ipc < 1:
+            raise UserError(f"ipc (images per class) must be at least 1, got {ipc}")
         check_range("positive", lr=lr)
         if init not in ("real", "noise"):
             raise UserError(f"init must be 'real' or 'noise', got '{init}'")

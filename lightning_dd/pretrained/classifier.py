@@ -1,6 +1,5 @@
 """Classifiers trained on the real data: teachers, committees of them, and the architectures that MetaDD compares."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -183,9 +182,6 @@ class Committee:
 
     def __init__(self, networks: list[Network], mixture: NetworkMixture) -> None:
         self.networks, self.mixture = networks, mixture
-
-    def __iter__(self) -> Iterator[Network]:
-        return iter(self.networks)
 
     def __len__(self) -> int:
         return len(self.networks)

@@ -16,8 +16,8 @@ from lightning_dd.utils.errors import UserError, check_count, check_range
 from lightning_dd.utils.seeding import derive_seed, seeded
 
 _DEFAULT_LEVEL = 2
-_CLIP = 10.0
-_INFINITY = 5.0
+_CLIP, _INFINITY = 10.0, 5.0
+"""A map's largest entry at the start, and what stands for infinity there (GLaD's code)."""
 
 
 class Latents(Parameterisation):
@@ -156,7 +156,8 @@ class Latents(Parameterisation):
         styles = self.generator.styles(z, classes)
         if self.level == 0:
             return [styles]
-        return [clean(self.generator.features(styles, self.level)), styles[:, self.level :]]
+        features = torch.nan_to_num(self.generator.features(styles, self.level), 0.0, _INFINITY, -_INFINITY)
+        return [features.clamp(-_CLIP, _CLIP), styles[:, self.level :]]
 
     def _images(self, classes: Tensor, *latents: Tensor) -> Tensor:
         """Run the generator's tail and the preprocessing in float32, whatever the precision around it.
@@ -177,13 +178,3 @@ class Latents(Parameterisation):
             styles = latents[0]
             return self.generator.pixels(self.generator.features(styles, 1), styles[:, 1:], 1)
         return self.generator.pixels(latents[0], latents[1], self.level)
-
-
-def clean(features: Tensor) -> Tensor:
-    """Return a map with NaN as 0, infinities as 5 with their sign, and all else clipped to [-10, 10] (GLaD's code).
-
-    Example:
-        >>> clean(torch.tensor([float("nan"), float("inf"), -float("inf"), 12.0, 3.0])).tolist()
-        [0.0, 5.0, -5.0, 10.0, 3.0]
-    """
-    return torch.nan_to_num(features, nan=0.0, posinf=_INFINITY, neginf=-_INFINITY).clamp(-_CLIP, _CLIP)

@@ -9,10 +9,9 @@ from torch import Tensor, nn
 from lightning_dd.data.images import Split
 from lightning_dd.data.preprocess import Preprocessing
 from lightning_dd.data.sampling import draw_per_class
-from lightning_dd.losses.labels import LABEL_KINDS, initial_labels
+from lightning_dd.losses.labels import initial_labels
 from lightning_dd.pretrained.task import Task
 from lightning_dd.utils.arguments import RemembersArguments
-from lightning_dd.utils.errors import UserError
 
 
 class Parameterisation(RemembersArguments, nn.Module, ABC):
@@ -126,9 +125,6 @@ class SyntheticSet(nn.Module):
     Attributes:
         labels: ``(C * ipc, C)`` parameter, or buffer when fixed.
         classes: ``(C * ipc,)`` int64 buffer, the class each row belongs to.
-
-    Raises:
-        UserError: ``ipc`` or ``label_kind`` is out of range.
     """
 
     labels: Tensor
@@ -136,7 +132,6 @@ class SyntheticSet(nn.Module):
 
     def __init__(self, parameterisation: Parameterisation, ipc: int, label_kind: str, task: Task) -> None:
         super().__init__()
-        check_synthetic(ipc, label_kind)
         num_classes = task.facts.num_classes
         self.ipc, self.label_kind = ipc, label_kind
         self.register_buffer("classes", torch.arange(num_classes).repeat_interleave(ipc), persistent=False)
@@ -173,15 +168,3 @@ class SyntheticSet(nn.Module):
         if label_lr is None and len(groups) == 1:
             return [{**groups[0], "params": [*groups[0]["params"], self.labels]}]
         return [*groups, {"params": [self.labels], "lr": lr if label_lr is None else label_lr, "name": "labels"}]
-
-
-def check_synthetic(ipc: int, label_kind: str) -> None:
-    """Refuse settings that no synthetic set can have.
-
-    Raises:
-        UserError: ``ipc`` is below 1 or ``label_kind`` is unknown.
-    """
-    if ipc < 1:
-        raise UserError(f"ipc (images per class) must be at least 1, got {ipc}")
-    if label_kind not in LABEL_KINDS:
-        raise UserError(f"labels must be one of {', '.join(LABEL_KINDS)}, got '{label_kind}'")
