@@ -20,8 +20,8 @@ from matplotlib.figure import Figure
 from metadd_ablations import overview, recorded
 from metadd_ablations import tables as ablation_tables
 
-from lightning_dd.applications.continual import report as continual
-from lightning_dd.applications.membership import report as membership
+from lightning_dd.applications import continual_report as continual
+from lightning_dd.applications import membership_report as membership
 from lightning_dd.evaluators.matrix import Row
 from lightning_dd.evaluators.report import markdown
 from lightning_dd.report import markdown_table

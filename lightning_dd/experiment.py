@@ -1,7 +1,7 @@
-"""A distillation as one stage of a longer experiment: ordinary configuration files, run in this process.
+"""Experiments that distil many sets: each distillation is one stage, of ordinary configuration files.
 
-Experiments that distil (membership inference, continual learning) take any method, parameterisation and callback this
-way, because they only name the files that ``lightning-dd fit --config`` takes.
+Membership inference and continual learning take any method, parameterisation and callback, because a method is only
+the files and options that ``lightning-dd fit`` would be given.
 """
 
 import hashlib
@@ -9,16 +9,16 @@ import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from lightning_dd.lightning_cli import run_lightning
+from lightning_dd.configs import find_configuration
 from lightning_dd.utils.errors import UserError
 from lightning_dd.utils.files import write_text
 
 _log = logging.getLogger(__name__)
-_RECORD = "stage.json"
 
 
 @dataclass(frozen=True)
@@ -33,23 +33,22 @@ class Method:
     files: tuple[str, ...] = ()
     """Finished distilled-set files, in place of the above."""
 
+    @classmethod
+    def parse(cls, name: str, words: str | Sequence[str], finished: bool = False) -> "Method":
+        """Sort words into configuration files, options of ``fit`` (``--...``) and distilled-set files.
 
-def parse_methods(methods: Mapping[str, str | Sequence[str]], finished: bool = False) -> dict[str, Method]:
-    """Sort every method's words into configuration files, options of ``fit`` (``--...``) and distilled-set files.
+        Args:
+            name: letters, digits, ``_`` and ``-``; folders are called so.
+            words: what the user wrote.
+            finished: whether distilled-set files may stand in place of configurations.
 
-    Args:
-        methods: words by name.
-        finished: whether distilled-set files may stand in place of configurations.
+        Raises:
+            UserError: the name is unusable, or the words are not files of one kind, or name no configuration.
 
-    Raises:
-        UserError: a name is unusable, or a method's words are not files of one kind that exist.
-
-    Example:
-        >>> parse_methods({"ready": "set.safetensors"}, finished=True)["ready"].files
-        ('set.safetensors',)
-    """
-    found = {}
-    for name, words in methods.items():
+        Example:
+            >>> Method.parse("ready", "set.safetensors", finished=True).files
+            ('set.safetensors',)
+        """
         listed = [words] if isinstance(words, str) else list(words)
         options = tuple(word for word in listed if word.startswith("--"))
         files = tuple(word for word in listed if word.endswith(".safetensors"))
@@ -59,11 +58,59 @@ def parse_methods(methods: Mapping[str, str | Sequence[str]], finished: bool = F
             raise UserError(f"methods.{name} must be {kinds}, got {listed}")
         if not re.fullmatch(r"[\w-]+", name):
             raise UserError(f"methods: a name is letters, digits, _ and -, got '{name}'")
-        for path in configs:
-            if not Path(path).is_file():
-                raise UserError(f"methods.{name}: configuration '{path}': no such file")
-        found[name] = Method(name, configs, options, files)
-    return found
+        try:
+            return cls(name, tuple(str(find_configuration(path)) for path in configs), options, files)
+        except UserError as error:
+            raise UserError(f"methods.{name}: {error}") from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """What every experiment is told, in plain values, so that it travels to other processes.
+
+    Args:
+        methods: by name, configurations of a distiller (the later layered over the earlier) with options of fit; or
+            distilled-set files, one a seed, where an experiment takes them.
+        output: folder of the report and of everything that is made; an interrupted experiment goes on there.
+        data: class name, or class path, of the real data.
+        data_args: arguments of the data.
+        root: folder of the real data on this machine.
+        accelerator: Lightning's Trainer argument for distillers; students take a GPU where there is one, unless it is
+            cpu.
+        workers: processes of this machine that train side by side, or auto for one per core.
+
+    Raises:
+        UserError: a setting is out of range.
+    """
+
+    methods: dict[str, list[str] | str]
+    output: str
+    data: str
+    data_args: dict[str, Any] = field(default_factory=dict)
+    root: str | None = None
+    accelerator: str = "auto"
+    workers: int | str = 1
+
+    takes_files: ClassVar[bool] = False
+    """Whether a method may be finished distilled-set files."""
+    counts: ClassVar[tuple[str, ...]] = ()
+    """Settings that are at least 1."""
+
+    def __post_init__(self) -> None:
+        for name in self.counts:
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+    @cached_property
+    def distillers(self) -> dict[str, Method]:
+        """The methods by name."""
+        return {name: Method.parse(name, words, self.takes_files) for name, words in self.methods.items()}
+
+    @property
+    def source(self) -> dict[str, Any]:
+        """Arguments that tell a part of the data (some rows, some classes) what it is a part of."""
+        place = {} if self.root is None else {"root": self.root}
+        return {"source": self.data, "source_args": dict(self.data_args), **place}
 
 
 def distil(
@@ -90,28 +137,27 @@ def distil(
         UserError: a file is missing, the folder holds a stage with other settings, or the run is impossible.
         SystemExit: the configuration could not be parsed (status 2, one line on stderr).
     """
-    output = Path(output)
-    if not configs:
+    from lightning_dd.lightning_cli import run_lightning  # heavy, and settings are needed before
+
+    output, paths = Path(output), [find_configuration(str(path)) for path in configs]
+    if not paths:
         raise UserError("a stage needs at least one configuration file of a distiller")
-    for path in configs:
-        if not Path(path).is_file():
-            raise UserError(f"configuration '{path}': no such file")
     options = [f"--data={json.dumps(dict(data))}", *overrides]
-    _check_record(output, configs, options)
-    result = output / "last.safetensors"
+    record = json.dumps({"configs": digests(paths), "options": options}, indent=1) + "\n"
+    kept = output / "stage.json"
+    if not kept.is_file():
+        write_text(kept, record)
+    elif kept.read_text(encoding="utf-8") != record:
+        raise UserError(f"'{output}' holds a distillation of other settings: name another output, or remove it")
+    result, checkpoint = output / "last.safetensors", output / "checkpoints" / "last.ckpt"
     if result.is_file():
         _log.info("'%s' is there already: not distilled again", result)
         return result
     logger = {"class_path": "TensorBoardLogger", "init_args": {"save_dir": str(output), "name": "", "version": ""}}
-    arguments = ["fit"]
-    for path in configs:
-        arguments.append(f"--config={path}")
     # One process: a launcher would start the whole experiment again for every other one.
-    arguments += [f"--trainer.logger={json.dumps(logger)}", "--trainer.devices=1", *options]
-    checkpoint = output / "checkpoints" / "last.ckpt"
-    if checkpoint.is_file():
-        arguments.append(f"--ckpt_path={checkpoint}")
-    run_lightning(arguments)
+    trainer = [f"--trainer.logger={json.dumps(logger)}", "--trainer.devices=1"]
+    resume = [f"--ckpt_path={checkpoint}"] if checkpoint.is_file() else []
+    run_lightning(["fit", *(f"--config={path}" for path in paths), *trainer, *options, *resume])
     if not result.is_file():
         names = ", ".join(map(str, configs))
         raise UserError(f"{names}: the run wrote no '{result}'; trainer.callbacks must hold ExportDistilledSet")
@@ -121,18 +167,3 @@ def distil(
 def digests(configs: Sequence[Path | str]) -> list[str]:
     """Return a hash of each configuration's text."""
     return [hashlib.blake2b(Path(path).read_bytes(), digest_size=16).hexdigest() for path in configs]
-
-
-def _check_record(output: Path, configs: Sequence[Path | str], options: Sequence[str]) -> None:
-    """Write what the stage is made of, or compare with what is written."""
-    record = {"configs": digests(configs), "options": list(options)}
-    path = output / _RECORD
-    if not path.is_file():
-        write_text(path, json.dumps(record, indent=1) + "\n")
-        return
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        found = None
-    if found != record:
-        raise UserError(f"'{output}' holds a distillation of other settings: name another output, or remove it")

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields
 from typing import Any, NoReturn, get_type_hints
 
+from docstring_parser import parse
 from jsonargparse import ActionConfigFile, ArgumentParser  # type: ignore[attr-defined]
 
 from lightning_dd.configs import found
@@ -99,10 +100,11 @@ def parse_verb(name: str, verb: type[Any], arguments: Sequence[str]) -> Any:
     """
     parser = OneLineErrors(prog=f"lightning-dd {name}", description=(verb.__doc__ or "").partition("\n")[0])
     parser.add_argument("--config", action=ActionConfigFile, help="a YAML file with any of these options")
-    hints = get_type_hints(verb)
+    hints, said = get_type_hints(verb), _documented(verb)
     for item in fields(verb):
         words, required = item.metadata.get("words", False), item.default is MISSING and item.default_factory is MISSING
-        settings: dict[str, Any] = {"type": str if words else hints[item.name], "help": item.metadata["help"]}
+        text = item.metadata.get("help", said.get(item.name))
+        settings: dict[str, Any] = {"type": str if words else hints[item.name], "help": text}
         if words:
             settings["nargs"] = "+"
         if not required:
@@ -114,3 +116,9 @@ def parse_verb(name: str, verb: type[Any], arguments: Sequence[str]) -> Any:
     parsed = parser.instantiate(parser.parse_args(found(arguments))).as_dict()
     parsed.pop("config", None)
     return verb(**parsed)
+
+
+def _documented(verb: type) -> dict[str, str]:
+    """Return what the docstrings of a class and of its bases say of each argument, in one line."""
+    params = [param for cls in reversed(verb.__mro__) for param in parse(cls.__doc__ or "").params]
+    return {param.arg_name: " ".join((param.description or "").split()).rstrip(".") for param in params}

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from lightning_dd import applications
+
 ARCHITECTURES = "as name or name:option=value,..., or groups: unseen-small, unseen, frepo-cross, zoo-small"
 
 
@@ -17,7 +19,10 @@ def _required(text: str, **kind: bool) -> Any:
 
 
 class Verb:
-    """A verb; its docstring's first line is the help, ``metadata`` of its fields what is said of each option."""
+    """A verb; its docstring's first line is its help.
+
+    What is said of each option is the ``metadata`` of its field, or its line among the docstring's arguments.
+    """
 
     def run(self) -> None:
         """Do it."""
@@ -131,103 +136,24 @@ class Scores(_Students, _Data, _Workers, Verb):
         score_files(*trained, self.control, self.choice(), Hardware(self.accelerator), self.workers)
 
 
-@dataclass(kw_only=True)
-class Membership(_Source, _Workers, Verb):
+class Membership(applications.Membership, Verb):
     """Attack networks trained on distilled sets: who was in the data?"""
-
-    methods: dict[str, list[str] | str] = _required(
-        "by name, configurations of a distiller with options of fit, or distilled-set files, one a seed"
-    )
-    output: str = _required("folder of the report and all networks' answers")
-    data: str = _required("class name of the data whose training split the members are drawn from")
-    members: int = _required("training images that are distilled, per seed")
-    lengths: list[int] = _required("training steps after which a victim is attacked")
-    held_out: int = _option("non-members cut from the training split; 0 takes the test split", 0)
-    seeds: int = _option("disjoint sets of members, each distilled with its own seed", 1)
-    victims: int = _option("networks per source and seed", 5)
-    architecture: str = _option("of the victims", "conv:norm=none")
-    lr: float = _option("constant learning rate of Adam", 3e-4)
-    batch_size: int = _option("images per step, at most all", 256)
-    real_batch_size: int = _option("the same for training on all members", 1024)
-    augment: str = _option("operations joined by _, auto for FRePo's, none for none", "auto")
-    real_augment: str | None = _option("the same for training on all members; as augment if not given", None)
-    attacks: list[str] | None = _option(
-        "of threshold, logistic, mlp, forest, neighbours and lira; all if not given", None
-    )
-    folds: int = _option("cross-validation of the four learned attacks", 5)
-    attack_rows: int = _option("members and non-members a learned attack is given, at most", 2000)
-    shadows: int = _option("LiRA's shadow models per real source and seed, 0 or an even number from 4", 0)
-    distil_shadows: int = _option(
-        "LiRA's shadow models per method and seed, each with a distillation of its own; likewise", 0
-    )
-    val_fraction: float = _option("share of the members kept from training for a distiller's validation", 0.0)
 
     def run(self) -> None:
         """Distil, train, attack and report."""
-        from pathlib import Path
+        from lightning_dd.applications.membership import run_membership
 
-        from lightning_dd.applications.membership.experiment import ATTACKS, Experiment
-        from lightning_dd.applications.membership.run import run_membership
-        from lightning_dd.experiment import parse_methods
-        from lightning_dd.students.recipe import Recipe
-
-        settings = {item.name: getattr(self, item.name) for item in fields(Experiment) if hasattr(self, item.name)}
-        settings |= {
-            "output": Path(self.output),
-            "data": self.choice(),
-            "methods": parse_methods(self.methods, finished=True),
-            "lengths": tuple(self.lengths),
-            "recipe": Recipe(
-                lr=self.lr, warmup=0, schedule="constant", batch_size=self.batch_size, augment=self.augment
-            ),
-            "attacks": tuple(self.attacks or ATTACKS),
-        }
-        run_membership(Experiment(**settings), self.workers)
+        run_membership(self)
 
 
-@dataclass(kw_only=True)
-class Continual(_Source, Verb):
+class Continual(applications.Continual, Verb):
     """Let classes come in steps, keep a distilled set of each, and train students after every step."""
-
-    methods: dict[str, list[str]] = _required(
-        "by name, configuration files of a distiller (the later layered over the earlier) and options of fit"
-    )
-    architectures: list[str] = _required("of the students, names of the factory", words=True)
-    output: str = _required("folder of the report and of everything distilled; an interrupted experiment goes on")
-    data: str = _option("class name of the data", "MNIST5k")
-    steps: int = _option("equal parts the classes come in", 5)
-    ipc: int = _option("images kept of every class", 20)
-    orders: int = _option("class orders, drawn by the seeds 0, 1, ...", 5)
-    students: int = _option("students per architecture, method, order and step", 1)
-    protocol: str = _option("published recipe of the students on the memory", "frepo")
-    student_steps: int | None = _option("training steps of a student, in place of the protocol's", None)
-    lr: float | None = _option("its peak learning rate, likewise", None)
-    batch_size: int | None = _option("images per step, likewise; at most all", None)
-    augment: str | None = _option("operations joined by _; auto, siamese or none; likewise", None)
-    joint: bool = _option("also train students on all real images of the classes seen, as the upper line", True)
-    joint_steps: int = _option("their training steps", 2000)
-    joint_lr: float = _option("their peak learning rate", 1e-3)
-    joint_batch_size: int = _option("their images per step", 128)
-    accelerator: str = _option("Lightning's Trainer argument; auto leaves distillers what they say", "auto")
 
     def run(self) -> None:
         """Distil, train and report."""
-        from lightning_dd.applications.continual import Plan, run_continual
-        from lightning_dd.experiment import parse_methods
-        from lightning_dd.students.recipe import protocol
+        from lightning_dd.applications.continual import run_continual
 
-        settings = {"lr": self.lr, "batch_size": self.batch_size, "augment": self.augment}
-        upper = {"steps": self.joint_steps, "lr": self.joint_lr, "batch_size": self.joint_batch_size}
-        plan = Plan(
-            **{name: getattr(self, name) for name in ("steps", "ipc", "orders")},
-            data=self.choice(),
-            architectures=tuple(self.architectures),
-            students=self.students,
-            recipe=protocol(self.protocol, steps=self.student_steps, **settings),
-            joint=protocol("frepo", **upper, augment=self.augment) if self.joint else None,
-            accelerator=self.accelerator,
-        )
-        run_continual(parse_methods(self.methods), plan, self.output)
+        run_continual(self)
 
 
 @dataclass(kw_only=True)

@@ -14,21 +14,19 @@ import yaml
 from helpers import TinyData, make_distilled
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lightning_dd.applications.continual import Plan, run, run_continual
-from lightning_dd.applications.continual.course import Course
-from lightning_dd.applications.continual.plan import class_order, split_classes
-from lightning_dd.applications.continual.report import curves, forgetting, markdown
-from lightning_dd.applications.continual.run import rows_of
+from lightning_dd.applications import Continual, continual
+from lightning_dd.applications.continual import Lesson, fill_memory, rows_of, run_continual, score_student
+from lightning_dd.applications.continual_report import curves, forgetting, markdown
+from lightning_dd.applications.course import Course, class_order, split_classes
 from lightning_dd.cli import main
 from lightning_dd.data import DATA_SETS, ClassSubset, RawSplit
 from lightning_dd.data.parts import load_preprocessing, save_preprocessing
-from lightning_dd.data.registry import DataChoice
 from lightning_dd.data.sampling import draw_per_class
 from lightning_dd.distilled import DistilledSet
 from lightning_dd.distilled.datamodule import check_match, real_data_of, real_set
 from lightning_dd.distilled.union import embed_labels, union
 from lightning_dd.distilled.views import draw_views
-from lightning_dd.experiment import Method, parse_methods
+from lightning_dd.experiment import Method
 from lightning_dd.losses.labels import initial_labels
 from lightning_dd.students.recipe import Recipe
 from lightning_dd.utils.errors import UserError
@@ -82,18 +80,26 @@ def methods(tmp_path):
     return {"frepo": [str(folder / "frepo.yaml"), "--trainer.max_steps=2"], "random": [str(folder / "random.yaml")]}
 
 
-def plan(**changes):
+def experiment(methods, output, **changes):
     settings = {
-        "data": DataChoice("FourKinds"),
+        "data": "FourKinds",
         "steps": 2,
         "ipc": 1,
         "orders": 1,
-        "architectures": (STUDENT,),
-        "recipe": Recipe(steps=2, lr=1e-2),
-        "joint": Recipe(steps=2, lr=1e-2, batch_size=8),
+        "architectures": [STUDENT],
+        "student_steps": 2,
+        "lr": 1e-2,
+        "joint_steps": 2,
+        "joint_lr": 1e-2,
+        "joint_batch_size": 8,
         "accelerator": "cpu",
     }
-    return Plan(**(settings | changes))
+    return Continual(methods=methods, output=str(output), **(settings | changes))
+
+
+def course(order=0, folder=Path("x"), **data_args):
+    source = {"source": "FourKinds", "source_args": data_args}
+    return Course(source, order, split_classes(class_order(4, order), 2), folder)
 
 
 # ---- class subsets -----------------------------------------------------------------------------------------------
@@ -173,8 +179,7 @@ def test_a_class_order_depends_on_its_seed_alone():
     torch.manual_seed(5)
     assert class_order(100, 1) == class_order(100, 1) != class_order(100, 2)
     assert sorted(class_order(100, 3)) == list(range(100))
-    first, again = (Course(plan(), 1, 4, Path("x")) for _ in range(2))
-    assert first.steps == again.steps
+    first, again = (course(1) for _ in range(2))
     assert first.seed("distil", 0) == again.seed("distil", 0) != first.seed("distil", 1)
 
 
@@ -187,21 +192,23 @@ def test_steps_must_divide_the_classes(steps):
 @pytest.mark.parametrize(
     ("methods", "message"),
     [
-        ({"a": ["none.yaml"]}, r"methods.a: configuration 'none.yaml': no such file"),
+        ({"a": ["none.yaml"]}, r"methods.a: unknown configuration 'none.yaml'"),
         ({"a/b": ["none.yaml"]}, "letters, digits"),
         ({"a": []}, r"methods.a must be configuration files with options of fit, got \[\]"),
         ({"a": ["set.safetensors"]}, "methods.a must be configuration files with options of fit, got"),
+        ({}, "name at least one, as .* and none 'joint'"),
+        ({"joint": ["mnist5k/random"]}, "name at least one, as .* and none 'joint'"),
     ],
 )
 def test_methods_that_cannot_be_are_refused(methods, message):
     with pytest.raises(UserError, match=message):
-        parse_methods(methods)
+        experiment(methods, "out")
 
 
-@pytest.mark.parametrize("methods", [{}, {"joint": Method("joint")}])
-def test_there_are_methods_and_none_has_the_upper_lines_name(methods, tmp_path):
-    with pytest.raises(UserError, match=r"name at least one, as .* and none 'joint'"):
-        run_continual(methods, plan(), tmp_path)
+def test_a_method_may_name_a_configuration_that_comes_with_the_package():
+    method = Method.parse("a", ["configs/mnist5k/random.yaml", "--model.init_args.ipc=2"])
+    assert Path(method.configs[0]).is_file()
+    assert method == Method.parse("a", ["mnist5k/random", "--model.init_args.ipc=2"])
 
 
 # ---- the union ---------------------------------------------------------------------------------------------------
@@ -347,22 +354,22 @@ def test_forgetting_equals_a_slow_count():
     assert forgetting([[0.5], [0.9, 0.1]])[1] == pytest.approx(-0.4)  # old classes may gain
 
 
-def records(accuracies):
-    """Records of two steps; accuracies by step and student."""
-    return [
-        {
+def scores(accuracies):
+    """The scores of two steps; accuracies by step and student."""
+    return {
+        Lesson("x", step, STUDENT, number): {
             "images": 2 * (step + 1),
             "class_names": ["a", "b", "c", "d"][: 2 * (step + 1)],
-            "scores": {
-                STUDENT: [{"accuracy": value, "class_accuracy": [value] * 2 * (step + 1)} for value in students]
-            },
+            "accuracy": value,
+            "class_accuracy": [value] * 2 * (step + 1),
         }
         for step, students in enumerate(accuracies)
-    ]
+        for number, value in enumerate(students)
+    }
 
 
 def test_the_table_is_the_mean_and_deviation_over_orders():
-    rows = rows_of("x", 0, records([[1.0, 0.8], [0.5, 0.7]])) + rows_of("x", 1, records([[0.7, 0.7], [0.8, 0.8]]))
+    rows = rows_of(0, scores([[1.0, 0.8], [0.5, 0.7]])) + rows_of(1, scores([[0.7, 0.7], [0.8, 0.8]]))
     assert [row.accuracy for row in rows] == pytest.approx([0.9, 0.6, 0.7, 0.8])
     assert [row.forgetting for row in rows] == pytest.approx([0.0, 0.3, 0.0, -0.1])
     assert rows[1].class_accuracy == pytest.approx({"a": 0.6, "b": 0.6, "c": 0.6, "d": 0.6})
@@ -373,6 +380,17 @@ def test_the_table_is_the_mean_and_deviation_over_orders():
     assert "| x | 80.0 ± 14.1 | 70.0 ± 14.1 | 75.0 ± 0.0 | 10.0 ± 28.3 |" in markdown(rows)
 
 
+def test_a_student_is_scored_class_by_class(monkeypatch):
+    def untrained(network, *args):  # answers the first class, whatever it is shown
+        network.classify = lambda features: torch.eye(2)[0].expand(len(features), 2)
+        return network
+
+    monkeypatch.setattr(continual, "train_student", untrained)
+    data, memory = ClassSubset("FourKinds", [3, 1]), part([3, 1])
+    found = score_student(STUDENT, memory, data, Recipe(steps=1), 0, torch.device("cpu"))
+    assert found == {"accuracy": 0.5, "class_accuracy": [1.0, 0.0]}
+
+
 # ---- the run -----------------------------------------------------------------------------------------------------
 
 
@@ -381,7 +399,7 @@ def results(folder):
 
 
 def test_a_run_writes_every_steps_files_one_line_each_and_a_report(methods, tmp_path, capsys):
-    rows = run_continual(parse_methods(methods), plan(orders=2), tmp_path / "run")
+    rows = run_continual(experiment(methods, tmp_path / "run", orders=2))
     out = capsys.readouterr().out
     assert len(rows) == 3 * 2 * 2  # methods and the upper line x orders x steps
     assert out.count("step 1: 2 classes") == out.count("step 2: 4 classes") == 6
@@ -411,11 +429,8 @@ def test_a_run_writes_every_steps_files_one_line_each_and_a_report(methods, tmp_
 
 
 def test_interrupted_after_anything_and_resumed_the_table_is_the_same(methods, tmp_path, monkeypatch):
-    def experiment(folder):
-        run_continual(parse_methods(methods), plan(), folder)
-
-    experiment(tmp_path / "straight")
-    real_distil, real_score = run.distil, run.score_student
+    run_continual(experiment(methods, tmp_path / "straight"))
+    real_distil, real_score = continual.distil, continual.score_student
     left = 0
 
     def once(function, is_new):
@@ -431,19 +446,19 @@ def test_interrupted_after_anything_and_resumed_the_table_is_the_same(methods, t
         return wrapped
 
     new_stage = once(real_distil, lambda configs, data, output, overrides: not (output / "last.safetensors").is_file())
-    monkeypatch.setattr(run, "distil", new_stage)
-    monkeypatch.setattr(run, "score_student", once(real_score, lambda *args: True))
+    monkeypatch.setattr(continual, "distil", new_stage)
+    monkeypatch.setattr(continual, "score_student", once(real_score, lambda *args: True))
     interruptions = 0
     while not (tmp_path / "broken" / "results.json").is_file():
         left = 1  # one distillation or one student, then the power fails
         try:
-            experiment(tmp_path / "broken")
+            run_continual(experiment(methods, tmp_path / "broken"))
         except KeyboardInterrupt:
             interruptions += 1
     assert interruptions == 2 * 2 + 3 * 2 - 1  # stages and students, but for the last
     assert results(tmp_path / "broken") == results(tmp_path / "straight")
     left = 0  # nothing is left to do
-    experiment(tmp_path / "broken")
+    run_continual(experiment(methods, tmp_path / "broken"))
     assert results(tmp_path / "broken") == results(tmp_path / "straight")
 
 
@@ -452,9 +467,8 @@ def test_a_later_class_leaves_no_trace_in_an_earlier_step(methods, tmp_path, mon
     sets = []
     for cls in (FourKinds, Poisoned):
         monkeypatch.setitem(DATA_SETS, "FourKinds", cls)
-        own = plan(data=DataChoice("FourKinds", {"preprocessing": "zca"}))
-        course = Course(own, order, 4, tmp_path / cls.__name__)
-        run._memory(parse_methods(methods)["frepo"], own, course, 0)
+        own = experiment(methods, tmp_path, data_args={"preprocessing": "zca"})
+        fill_memory(own.distillers["frepo"], own, course(order, tmp_path / cls.__name__, preprocessing="zca"), 0)
         sets.append(DistilledSet.load(tmp_path / cls.__name__ / "frepo/step1/last.safetensors"))
     assert torch.equal(sets[0].images, sets[1].images)
     assert torch.equal(sets[0].labels, sets[1].labels)
@@ -462,52 +476,52 @@ def test_a_later_class_leaves_no_trace_in_an_earlier_step(methods, tmp_path, mon
 
 
 def test_all_steps_of_a_course_share_the_first_ones_whitening(methods, tmp_path):
-    own = plan(data=DataChoice("FourKinds", {"preprocessing": "zca"}))
-    course = Course(own, 0, 4, tmp_path / "order0")
+    own = experiment(methods, tmp_path, data_args={"preprocessing": "zca"})
+    first_order = course(0, tmp_path / "order0", preprocessing="zca")
     for step in range(2):
-        run._memory(parse_methods(methods)["random"], own, course, step)
-    memory = DistilledSet.load(course.memory_file("random", 1))
+        fill_memory(own.distillers["random"], own, first_order, step)
+    memory = DistilledSet.load(first_order.memory_file("random", 1))
     first = ClassSubset("FourKinds", class_order(4, 0)[:2], {"preprocessing": "zca"})
     first.setup("fit")
     assert torch.equal(memory.preprocessing.zca_whiten, first.preprocessing.zca_whiten)
-    assert torch.equal(course.joint_set(1).preprocessing.zca_whiten, first.preprocessing.zca_whiten)
+    assert torch.equal(first_order.joint_set(1).preprocessing.zca_whiten, first.preprocessing.zca_whiten)
 
 
 def test_other_students_are_trained_on_the_same_distilled_sets_and_another_budget_is_refused(methods, tmp_path):
     folder = tmp_path / "run"
-    run_continual(parse_methods(methods), plan(joint=None), folder)
+    run_continual(experiment(methods, folder, joint=False))
     stages = {path: path.stat().st_mtime_ns for path in folder.rglob("last.safetensors")}
-    rows = run_continual(parse_methods(methods), plan(joint=None, students=2), folder)
+    rows = run_continual(experiment(methods, folder, joint=False, students=2))
     assert all(len(row.students) == 2 for row in rows)
     assert stages == {path: path.stat().st_mtime_ns for path in folder.rglob("last.safetensors")}
     with pytest.raises(UserError, match="other settings"):
-        run_continual(parse_methods(methods), plan(ipc=2), folder)
+        run_continual(experiment(methods, folder, ipc=2))
 
 
 @pytest.mark.slow
 def test_students_are_the_same_in_one_process_and_in_two(methods, tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    own = plan(data=DataChoice("test_continual.FourKinds"), students=2)
+    own = {"data": "test_continual.FourKinds", "students": 2}
     for workers in (1, 2):
-        run_continual(parse_methods(methods), own, tmp_path / str(workers), workers)
+        run_continual(experiment(methods, tmp_path / str(workers), workers=workers, **own))
     assert results(tmp_path / "1") == results(tmp_path / "2")
 
 
 def test_a_damaged_score_is_trained_again(methods, tmp_path):
-    only = parse_methods({"random": methods["random"]})
-    run_continual(only, plan(), tmp_path / "run")
+    only = experiment({"random": methods["random"]}, tmp_path / "run")
+    run_continual(only)
     before = results(tmp_path / "run")
     for path in (tmp_path / "run").rglob("students/*.json"):
         path.write_text(path.read_text()[:20])
     shutil.rmtree(tmp_path / "run" / "tensorboard")
-    run_continual(only, plan(), tmp_path / "run")
+    run_continual(only)
     assert results(tmp_path / "run") == before
 
 
 def test_the_upper_line_beats_a_memory_of_noise(methods, tmp_path):
     noise = {"noise": [methods["frepo"][0], "--trainer.max_steps=1", "--model.init_args.init=noise"]}
-    recipe = Recipe(steps=40, lr=1e-2, batch_size=32, augment="none")
-    rows = run_continual(parse_methods(noise), plan(recipe=recipe, joint=recipe), tmp_path / "run")
+    recipe = {"student_steps": 40, "joint_steps": 40, "batch_size": 32, "joint_batch_size": 32, "augment": "none"}
+    rows = run_continual(experiment(noise, tmp_path / "run", **recipe))
     last = {row.method: row.accuracy for row in rows if row.classes == 4}
     assert last["joint"] > 0.8
     assert last["noise"] < last["joint"] - 0.2
@@ -558,7 +572,7 @@ def test_the_verb_runs_from_end_to_end(methods, capsys):
         (["--architectures=conv:depth=9"], "too small for depth 9"),
         (["--orders=0"], "orders must be at least 1, got 0"),
         (["--protocol=frepoo"], "unknown protocol 'frepoo'"),
-        (['--methods={"a": ["none.yaml"]}'], "methods.a: configuration 'none.yaml': no such file"),
+        (['--methods={"a": ["none.yaml"]}'], "methods.a: unknown configuration 'none.yaml'"),
         (["--joint_steps=0"], "steps must be at least 1"),
     ],
 )

@@ -1,24 +1,16 @@
 """The report of a membership experiment: one table as JSON, CSV and Markdown, and the accuracy-privacy figure."""
 
-import statistics
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lightning_dd.applications.membership.attacks import GRIDS
+from lightning_dd.applications import ATTACKS
+from lightning_dd.applications.attacks import GRIDS
 from lightning_dd.report import markdown_table, write_results
-
-TITLES = {
-    "threshold": "loss threshold",
-    "logistic": "logistic regression",
-    "mlp": "MLP",
-    "forest": "random forest",
-    "neighbours": "k nearest neighbours",
-    "lira": "LiRA",
-}
+from lightning_dd.statistics import Score, nested_score
 
 
 @dataclass(frozen=True)
@@ -45,36 +37,21 @@ class Row:
     non_members: int
 
 
-@dataclass(frozen=True)
-class Spread:
-    """Mean and sample standard deviation."""
-
-    mean: float
-    std: float
-
-
-def spread(rows: Sequence[Row], name: str) -> Spread | None:
-    """Summarise a number of several victims: mean over seeds of the mean over victims.
-
-    The deviation is over the seeds' means, or over victims where there is one seed. ``None`` if a value is missing.
-    """
-    by_seed: dict[int, list[float]] = {}
+def spread(rows: Sequence[Row], name: str) -> Score | None:
+    """Summarise a number of several victims, by seed; ``None`` if it is missing."""
+    by_seed: dict[Hashable, list[float]] = {}
     for row in rows:
         value = getattr(row, name)
         if value is None:
             return None
         by_seed.setdefault(row.seed, []).append(value)
-    if not by_seed:
-        return None
-    means = [statistics.fmean(values) for values in by_seed.values()]
-    values = means if len(means) > 1 else next(iter(by_seed.values()))
-    return Spread(statistics.fmean(means), statistics.stdev(values) if len(values) > 1 else 0.0)
+    return nested_score(by_seed) if by_seed else None
 
 
 def markdown(rows: Sequence[Row], notes: Sequence[str] = ()) -> str:
     """Render areas under the ROC curve by source and length, and true-positive rates at the longest length."""
-    attacks = [attack for attack in TITLES if any(row.attack == attack for row in rows)]
-    titles = [TITLES[attack] for attack in attacks]
+    attacks = [attack for attack in ATTACKS if any(row.attack == attack for row in rows)]
+    titles = [ATTACKS[attack] for attack in attacks]
     table = [["trained on", "images", "steps", "accuracy", "members' accuracy", *titles]]
     rates = [["trained on", "false positives", *titles]]
     for source in dict.fromkeys(row.source for row in rows):
@@ -93,25 +70,21 @@ def markdown(rows: Sequence[Row], notes: Sequence[str] = ()) -> str:
     return f"{markdown_table(table)}\n\n{_explanation(rows, notes)}\n\n{markdown_table(rates)}\n\n{_resolution(rows)}\n"
 
 
-def write_report(rows: Sequence[Row], folder: Path, notes: Sequence[str] = ()) -> dict[str, Path]:
-    """Write ``results.json``, ``results.csv``, ``results.md`` and ``results.png``, each atomically.
-
-    Returns:
-        The paths by suffix.
-    """
-    return write_results(folder, [asdict(row) for row in rows], markdown(rows, notes), privacy_figure(rows))
+def write_report(rows: Sequence[Row], folder: Path, notes: Sequence[str] = ()) -> None:
+    """Write ``results.json``, ``results.csv``, ``results.md`` and ``results.png``, each atomically."""
+    write_results(folder, [asdict(row) for row in rows], markdown(rows, notes), privacy_figure(rows))
 
 
 def privacy_figure(rows: Sequence[Row]) -> Figure:
     """Draw accuracy against the area under the ROC curve: a panel per attack, a curve over lengths per source."""
-    attacks = [attack for attack in TITLES if any(row.attack == attack for row in rows)]
+    attacks = [attack for attack in ATTACKS if any(row.attack == attack for row in rows)]
     columns = min(3, len(attacks))
     lines = -(-len(attacks) // columns)
     figure = Figure(figsize=(1 + 3.4 * columns, 0.8 + 3.0 * lines), layout="constrained")
     panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).flatten()
     for panel, attack in zip(panels, attacks, strict=False):
         _draw(panel, [row for row in rows if row.attack == attack])
-        panel.set_title(TITLES[attack], fontsize=10)
+        panel.set_title(ATTACKS[attack], fontsize=10)
     for panel in panels[len(attacks) :]:
         panel.set_visible(False)
     handles, labels = panels[0].get_legend_handles_labels()
@@ -159,7 +132,7 @@ def _draw(panel: Axes, rows: Sequence[Row]) -> None:
     panel.grid(alpha=0.3)
 
 
-def _apart(points: Sequence[tuple[int, Spread, Spread]]) -> list[tuple[int, Spread, Spread]]:
+def _apart(points: Sequence[tuple[int, Score, Score]]) -> list[tuple[int, Score, Score]]:
     """Return the points of a curve that have room for a label: the last, and those away from the one labelled after."""
     labelled = [points[-1]]
     for point in reversed(points[:-1]):
@@ -193,9 +166,9 @@ def _resolution(rows: Sequence[Row]) -> str:
     return text + f"0.1 % is {count // 1000} false positive(s)."
 
 
-def _percent(value: Spread | None) -> str:
-    return "-" if value is None else f"{100 * value.mean:.1f} ± {100 * value.std:.1f}"
+def _percent(value: Score | None) -> str:
+    return "-" if value is None else str(value)
 
 
-def _area(value: Spread | None) -> str:
+def _area(value: Score | None) -> str:
     return "-" if value is None else f"{value.mean:.3f} ± {value.std:.3f}"

@@ -1,0 +1,243 @@
+"""Class-incremental learning with distilled sets as the memory; an experiment can be resumed at every step."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import product
+from typing import Any
+
+import numpy as np
+import torch
+
+from lightning_dd.applications import JOINT, Continual
+from lightning_dd.applications.continual_report import Row, forgetting, markdown, write_report
+from lightning_dd.applications.course import Course, class_order, split_classes
+from lightning_dd.data import RealData
+from lightning_dd.data.registry import build_data
+from lightning_dd.data.sampling import EvalBatches, draw_per_class
+from lightning_dd.distilled.datamodule import check_match
+from lightning_dd.distilled.set import DistilledSet, library_versions
+from lightning_dd.distilled.union import union
+from lightning_dd.experiment import Method, digests, distil
+from lightning_dd.jobs import Job, Ledger, Record, Tick, check_workers, device_of, run_jobs
+from lightning_dd.models.factory import build_network
+from lightning_dd.students.loop import train_student
+from lightning_dd.students.recipe import Recipe, protocol
+from lightning_dd.utils.files import require_writable
+from lightning_dd.utils.seeding import make_generator
+from lightning_dd.utils.silence import quiet_trainers
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """One student of one step."""
+
+    line: str
+    """The name of a method, or :data:`~lightning_dd.applications.JOINT`."""
+    step: int
+    architecture: str
+    number: int
+
+
+@quiet_trainers()
+def run_continual(experiment: Continual) -> list[Row]:
+    """Let classes come in steps; after each, distil its classes, unite the memory and train students from scratch.
+
+    A step distils its own classes only, independently of earlier steps; nothing of later classes is used, and no real
+    image of earlier ones. Every method's memory is scored with the same students' seeds on the same class orders.
+
+    Everything finished is kept: distilled sets with their runs and the united memory under
+    ``output/order<s>/<method>/step<t>/``, students' scores in ``output/students``. An interrupted experiment goes on
+    where it stopped and ends with the same table, and orders, methods or students' settings can be changed or added
+    later without distilling again.
+
+    Returns:
+        One row per method, architecture, order and step; nothing on processes that do not write the report.
+
+    Raises:
+        UserError: a setting does not fit the data, a configuration is unusable, or the folder holds distillations with
+            other settings.
+    """
+    check_workers(experiment.workers)
+    folder = require_writable(experiment.output)
+    num_classes = _check_data(experiment)
+    ledger, rows = Ledger(folder / "students"), list[Row]()
+    for order in range(experiment.orders):
+        steps = split_classes(class_order(num_classes, order), experiment.steps)
+        course = Course(experiment.source, order, steps, folder / f"order{order}")
+        for method in experiment.distillers.values():
+            for step in range(experiment.steps):
+                fill_memory(method, experiment, course, step)
+        jobs, work = _jobs(experiment, course), partial(_score, experiment, course)
+        if not run_jobs(jobs, work, ledger, experiment.workers, unit="step"):
+            continue
+        new = rows_of(order, {job.task: ledger.need(job.identity) for job in jobs})
+        _print_accuracies(new)
+        rows += new
+        write_report(rows, folder)
+    if rows:
+        print(f"\n{markdown(rows)}\nreport: {folder}/results.md, .json, .csv; figure: {folder}/results.png")
+        print(f"curves: tensorboard --logdir {folder / 'tensorboard'}")
+    return rows
+
+
+def fill_memory(method: Method, experiment: Continual, course: Course, step: int) -> None:
+    """Distil a step's classes, and unite them with those of the steps before, where that is not done yet."""
+    path, start = course.memory_file(method.name, step), time.perf_counter()
+    accelerator = experiment.accelerator
+    overrides = [
+        f"--seed_everything={course.seed('distil', step)}",
+        f"--model.init_args.ipc={experiment.ipc}",
+        "--trainer.enable_progress_bar=false",
+        "--trainer.enable_model_summary=false",
+        "--trainer.limit_val_batches=0",  # the last outer step's set is taken, so no probe need be trained
+        *([] if accelerator == "auto" else [f"--trainer.accelerator={accelerator}"]),
+        *method.options,
+    ]
+    distil(method.configs, course.data_of(step), path.parent, overrides)
+    if not path.is_file():
+        parts = [course.memory_file(method.name, number).with_name("last.safetensors") for number in range(step + 1)]
+        union([DistilledSet.load(part) for part in parts]).save(path)
+        seconds = time.perf_counter() - start
+        print(f"order {course.number}  {method.name:<12} step {step + 1}: distilled in {seconds:.0f} s", flush=True)
+
+
+def score_student(
+    architecture: str, memory: DistilledSet, real: RealData, recipe: Recipe, seed: int, device: torch.device
+) -> Record:
+    """Train one student from scratch on a memory and test it on the classes the memory holds.
+
+    The student has one output per class seen, so it cannot name a class that has not come yet.
+
+    Args:
+        architecture: a name of the factory.
+        memory: what it learns from; all classes seen so far.
+        real: real data of the same classes, not set up yet.
+        recipe: how it is trained.
+        seed: of weights, batches, augmentation and dropout.
+        device: where.
+
+    Returns:
+        ``accuracy`` on all test images and ``class_accuracy``, one per class; in [0, 1].
+    """
+    real.use_preprocessing(memory.preprocessing)
+    real.setup("test")
+    check_match(memory, real)
+    assert real.test is not None
+    recipe = recipe.suited_to(architecture, memory.training.get("step_size"))
+    network = build_network(architecture, memory.num_classes, memory.image_shape, seed).to(device)
+    train_student(network, memory, recipe, seed)
+    with torch.no_grad():
+        answers = [network(images.to(device)).argmax(1).cpu() for images, _ in EvalBatches(real.test, 500)]
+    labels = real.test.labels.cpu()
+    right = torch.bincount(labels[torch.cat(answers) == labels], minlength=memory.num_classes).double()
+    total = torch.bincount(labels, minlength=memory.num_classes).double()
+    return {"accuracy": float(right.sum() / total.sum()), "class_accuracy": (right / total.clamp(min=1)).tolist()}
+
+
+def recipe_on(experiment: Continual, line: str) -> Recipe:
+    """Return how students of a method, or of the upper line, are trained."""
+    own: dict[str, Any]
+    if line == JOINT:
+        own = {"lr": experiment.joint_lr, "batch_size": experiment.joint_batch_size}
+        return protocol("frepo", steps=experiment.joint_steps, augment=experiment.augment, **own)
+    own = {"lr": experiment.lr, "batch_size": experiment.batch_size}
+    return protocol(experiment.protocol, steps=experiment.student_steps, augment=experiment.augment, **own)
+
+
+def rows_of(order: int, scores: Mapping[Lesson, Record]) -> list[Row]:
+    """Turn the scores of all students of one class order into rows, one per method, architecture and step."""
+    rows = []
+    for line, architecture in dict.fromkeys((lesson.line, lesson.architecture) for lesson in scores):
+        own = {key: score for key, score in scores.items() if (key.line, key.architecture) == (line, architecture)}
+        steps = sorted({lesson.step for lesson in own})
+        students = [[score for lesson, score in own.items() if lesson.step == step] for step in steps]
+        by_class = [_mean([score["class_accuracy"] for score in at]) for at in students]
+        for step, at, means, lost in zip(steps, students, by_class, forgetting(by_class), strict=True):
+            names = at[0]["class_names"]
+            rows.append(
+                Row(
+                    method=line,
+                    architecture=architecture,
+                    order=order,
+                    step=step + 1,
+                    classes=len(names),
+                    images=at[0]["images"],
+                    accuracy=_mean([[score["accuracy"]] for score in at])[0],
+                    forgetting=lost,
+                    students=tuple(score["accuracy"] for score in at),
+                    class_accuracy=dict(zip(names, means, strict=True)),
+                )
+            )
+    return rows
+
+
+def _check_data(experiment: Continual) -> int:
+    """Return the number of classes, once steps, budget and architectures are known to fit the data."""
+    for line in _lines(experiment):
+        recipe_on(experiment, line)  # refuses a recipe that cannot be
+    data = build_data(experiment.data, experiment.data_args, experiment.root)
+    data.prepare_data()
+    images, labels, names = data.read(train=True)
+    split_classes(range(len(names)), experiment.steps)
+    kept, _ = data._split(labels)
+    draw_per_class(labels[kept], experiment.ipc, len(names), make_generator(0))  # refuses more than a class has
+    channels, height, width = images.shape[1:]
+    for architecture in experiment.architectures:
+        build_network(architecture, len(names), (channels, height, width), seed=0)
+    return len(names)
+
+
+def _lines(experiment: Continual) -> list[str]:
+    """Return what students learn from: the methods, and the upper line."""
+    return [*experiment.distillers, *([JOINT] if experiment.joint else [])]
+
+
+def _jobs(experiment: Continual, course: Course) -> list[Job]:
+    """Return all students of a class order as jobs, each with everything its scores depend on."""
+    jobs = []
+    versions, axes = library_versions(), (experiment.architectures, range(experiment.students))
+    for line, step, architecture, number in product(_lines(experiment), range(experiment.steps), *axes):
+        recipe, method = recipe_on(experiment, line), experiment.distillers.get(line)
+        classes = course.steps[: step + 1]
+        identity = {
+            "data": [experiment.data, dict(experiment.data_args)],
+            "classes": classes,
+            "order": course.number,
+            "method": [digests(method.configs), list(method.options), experiment.ipc] if method else JOINT,
+            "architecture": architecture,
+            "student": number,
+            "recipe": asdict(recipe),
+            "versions": versions,
+        }
+        name = f"order {course.number} {line} step {step + 1} {architecture} {number}"
+        cost = recipe.steps_for(experiment.ipc * sum(map(len, classes)))
+        jobs.append(Job(name, identity, Lesson(line, step, architecture, number), cost))
+    return jobs
+
+
+def _score(experiment: Continual, course: Course, lesson: Lesson, tick: Tick) -> Record:
+    if lesson.line == JOINT:
+        memory = course.joint_set(lesson.step)
+    else:
+        memory = DistilledSet.load(course.memory_file(lesson.line, lesson.step))
+    real, seed = course.seen_data(lesson.step), course.seed("student", lesson.number)
+    device = device_of(experiment.accelerator)
+    scores = score_student(lesson.architecture, memory, real, recipe_on(experiment, lesson.line), seed, device)
+    return {"images": len(memory), "class_names": list(memory.class_names), **scores}
+
+
+def _mean(values: Sequence[Sequence[float]]) -> list[float]:
+    return torch.tensor(values, dtype=torch.float64).mean(0).tolist()
+
+
+def _print_accuracies(rows: Sequence[Row]) -> None:
+    """Print one line per method and step, over all architectures."""
+    for line, step in dict.fromkeys((row.method, row.step) for row in rows):
+        own = [row for row in rows if (row.method, row.step) == (line, step)]
+        print(
+            f"order {own[0].order}  {line:<12} step {step}: {own[0].classes} classes, {own[0].images} images, "
+            f"accuracy {100 * np.mean([row.accuracy for row in own]):.1f} %",
+            flush=True,
+        )

@@ -1,1 +1,0 @@
-"""Membership-inference attacks on networks trained on distilled sets."""

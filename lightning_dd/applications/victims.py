@@ -1,0 +1,239 @@
+"""The networks of a membership experiment: what they are trained on, and what they answer about a pool of images."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_dd.applications import Membership
+from lightning_dd.applications.attacks import Array
+from lightning_dd.data import RealRows, Split
+from lightning_dd.data.sampling import EvalBatches, draw_per_class
+from lightning_dd.distilled import DistilledSet
+from lightning_dd.distilled.datamodule import real_set
+from lightning_dd.distilled.set import library_versions
+from lightning_dd.jobs import Job, Record, Tick, device_of, tensor_digest
+from lightning_dd.losses.labels import initial_labels
+from lightning_dd.models.factory import build_network
+from lightning_dd.students.loop import train_student
+from lightning_dd.students.recipe import Recipe
+from lightning_dd.utils.errors import UserError
+from lightning_dd.utils.seeding import derive_seed, make_generator
+
+REAL, RANDOM = "real members", "random members"
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network to train: a victim, or a shadow model of one half of the pool."""
+
+    source: str
+    """:data:`REAL`, :data:`RANDOM` with a size, or a method's name."""
+    seed: int
+    index: int
+    """Of the victim, or of the half."""
+    shadow: bool = False
+
+    @property
+    def half(self) -> int | None:
+        """The half of the pool its data comes from; ``None`` for the members."""
+        return self.index if self.shadow else None
+
+    @property
+    def own_seed(self) -> int:
+        """The seed of its weights, batches, augmentation and dropout."""
+        return derive_seed(self.seed, "shadow" if self.shadow else "victim", self.index)
+
+
+@dataclass(frozen=True)
+class PoolScores:
+    """What one network answers about every image of a pool, after several training lengths."""
+
+    lengths: Array
+    """``(L,)`` training steps."""
+    logits: Array
+    """``(L, P, C)`` float32."""
+    losses: Array
+    """``(L, P)`` float32: the loss the network was trained with, on the true class."""
+    labels: Array
+    """``(P,)`` int64 true classes."""
+    inside: NDArray[np.bool_]
+    """``(P,)``, whether the image belongs to the data the training set was made from."""
+    held_out: NDArray[np.bool_]
+    """``(P,)``, whether the image is one of the held-out ones (shadow models may learn from these)."""
+    images: Array
+    """``(1,)`` how many images the network learned from."""
+
+
+def part_args(experiment: Membership, seed: int, half: int | None = None) -> dict[str, Any]:
+    """Return the arguments of the ``RealRows`` that holds a seed's members, or a half of its pool."""
+    return experiment.source | {
+        "rows": experiment.members,
+        "chunk": seed,
+        "held_out": experiment.held_out,
+        "half": half,
+        "val_fraction": experiment.val_fraction,
+    }
+
+
+def part(experiment: Membership, seed: int, half: int | None = None) -> RealRows:
+    """Return a seed's members, or a half of its pool."""
+    return RealRows(**part_args(experiment, seed, half))
+
+
+def distilled_file(experiment: Membership, method: str, seed: int, half: int | None = None) -> Path:
+    """Return where a method's set for a seed, or for a shadow model's half, lies."""
+    files = experiment.distillers[method].files
+    if files:
+        return Path(files[seed])
+    name = f"{method}-{seed}" + ("" if half is None else f"-half{half}")
+    return Path(experiment.output) / "distilled" / name / "last.safetensors"
+
+
+def recipe_on(experiment: Membership, source: str) -> Recipe:
+    """Return how networks learn from a source: at a constant rate, for shorter lengths are stops on the way."""
+    all_real = source == REAL
+    return Recipe(
+        lr=experiment.lr,
+        warmup=0,
+        schedule="constant",
+        batch_size=experiment.real_batch_size if all_real else experiment.batch_size,
+        augment=(experiment.real_augment if all_real else None) or experiment.augment,
+    )
+
+
+def job_of(experiment: Membership, network: Network) -> Job:
+    """Return a network as a job; a changed setting or distilled set makes it another one."""
+    data, train = part(experiment, network.seed, network.half), training_set(experiment, network)
+    pool = data.pool()
+    views = {} if train.views is None else train.views.state_dict()
+    digest = tensor_digest({"images": train.images, "labels": train.labels, **views})
+    inside = data.trained_on(pool.labels)
+    identity = {
+        "train": [digest, train.label_kind, train.temperature, train.mirror],
+        "preprocessing": tensor_digest(train.preprocessing.state_dict()),
+        "pool": tensor_digest({"images": pool.images, "labels": pool.labels, "inside": inside}),
+        "architecture": experiment.architecture,
+        "recipe": asdict(recipe_on(experiment, network.source)),
+        "lengths": experiment.lengths,
+        "seed": network.own_seed,
+        "torch": library_versions(["torch"]),
+    }
+    return Job(f"{network.source} {network.seed} {network.index}", identity, network, experiment.lengths[-1])
+
+
+def train_network(experiment: Membership, network: Network, tick: Tick) -> Record:
+    """Train one victim or shadow model and return its answers about the pool: the fields of :class:`PoolScores`."""
+    data, train = part(experiment, network.seed, network.half), training_set(experiment, network)
+    pool, recipe = data.pool(), recipe_on(experiment, network.source)
+    device, split = device_of(experiment.accelerator), Split(pool.images, pool.labels, train.preprocessing)
+    logits, losses = score_victim(
+        train, split, experiment.architecture, recipe, experiment.lengths, network.own_seed, device
+    )
+    return vars(
+        PoolScores(
+            lengths=np.array(experiment.lengths),
+            logits=logits,
+            losses=losses,
+            labels=pool.labels.numpy(),
+            inside=data.trained_on(pool.labels).numpy(),
+            held_out=np.arange(len(pool.labels)) >= experiment.members,
+            images=np.array([len(train)]),
+        )
+    )
+
+
+def training_set(experiment: Membership, network: Network) -> DistilledSet:
+    """Return what a network learns from: a distilled set, or members with FRePo's fixed labels."""
+    if network.source in experiment.distillers:
+        return DistilledSet.load(distilled_file(experiment, network.source, network.seed, network.half))
+    members = part(experiment, network.seed)  # a shadow's half is normalised as the victim's images are
+    members.setup("fit")
+    assert members.preprocessing is not None
+    images, labels, _ = members.pool()
+    drawn = Split(images, labels, members.preprocessing).take(real_rows(experiment, network))
+    return real_set(members, *drawn, "centred", network.source)
+
+
+def real_rows(experiment: Membership, network: Network) -> Tensor:
+    """Return the places in the pool of the images a network of a real source is trained on.
+
+    Raises:
+        UserError: a class has too few members for the random ones.
+    """
+    data = part(experiment, network.seed, network.half)
+    pool = data.pool()
+    rows = data.trained_on(pool.labels).nonzero().flatten()
+    if network.source == REAL:
+        return rows
+    ipc = int(network.source.rpartition(" ")[2])
+    kind = "shadow" if network.shadow else "victim"
+    draw = make_generator(network.seed, "random members", kind, network.index)
+    return rows[draw_per_class(pool.labels[rows], ipc, len(pool.class_names), draw)]
+
+
+def score_victim(
+    train: DistilledSet,
+    pool: Split,
+    architecture: str,
+    recipe: Recipe,
+    lengths: Sequence[int],
+    seed: int,
+    device: torch.device,
+) -> tuple[Array, Array]:
+    """Train a fresh network on a set once and ask it about a pool after each length.
+
+    A shorter length is a stop on the way to the longer ones, so the recipe's learning rate should be constant.
+
+    Args:
+        train: what the victim learns from.
+        pool: P images, normalised as the set is, a few at a time.
+        architecture: a name of the factory.
+        recipe: how; its steps are the last length.
+        lengths: training steps, increasing.
+        seed: of weights, batch order, augmentation and dropout.
+        device: where.
+
+    Returns:
+        Logits ``(L, P, num_classes)`` and losses ``(L, P)``, float32.
+
+    Raises:
+        UserError: the loss became NaN or infinite.
+    """
+    answers: list[Tensor] = []
+
+    @torch.no_grad()
+    def ask(network: nn.Module) -> None:
+        parts = [network(images.to(device)).float().cpu() for images, _ in EvalBatches(pool, 500)]
+        answers.append(torch.cat(parts))
+
+    network = build_network(architecture, train.num_classes, train.image_shape, seed).to(device)
+    train_student(network, train, replace(recipe, steps=lengths[-1]), seed, lengths, ask)
+    logits = torch.stack(answers)
+    if not bool(torch.isfinite(logits).all()):
+        raise UserError(f"a victim's training diverged; lower lr (now {recipe.lr}) or the training lengths")
+    return logits.numpy(), true_losses(logits, pool.labels.cpu(), train.label_kind).numpy()
+
+
+def true_losses(logits: Tensor, labels: Tensor, label_kind: str) -> Tensor:
+    """Return each sample's loss on its true class, of the kind the victim was trained with.
+
+    Half the squared error to FRePo's centred target for regression labels, cross-entropy for hard and soft ones.
+
+    Args:
+        logits: ``(L, P, C)``.
+        labels: ``(P,)`` true classes.
+        label_kind: form of the labels the victim was trained on.
+
+    Returns:
+        ``(L, P)``.
+    """
+    if label_kind in ("hard", "soft"):
+        return F.cross_entropy(logits.movedim(-1, 1), labels.expand(len(logits), -1), reduction="none")
+    return 0.5 * (logits - initial_labels(labels, logits.shape[-1], "centred")).square().sum(-1)
