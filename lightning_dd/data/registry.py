@@ -23,17 +23,6 @@ class DataChoice:
     arguments: Mapping[str, Any] = field(default_factory=dict)
     root: str | None = None
 
-    def as_source(self) -> dict[str, Any]:
-        """Return the arguments that tell a part of a data set (some rows, some classes) what it is a part of.
-
-        Raises:
-            UserError: no data set is named.
-        """
-        if self.name is None:
-            raise UserError("data: name a data set")
-        place = {} if self.root is None else {"root": self.root}
-        return {"source": self.name, "source_args": dict(self.arguments), **place}
-
 
 def build_data(name: str, arguments: Mapping[str, Any] | None = None, root: str | None = None) -> RealData:
     """Build real data from a class name or path, which the user wrote.
