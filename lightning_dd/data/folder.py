@@ -9,7 +9,7 @@ from sklearn.model_selection import train_test_split
 
 from lightning_dd.data.cache import Allocate, content_key, new_pixels
 from lightning_dd.data.images import RawSplit
-from lightning_dd.data.readers import EXTENSIONS, Classes, EncodedImages, choose_classes, decode_images
+from lightning_dd.data.readers import EXTENSIONS, EncodedImages, choose_classes, decode_images
 from lightning_dd.utils.errors import UserError
 
 HELD_OUT = 0.2
@@ -32,9 +32,8 @@ class ImageFolder(EncodedImages):
         root: folder that holds ``train``.
         image_size: side of the square images, in pixels.
         channels: 3 for RGB, 1 for grayscale; files of the other kind are converted.
-        classes: folder names or their places in sorted order, or a group of
-            :data:`~lightning_dd.data.readers.CLASS_GROUPS`; ``None`` takes all.
-        **kwargs: the other arguments of :class:`~lightning_dd.data.base.RealData`.
+        **kwargs: the other arguments of :class:`~lightning_dd.data.readers.EncodedImages`; ``classes`` are folder names
+            or their places in sorted order.
 
     Raises:
         UserError: an argument is out of range, or (in ``setup``) folders are missing or an image is broken.
@@ -43,10 +42,8 @@ class ImageFolder(EncodedImages):
     test_folders: ClassVar[Sequence[str]] = ("test", "val")
     """Where the test split is looked for."""
 
-    def __init__(
-        self, root: str, image_size: int, channels: Literal[1, 3] = 3, classes: Classes = None, **kwargs: Any
-    ) -> None:
-        super().__init__(image_size, channels, classes, root=root, **kwargs)
+    def __init__(self, root: str, image_size: int, channels: Literal[1, 3] = 3, **kwargs: Any) -> None:
+        super().__init__(root=root, image_size=image_size, channels=channels, **kwargs)
         self.folder = Path(root).expanduser()
 
     def source_key(self, *, train: bool) -> str:

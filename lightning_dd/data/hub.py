@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_dd.data.cache import content_key
-from lightning_dd.data.readers import Classes, Encoded
+from lightning_dd.data.readers import Encoded
 from lightning_dd.data.tables import ImageTable, portable
 from lightning_dd.utils.errors import UserError, first_line
 
@@ -24,15 +24,11 @@ class HuggingFace(ImageTable):
         subset: configuration of the set, where it has several.
         train_split: name of the split to train on.
         test_split: name of the split to test on.
-        image_size: side of the square images: short side resized, centre cropped. ``None`` keeps the images, which
-            must then all have one size.
-        image_column: name of the image column.
-        label_column: name of the label column.
+        image_size: side of the images in pixels, ``None`` as they are.
         channels: 3 for RGB, 1 for grayscale.
-        classes: class names or labels to keep, in this order, or a group of ImageNet's; ``None`` takes all.
         revision: branch, tag or commit of the set.
-        root: folder ``datasets`` downloads to; ``None`` is its own cache.
-        **kwargs: the other arguments of :class:`~lightning_dd.data.base.RealData`.
+        **kwargs: ``root``, the folder ``datasets`` downloads to (``None`` is its own cache), and the other arguments of
+            :class:`~lightning_dd.data.tables.ImageTable`.
 
     Raises:
         UserError: an argument is out of range, or (in ``setup``) the library or the set is not there or not usable.
@@ -47,17 +43,11 @@ class HuggingFace(ImageTable):
         train_split: str = "train",
         test_split: str = "test",
         image_size: int | None = None,
-        image_column: str = "image",
-        label_column: str = "label",
         channels: Literal[1, 3] = 3,
-        classes: Classes = None,
         revision: str | None = None,
-        root: str | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(
-            image_column, label_column, image_size=image_size, channels=channels, classes=classes, root=root, **kwargs
-        )
+        super().__init__(image_size=image_size, channels=channels, **kwargs)
         self.path, self.subset, self.revision = path, subset, revision
         self.train_split, self.test_split = train_split, test_split
         self._opened: dict[bool, Any] = {}

@@ -33,6 +33,9 @@ class _FromImageNet(EncodedImages):
     reader: ClassVar[type[ImageFolder]] = ImageFolder
     _found: ImageFolder | ParquetImages | None = None
 
+    def __init__(self, image_size: int, classes: Classes = None, **kwargs: Any) -> None:
+        super().__init__(image_size=image_size, channels=None, classes=classes, **kwargs)
+
     def folders(self) -> Sequence[str]:
         """Return the names its folder may have, the best one first."""
         return self.archives
@@ -122,8 +125,7 @@ class TinyImageNet(_FromImageNet):
     Args:
         image_size: side of the images in pixels.
         classes: WordNet ids or labels to keep, in this order; ``None`` takes all.
-        root: folder that holds it.
-        **kwargs: the other arguments of :class:`~lightning_dd.data.base.RealData`.
+        **kwargs: ``root``, its folder, and the other arguments of :class:`~lightning_dd.data.base.RealData`.
     """
 
     parquet = "tiny-imagenet"
@@ -132,8 +134,8 @@ class TinyImageNet(_FromImageNet):
     channel_mean: Sequence[float] | None = (0.4759, 0.4481, 0.3926)
     channel_std: Sequence[float] | None = (0.2763, 0.2687, 0.2813)
 
-    def __init__(self, image_size: int = 64, classes: Classes = None, root: str | None = None, **kwargs: Any) -> None:
-        super().__init__(image_size=image_size, classes=classes, root=root, **kwargs)
+    def __init__(self, image_size: int = 64, classes: Classes = None, **kwargs: Any) -> None:
+        super().__init__(image_size, classes, **kwargs)
 
     def named(self, found: Sequence[str]) -> Sequence[str]:
         """Return the WordNet ids: parquet files often have a word after them."""
@@ -158,8 +160,7 @@ class ImageNet(_FromImageNet):
         image_size: side of the images in pixels.
         classes: names or indices to keep, in this order, or a group of
             :data:`~lightning_dd.data.readers.CLASS_GROUPS`; ``None`` takes all 1,000.
-        root: folder that holds it.
-        **kwargs: the other arguments of :class:`~lightning_dd.data.base.RealData`.
+        **kwargs: ``root``, its folder, and the other arguments of :class:`~lightning_dd.data.base.RealData`.
     """
 
     parquet = "imagenet"
@@ -172,8 +173,8 @@ class ImageNet(_FromImageNet):
     }
     """Channel means and standard deviations of the down-sampled images, by their side."""
 
-    def __init__(self, image_size: int = 64, classes: Classes = None, root: str | None = None, **kwargs: Any) -> None:
-        super().__init__(image_size=image_size, classes=classes, root=root, **kwargs)
+    def __init__(self, image_size: int = 64, classes: Classes = None, **kwargs: Any) -> None:
+        super().__init__(image_size, classes, **kwargs)
         if image_size in self.small_statistics:
             self.channel_mean, self.channel_std = self.small_statistics[image_size]
         if isinstance(classes, str):
@@ -185,15 +186,14 @@ class _TenClasses(_FromImageNet):
 
     Args:
         image_size: side of the images in pixels, 128 in most papers.
-        root: folder that holds the archive's.
-        **kwargs: the other arguments of :class:`~lightning_dd.data.base.RealData`.
+        **kwargs: ``root``, its folder, and the other arguments of :class:`~lightning_dd.data.base.RealData`.
     """
 
-    def __init__(self, image_size: int = 128, root: str | None = None, **kwargs: Any) -> None:
+    def __init__(self, image_size: int = 128, **kwargs: Any) -> None:
         group = CLASS_GROUPS[self.parquet.removeprefix("image")]
         self.among_imagenet = sorted(group)  # in the archive: as the WordNet ids sort, so do the places
         published: Classes = [self.among_imagenet.index(place) for place in group]
-        super().__init__(image_size=image_size, classes=published, root=root, **kwargs)
+        super().__init__(image_size=image_size, classes=published, **kwargs)
 
     def spec(self) -> dict[str, Any]:
         """Arguments another machine needs to rebuild this data, all but ``root``."""

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from itertools import islice
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -110,8 +110,8 @@ class EncodedImages(CachedData):
     """Encoded images of any size, some of whose classes may be chosen.
 
     Args:
-        image_size: side of the square images: short side resized, centre cropped. ``None`` keeps the images, which
-            must then all have one size.
+        image_size: side of the square images: short side resized (bilinear, anti-aliased), centre cropped. ``None``
+            keeps the images, which must then all have one size.
         channels: 3 for RGB, 1 for grayscale; ``None`` gives one channel where all images are grayscale.
         classes: class names or labels to keep, in this order, or a group of
             :data:`~lightning_dd.data.readers.CLASS_GROUPS`; ``None`` takes all.
@@ -122,7 +122,11 @@ class EncodedImages(CachedData):
     """
 
     def __init__(
-        self, image_size: int | None = None, channels: int | None = None, classes: Classes = None, **kwargs: Any
+        self,
+        image_size: int | None = None,
+        channels: Literal[1, 3] | None = None,
+        classes: Classes = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         check_range("at least 1", "data.", image_size=image_size)

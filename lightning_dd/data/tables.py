@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from glob import glob
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -15,17 +15,23 @@ from torch import Tensor
 
 from lightning_dd.data.cache import Allocate, content_key, new_pixels
 from lightning_dd.data.images import RawSplit
-from lightning_dd.data.readers import Classes, Encoded, EncodedImages, choose_classes, decode_images, relabel
+from lightning_dd.data.readers import Encoded, EncodedImages, choose_classes, decode_images, relabel
 from lightning_dd.utils.errors import UserError, first_line
 
 
 class ImageTable(EncodedImages):
-    """Images in one column and integer labels in another."""
+    """Encoded images in one column and integer labels in another.
+
+    Args:
+        image_column: name of the image column.
+        label_column: name of the label column.
+        **kwargs: the other arguments of :class:`~lightning_dd.data.readers.EncodedImages`.
+    """
 
     arguments: ClassVar[tuple[str, str]]
     """Those that say what the train and what the test split is."""
 
-    def __init__(self, image_column: str, label_column: str, **kwargs: Any) -> None:
+    def __init__(self, image_column: str = "image", label_column: str = "label", **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.image_column = image_column
         self.label_column = label_column
@@ -79,15 +85,8 @@ class ParquetImages(ImageTable):
     Args:
         train_files: name, pattern, or list of them; rows are taken in the order of the list, each pattern sorted.
         test_files: likewise.
-        image_size: side of the square images: short side resized, centre cropped. ``None`` keeps the images,
-            which must then all have one size.
-        root: folder of the files.
-        image_column: name of the image column.
-        label_column: name of the label column.
-        channels: 3 for RGB, 1 for grayscale; ``None`` gives one channel where all images are grayscale.
-        classes: class names or labels, or a group of :data:`~lightning_dd.data.readers.CLASS_GROUPS`; ``None`` takes
-            all. Labels then follow the order of the choice.
-        **kwargs: the other arguments of :class:`~lightning_dd.data.base.RealData`.
+        image_size: side of the images in pixels, ``None`` as they are.
+        **kwargs: ``root`` and the other arguments of :class:`ImageTable`.
 
     Raises:
         UserError: an argument is out of range, or (in ``setup``) files, columns or images are not usable.
@@ -100,16 +99,9 @@ class ParquetImages(ImageTable):
         train_files: list[str] | str,
         test_files: list[str] | str,
         image_size: int | None = None,
-        root: str | None = None,
-        image_column: str = "image",
-        label_column: str = "label",
-        channels: Literal[1, 3] | None = None,
-        classes: Classes = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(
-            image_column, label_column, image_size=image_size, channels=channels, classes=classes, root=root, **kwargs
-        )
+        super().__init__(image_size=image_size, **kwargs)
         self.train_files = [train_files] if isinstance(train_files, str) else list(train_files)
         self.test_files = [test_files] if isinstance(test_files, str) else list(test_files)
         self._train_shape: torch.Size | None = None
