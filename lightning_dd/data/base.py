@@ -99,7 +99,6 @@ class RealData(RemembersArguments, LightningDataModule, ABC):
         self.train: Split | None = None
         self.val: Split | None = None
         self.test: Split | None = None
-        self._moved: Preprocessing | None = None
         self._facts: DataFacts | None = None
 
     @abstractmethod
@@ -127,12 +126,8 @@ class RealData(RemembersArguments, LightningDataModule, ABC):
 
     def origin(self) -> dict[str, Any]:
         """Return what a distilled set keeps of its data: name, arguments without paths, fingerprint, mirror."""
-        return {
-            "name": self.name,
-            "spec": self.spec(),
-            "fingerprint": self.facts.fingerprint,
-            "mirror": self.mirror,
-        }
+        facts = self.facts
+        return {"name": self.name, "spec": self.spec(), "fingerprint": facts.fingerprint, "mirror": facts.mirror}
 
     @property
     def facts(self) -> DataFacts:
@@ -143,7 +138,7 @@ class RealData(RemembersArguments, LightningDataModule, ABC):
 
     def use_preprocessing(self, preprocessing: Preprocessing) -> None:
         """Apply this map instead of fitting one: how a distilled set brings its own. Call before ``setup``."""
-        self.preprocessing, self._moved = preprocessing, None
+        self.preprocessing = preprocessing
         self.preprocessing_kind = preprocessing.kind
 
     def setup(self, stage: str | None = None) -> None:
@@ -186,10 +181,7 @@ class RealData(RemembersArguments, LightningDataModule, ABC):
             return everything, everything[:0]
         try:
             kept, held_out = train_test_split(
-                everything.numpy(),
-                test_size=self.val_fraction,
-                stratify=labels.numpy(),
-                random_state=self.split_seed,
+                everything.numpy(), test_size=self.val_fraction, stratify=labels.numpy(), random_state=self.split_seed
             )
         except ValueError as error:
             raise UserError(f"data.val_fraction={self.val_fraction} cannot be cut from {self.name}: {error}") from None
@@ -220,16 +212,15 @@ class RealData(RemembersArguments, LightningDataModule, ABC):
 
     def _split_of(self, raw: RawSplit, rows: Tensor) -> Split:
         """Return rows ready to be drawn: their pixels on the device, or where they were decoded."""
-        assert self.preprocessing is not None
         device, pixels, labels = self._device(), raw.images, raw.labels[rows]
-        if self._moved is None:
-            self._moved = self.preprocessing.to(device)  # one copy for all splits: matrices may take a gigabyte
+        # All splits share the one on the device: matrices may take a gigabyte.
+        preprocessing = self.preprocessing if self.train is None else self.train.preprocessing
         if self.on_disk or not self.keep_on_device:
-            return Split(pixels, labels, self._moved, device, self.workers, rows=rows)
-        whitened = self.preprocessing.kind == "zca"
+            return Split(pixels, labels, preprocessing, device, self.workers, rows=rows)
+        whitened = self.preprocessing_kind == "zca"
         if device.type == "cpu":
-            return Split(pixels, labels, self._moved, device, keep_normalised=whitened, rows=rows)
-        return Split(pixels[rows].to(device), labels.to(device), self._moved, device, keep_normalised=whitened)
+            return Split(pixels, labels, preprocessing, device, keep_normalised=whitened, rows=rows)
+        return Split(pixels[rows].to(device), labels.to(device), preprocessing, device, keep_normalised=whitened)
 
     def _device(self) -> torch.device:
         return torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
@@ -242,11 +233,8 @@ class RealData(RemembersArguments, LightningDataModule, ABC):
                 f"{where}: expected images (N, C, H, W) with N labels and N > 0, "
                 f"got {tuple(raw.images.shape)} and {len(raw.labels)} labels"
             )
-        if raw.images.is_floating_point():
-            if not bool(torch.isfinite(raw.images).all()):
-                raise UserError(f"{where}: the images hold NaN or infinite values")
-            if float(raw.images.min()) < 0 or float(raw.images.max()) > 1:
-                raise UserError(f"{where}: pixels must be uint8 or floats in [0, 1]")
+        if raw.images.is_floating_point() and not bool(((raw.images >= 0) & (raw.images <= 1)).all()):
+            raise UserError(f"{where}: pixels must be uint8 or floats in [0, 1], never NaN or infinite")
         low, high = int(raw.labels.min()), int(raw.labels.max())
         if low < 0 or high >= len(raw.class_names):
             raise UserError(f"{where}: labels must be in [0, {len(raw.class_names)}), found {low}..{high}")

@@ -86,19 +86,11 @@ def cached_tensors(kind: str, key: str, make: Callable[[], Mapping[str, Tensor]]
         make: called when the cache has no good file.
     """
     path = cache_folder() / kind / f"{key}.safetensors"
-
-    def load() -> dict[str, Tensor]:
-        found, checksum = _load_tensors(path, "checksum")
-        _compare(checksum, _checksum(*(found[name] for name in sorted(found))))
-        return found
-
-    found = _unless_damaged(f"cached {kind} {path}", load)
-    if found is not None:
-        return found
-    made = {name: value.detach().cpu().contiguous() for name, value in make().items()}
-    checksum = _checksum(*(made[name] for name in sorted(made)))
-    _write(path, lambda file: save_file(made, file, metadata={"checksum": str(checksum)}))
-    return made
+    found = _unless_damaged(f"cached {kind} {path}", lambda: _load(path)[0])
+    if found is None:
+        found = {name: value.detach().cpu().contiguous() for name, value in make().items()}
+        _save(path, found)
+    return found
 
 
 def cached_split(key: str, decode: Callable[[Allocate], RawSplit], on_disk: bool = False) -> RawSplit:
@@ -149,13 +141,12 @@ def load_split(path: Path, check: bool = True) -> RawSplit | None:
     """
 
     def load() -> RawSplit:
-        tensors, text = _load_tensors(path.with_suffix(".safetensors"), "split")
-        facts = json.loads(text)
         images = torch.from_numpy(open_memmap(path, "c"))
-        split = RawSplit(images, tensors["labels"], tuple(map(str, facts["class_names"])))
-        if check or len(images) != len(split.labels):
-            _compare(facts["checksum"], _checksum(images, split.labels))
-        return split
+        tensors, facts = _load(path.with_suffix(".safetensors"))
+        labels = tensors["labels"]
+        if len(images) != len(labels) or (check and facts["pixels"] != _checksum(images)):
+            raise ValueError("the checksum of the pixels does not match")
+        return RawSplit(images, labels, tuple(json.loads(facts["class_names"])))
 
     return _unless_damaged(f"cached data {path}", load)
 
@@ -186,16 +177,22 @@ def _decode_into(file: Path, decode: Callable[[Allocate], RawSplit]) -> RawSplit
 
 
 def _store_labels(path: Path, split: RawSplit) -> None:
-    labels = split.labels.contiguous()
-    facts = {"class_names": split.class_names, "checksum": _checksum(split.images, labels)}
-    metadata = {"split": json.dumps(facts)}
-    _write(path.with_suffix(".safetensors"), lambda file: save_file({"labels": labels}, file, metadata=metadata))
+    facts = {"class_names": json.dumps(split.class_names), "pixels": _checksum(split.images)}
+    _save(path.with_suffix(".safetensors"), {"labels": split.labels.contiguous()}, facts)
 
 
-def _load_tensors(path: Path, fact: str) -> tuple[dict[str, Tensor], str]:
-    """Read all tensors of a file and one entry of its metadata."""
+def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read what :func:`_save` wrote, and refuse it where a bit has changed."""
     with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()[fact]  # noqa: SIM118
+        tensors, facts = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    if facts["checksum"] != _checksum(*(tensors[name] for name in sorted(tensors))):
+        raise ValueError("the checksum does not match")
+    return tensors, facts
+
+
+def _save(path: Path, tensors: dict[str, Tensor], facts: Mapping[str, str] | None = None) -> None:
+    metadata = {"checksum": _checksum(*(tensors[name] for name in sorted(tensors))), **(facts or {})}
+    _write(path, lambda file: save_file(tensors, file, metadata=metadata))
 
 
 def _unless_damaged(what: str, load: Callable[[], Found]) -> Found | None:
@@ -218,17 +215,12 @@ def _write(path: Path, write: Callable[[Path], Any]) -> bool:
     return True
 
 
-def _checksum(*tensors: Tensor) -> int:
+def _checksum(*tensors: Tensor) -> str:
     """Sum over the bytes: a truncated file is found without it, a flipped bit would pass as a pixel."""
     value = 0
     for tensor in tensors:
         value = zlib.crc32(tensor.contiguous().numpy().data, value)
-    return value
-
-
-def _compare(kept: object, found: int) -> None:
-    if str(kept) != str(found):
-        raise ValueError("the checksum does not match")
+    return str(value)
 
 
 def remember(fingerprint: str, recipe: Mapping[str, Any]) -> None:
