@@ -8,14 +8,13 @@ from typing import Any, ClassVar
 
 import torch
 from pytorch_lightning import LightningDataModule
-from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_dd.data.cache import cached_tensors, content_key, remember
 from lightning_dd.data.images import Batch, DataFacts, RawSplit, Split
 from lightning_dd.data.preprocess import KINDS, RIDGE, Preprocessing, block_stride, fit_preprocessing
-from lightning_dd.data.sampling import EvalBatches, StepCounter, pass_through
+from lightning_dd.data.sampling import EvalBatches, StepCounter, pass_through, stratified_cut
 from lightning_dd.utils.arguments import RemembersArguments
 from lightning_dd.utils.errors import UserError, check_range
 
@@ -99,6 +98,7 @@ class RealData(RemembersArguments, LightningDataModule, ABC):
         self.train: Split | None = None
         self.val: Split | None = None
         self.test: Split | None = None
+        self._moved: Preprocessing | None = None
         self._facts: DataFacts | None = None
 
     @abstractmethod
@@ -138,7 +138,7 @@ class RealData(RemembersArguments, LightningDataModule, ABC):
 
     def use_preprocessing(self, preprocessing: Preprocessing) -> None:
         """Apply this map instead of fitting one: how a distilled set brings its own. Call before ``setup``."""
-        self.preprocessing = preprocessing
+        self.preprocessing, self._moved = preprocessing, None
         self.preprocessing_kind = preprocessing.kind
 
     def setup(self, stage: str | None = None) -> None:
@@ -176,16 +176,12 @@ class RealData(RemembersArguments, LightningDataModule, ABC):
 
     def _split(self, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Return sorted train and validation indices, stratified by class."""
-        everything = torch.arange(len(labels))
         if self.val_fraction == 0:
-            return everything, everything[:0]
+            return torch.arange(len(labels)), torch.arange(0)
         try:
-            kept, held_out = train_test_split(
-                everything.numpy(), test_size=self.val_fraction, stratify=labels.numpy(), random_state=self.split_seed
-            )
+            return stratified_cut(labels, self.val_fraction, self.split_seed)
         except ValueError as error:
             raise UserError(f"data.val_fraction={self.val_fraction} cannot be cut from {self.name}: {error}") from None
-        return torch.from_numpy(kept).sort().values, torch.from_numpy(held_out).sort().values
 
     def _fitted(self, pixels: Tensor, rows: Tensor, fingerprint: str) -> Preprocessing:
         """Fit the preprocessing, or take it from the cache where fitting takes long."""
@@ -212,15 +208,16 @@ class RealData(RemembersArguments, LightningDataModule, ABC):
 
     def _split_of(self, raw: RawSplit, rows: Tensor) -> Split:
         """Return rows ready to be drawn: their pixels on the device, or where they were decoded."""
+        assert self.preprocessing is not None
         device, pixels, labels = self._device(), raw.images, raw.labels[rows]
-        # All splits share the one on the device: matrices may take a gigabyte.
-        preprocessing = self.preprocessing if self.train is None else self.train.preprocessing
+        if self._moved is None:
+            self._moved = self.preprocessing.to(device)  # one copy for all splits: matrices may take a gigabyte
         if self.on_disk or not self.keep_on_device:
-            return Split(pixels, labels, preprocessing, device, self.workers, rows=rows)
-        whitened = self.preprocessing_kind == "zca"
+            return Split(pixels, labels, self._moved, device, self.workers, rows=rows)
+        whitened = self.preprocessing.kind == "zca"
         if device.type == "cpu":
-            return Split(pixels, labels, preprocessing, device, keep_normalised=whitened, rows=rows)
-        return Split(pixels[rows].to(device), labels.to(device), preprocessing, device, keep_normalised=whitened)
+            return Split(pixels, labels, self._moved, device, keep_normalised=whitened, rows=rows)
+        return Split(pixels[rows].to(device), labels.to(device), self._moved, device, keep_normalised=whitened)
 
     def _device(self) -> torch.device:
         return torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device

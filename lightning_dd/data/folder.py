@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from sklearn.model_selection import train_test_split
 
 from lightning_dd.data.cache import Allocate, content_key, new_pixels
 from lightning_dd.data.images import RawSplit
 from lightning_dd.data.readers import EXTENSIONS, EncodedImages, choose_classes, decode_images
+from lightning_dd.data.sampling import stratified_cut
 from lightning_dd.utils.errors import UserError
 
 HELD_OUT = 0.2
@@ -84,9 +84,15 @@ class ImageFolder(EncodedImages):
         """List the images of a split with their labels, in an order that is the same on every machine."""
         found = (self.folder / name for name in self.test_folders)
         test = next((folder for folder in found if folder.is_dir()), None)
-        if test is None:
-            return _held_out(self._listed(self._train_folder()), train, self.root)
-        return self._listed(self._train_folder() if train else test)
+        if test is not None:
+            return self._listed(self._train_folder() if train else test)
+        listed = self._listed(self._train_folder())
+        try:
+            kept, held_out = stratified_cut(torch.tensor([label for _, label in listed]), HELD_OUT, SPLIT_SEED)
+        except ValueError as error:
+            missing = f"data.root='{self.root}' has no folder 'test' or 'val'"
+            raise UserError(f"{missing}, and no test split can be cut from train: {error}") from None
+        return [listed[place] for place in (kept if train else held_out)]
 
     def _listed(self, folder: Path) -> list[tuple[Path, int]]:
         """List the images below a folder with one folder per class."""
@@ -112,19 +118,3 @@ def _images(folder: Path) -> Iterator[Path]:
         if file.suffix.lower() in EXTENSIONS and not file.name.startswith(".") and file.is_file()
     }
     return (found[name] for name in sorted(found))
-
-
-def _held_out(listed: list[tuple[Path, int]], train: bool, root: str | None) -> list[tuple[Path, int]]:
-    """Cut the test split from train, for folders that have none."""
-    try:
-        kept, held_out = train_test_split(
-            range(len(listed)),
-            test_size=HELD_OUT,
-            stratify=[label for _, label in listed],
-            random_state=SPLIT_SEED,
-        )
-    except ValueError as error:
-        raise UserError(
-            f"data.root='{root}' has no folder 'test' or 'val', and no test split can be cut from train: {error}"
-        ) from None
-    return [listed[place] for place in sorted(kept if train else held_out)]

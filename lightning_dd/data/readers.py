@@ -77,11 +77,7 @@ class CachedData(RealData):
         """
 
     def read(self, *, train: bool) -> RawSplit:
-        """Return the train or the test split, from the cache where it is there.
-
-        Raises:
-            UserError: the files are missing or not what this class reads.
-        """
+        """Return the train or the test split, from the cache where it is there."""
         return cached_split(
             self._key(train), lambda allocate: self.decode(train=train, allocate=allocate), self.on_disk
         )

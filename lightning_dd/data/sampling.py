@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import torch
+from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -36,29 +37,24 @@ class ShuffledStream:
         self.generator = generator
         self._order = torch.empty(0, dtype=torch.int64, device=generator.device)
         self._position = 0
-        self._peeked: tuple[Tensor, dict[str, Any]] | None = None
 
     def next(self) -> Tensor:
         """Return the next ``(batch_size,)`` int64 indices."""
-        if self._peeked is not None:
-            batch, self._peeked = self._peeked[0], None
-            return batch
-        return self._advance()
-
-    def peek(self) -> Tensor:
-        """Return what :meth:`next` is going to return, and leave the state as it is."""
-        if self._peeked is None:
-            state = self.state_dict()
-            self._peeked = self._advance(), state
-        return self._peeked[0]
-
-    def _advance(self) -> Tensor:
         if self._position + self.batch_size > len(self._order):
-            self._order = torch.randperm(self.size, generator=self.generator, device=self.generator.device)
-            self._position = 0
+            self._order, self._position = self._new_order(self.generator), 0
         batch = self._order[self._position : self._position + self.batch_size]
         self._position += self.batch_size
         return batch
+
+    def peek(self) -> Tensor:
+        """Return what :meth:`next` is going to return, and leave the state as it is."""
+        if self._position + self.batch_size <= len(self._order):
+            return self._order[self._position : self._position + self.batch_size]
+        twin = torch.Generator(self.generator.device)
+        return self._new_order(twin.set_state(self.generator.get_state()))[: self.batch_size]
+
+    def _new_order(self, generator: torch.Generator) -> Tensor:
+        return torch.randperm(self.size, generator=generator, device=generator.device)
 
     def skip(self, batches: int) -> None:
         """Advance as if ``batches`` batches had been drawn."""
@@ -67,17 +63,10 @@ class ShuffledStream:
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything a resumed stream needs to go on exactly."""
-        if self._peeked is not None:
-            return self._peeked[1]
-        return {
-            "order": self._order.cpu(),
-            "position": self._position,
-            "generator": self.generator.get_state(),
-        }
+        return {"order": self._order.cpu(), "position": self._position, "generator": self.generator.get_state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from :meth:`state_dict`."""
-        self._peeked = None
         self._order = state["order"].to(self.generator.device)
         self._position = int(state["position"])
         self.generator.set_state(state["generator"].cpu())
@@ -111,14 +100,15 @@ class ClassBlocks:
     """
 
     def __init__(self, labels: Tensor, num_classes: int) -> None:
-        sizes = torch.bincount(labels, minlength=num_classes)
-        self.smallest = int(sizes.min())
+        self.sizes = torch.bincount(labels, minlength=num_classes)
+        """Images of every class, ``(C,)``."""
+        self.smallest = int(self.sizes.min())
         """Images of the smallest class: the most that can be drawn of every class."""
-        places = torch.arange(int(sizes.max()), device=labels.device)
-        self._beyond = places >= sizes[:, None]
-        starts = sizes.cumsum(0) - sizes
-        order = labels.argsort(stable=True)
-        self._rows = order[(starts[:, None] + places).clamp(max=len(labels) - 1)]
+        places = torch.arange(int(self.sizes.max()), device=labels.device)
+        self._beyond = places >= self.sizes[:, None]
+        starts = self.sizes.cumsum(0) - self.sizes
+        self.rows = labels.argsort(stable=True)[(starts[:, None] + places).clamp(max=len(labels) - 1)]
+        """Rows of every class in their order, ``(C, largest)``; those beyond a class's size mean nothing."""
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
         """Draw ``min(count, smallest)`` rows of every class: int64 indices in blocks by class.
@@ -127,9 +117,9 @@ class ClassBlocks:
             count: rows per class.
             generator: on the labels' device.
         """
-        keys = torch.rand(self._rows.shape, generator=generator, device=self._rows.device)
+        keys = torch.rand(self.rows.shape, generator=generator, device=self.rows.device)
         chosen = keys.masked_fill_(self._beyond, 2.0).topk(min(count, self.smallest), largest=False).indices
-        return self._rows.gather(1, chosen).flatten()
+        return self.rows.gather(1, chosen).flatten()
 
 
 def draw_per_class(labels: Tensor, count: int, num_classes: int, generator: torch.Generator) -> Tensor:
@@ -148,16 +138,30 @@ def draw_per_class(labels: Tensor, count: int, num_classes: int, generator: torc
         UserError: a class has fewer than ``count`` rows.
     """
     shuffled = torch.randperm(len(labels), generator=generator)
-    by_class = shuffled[labels.cpu()[shuffled].argsort(stable=True)]
-    sizes = torch.bincount(labels.cpu(), minlength=num_classes)
-    smallest = int(sizes.argmin())
-    if int(sizes[smallest]) < count:
+    blocks = ClassBlocks(labels.cpu()[shuffled], num_classes)
+    if blocks.smallest < count:
         raise UserError(
-            f"ipc={count} is more than the {int(sizes[smallest])} training images of class {smallest}; "
-            f"the largest possible ipc is {int(sizes[smallest])}"
+            f"ipc={count} is more than the {blocks.smallest} training images of class {int(blocks.sizes.argmin())}; "
+            f"the largest possible ipc is {blocks.smallest}"
         )
-    starts = sizes.cumsum(0) - sizes
-    return by_class[(starts[:, None] + torch.arange(count)).flatten()]
+    return shuffled[blocks.rows[:, :count]].flatten()
+
+
+def stratified_cut(labels: Tensor, held_out: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Cut rows in two with the same share of every class, and return both parts: sorted int64 indices.
+
+    Args:
+        labels: classes ``(N,)`` on the CPU.
+        held_out: size of the second part: a share in (0, 1), or a whole number of rows.
+        seed: of the cut.
+
+    Raises:
+        ValueError: a part would lack a class.
+    """
+    rows = torch.arange(len(labels)).numpy()
+    parts = train_test_split(rows, test_size=held_out, stratify=labels.numpy(), random_state=seed)
+    kept, cut = (torch.from_numpy(part).sort().values for part in parts)
+    return kept, cut
 
 
 class EvalBatches(IterableDataset[Batch]):

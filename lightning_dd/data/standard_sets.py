@@ -9,12 +9,12 @@ from importlib.resources import as_file, files
 from typing import Any, ClassVar, Literal
 
 import torch
-from sklearn.model_selection import train_test_split
 
 from lightning_dd.data.base import RealData
 from lightning_dd.data.cache import Allocate, content_key, new_pixels
 from lightning_dd.data.images import RawSplit
 from lightning_dd.data.readers import CachedData
+from lightning_dd.data.sampling import stratified_cut
 from lightning_dd.utils.errors import UserError, first_line
 
 _DIGITS = tuple("0123456789")
@@ -54,13 +54,8 @@ class MNIST5k(CachedData):
     def read(self, *, train: bool) -> RawSplit:
         """Return the 4,000 training or the 1,000 test images, uint8 ``(N, 1, 28, 28)``."""
         everything = super().read(train=train)
-        kept, held_out = train_test_split(
-            range(len(everything.labels)),
-            test_size=self.test_size,
-            stratify=everything.labels.numpy(),
-            random_state=self.test_seed,
-        )
-        return everything.take(torch.tensor(kept if train else held_out).sort().values)
+        kept, held_out = stratified_cut(everything.labels, self.test_size, self.test_seed)
+        return everything.take(kept if train else held_out)
 
 
 class _TorchvisionData(RealData):
