@@ -742,7 +742,7 @@ def test_a_failed_download_is_one_line(monkeypatch):
 def test_a_set_is_found_where_it_was_defined_before():
     for path in ("lightning_dd.data.mnist5k.MNIST5k", "lightning_dd.data.MNIST5k", "MNIST5k"):
         assert isinstance(build_data(path), MNIST5k)
-    with pytest.raises(UserError, match=r"data set 'lightning_dd.data.mnist5k.MNIST6k' cannot be imported"):
+    with pytest.raises(UserError, match=r"unknown data set 'MNIST6k'; did you mean 'MNIST5k'"):
         build_data("lightning_dd.data.mnist5k.MNIST6k")
 
 
