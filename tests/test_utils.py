@@ -1,9 +1,13 @@
-"""Small tools: what is silenced is heard again afterwards."""
+"""Small tools: what is silenced is heard again afterwards, and a file is there whole or not at all."""
 
 import logging
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
+from lightning_dd.utils.errors import UserError
+from lightning_dd.utils.files import require_writable, write_atomically
 from lightning_dd.utils.silence import quiet_trainers
 
 
@@ -20,3 +24,21 @@ def test_lightning_speaks_again_after_a_block_or_a_function_that_is_quiet():
         with pytest.raises(KeyError):
             fails()
         assert lightning.level == before
+
+
+def test_a_file_appears_whole_with_ordinary_permissions_or_not_at_all(tmp_path):
+    path, plain = tmp_path / "new" / "set.safetensors", tmp_path / "plain"
+    plain.touch()
+    write_atomically(path, lambda temporary: save_file({"a": torch.ones(2)}, temporary))
+    assert path.stat().st_mode == plain.stat().st_mode
+
+    def fails(temporary):
+        temporary.write_text("half")
+        raise OSError("no space left")
+
+    with pytest.raises(UserError, match=r"cannot write '.*set.safetensors': no space left"):
+        write_atomically(path, fails)
+    assert [file.name for file in path.parent.iterdir()] == ["set.safetensors"]
+    assert load_file(path)["a"].tolist() == [1, 1]
+    with pytest.raises(UserError, match="cannot write to folder"):
+        require_writable(plain / "below")

@@ -1,14 +1,14 @@
 """Writing files so that a reader sees the old one or the new one, never half of one."""
 
 import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from uuid import uuid4
 
 from lightning_dd.utils.errors import UserError
 
 
-def write_atomically(path: Path | str, write: Callable[[Path], None]) -> Path:
+def write_atomically(path: Path | str, write: Callable[[Path], object]) -> Path:
     """Let ``write`` fill a temporary file beside ``path``, then move it there in one step.
 
     Args:
@@ -22,18 +22,16 @@ def write_atomically(path: Path | str, write: Callable[[Path], None]) -> Path:
         UserError: the folder cannot be made or written; nothing is left behind.
     """
     path = Path(path)
+    temporary = path.with_name(f".{path.stem}-{uuid4().hex}{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
-        os.close(handle)
+        temporary.touch()
+        mode = temporary.stat().st_mode
     except OSError as error:
         raise UserError(f"cannot write to folder '{path.parent}': {error.strerror or error}") from None
-    temporary = Path(name)
     try:
         write(temporary)
-        mask = os.umask(0)
-        os.umask(mask)
-        temporary.chmod(0o666 & ~mask)  # mkstemp makes files private; the result should be as any other
+        temporary.chmod(mode)  # some libraries put a private file in its place
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
         temporary.replace(path)
@@ -46,11 +44,7 @@ def write_atomically(path: Path | str, write: Callable[[Path], None]) -> Path:
 
 def write_text(path: Path | str, text: str) -> Path:
     """Write a text file atomically; see :func:`write_atomically`."""
-
-    def write(temporary: Path) -> None:
-        temporary.write_text(text, encoding="utf-8")
-
-    return write_atomically(path, write)
+    return write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def require_writable(folder: Path | str) -> Path:
@@ -60,6 +54,5 @@ def require_writable(folder: Path | str) -> Path:
         UserError: it cannot be made or written.
     """
     folder = Path(folder)
-    probe = write_text(folder / ".writable", "")
-    probe.unlink()
+    write_text(folder / ".writable", "").unlink()
     return folder
