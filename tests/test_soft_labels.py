@@ -238,7 +238,7 @@ def test_views_that_miss_a_tensor_or_do_not_fit_are_refused(tmp_path):
         replace(soft_set(ipc=1), views=soft.views)
     with pytest.raises(UserError, match="temperature must be positive, got 0"):
         soft_set(temperature=0.0)
-    with pytest.raises(UserError, match="label_kind must be one of learned, centred, hard, soft, got 'smooth'"):
+    with pytest.raises(UserError, match="unknown label_kind of a distilled set 'smooth'; did you mean 'soft'"):
         replace(soft, label_kind="smooth")
 
 

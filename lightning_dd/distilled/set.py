@@ -22,15 +22,17 @@ from torch.utils.data import TensorDataset
 from lightning_dd.data import DATA_SETS
 from lightning_dd.data.preprocess import Preprocessing
 from lightning_dd.distilled.views import SoftViews
+from lightning_dd.losses.labels import LABEL_KINDS
 from lightning_dd.models.mixture import Architectures
-from lightning_dd.utils.errors import UserError
+from lightning_dd.utils.errors import UserError, check_range, unknown_name
 from lightning_dd.utils.files import write_atomically
 
 FORMAT_VERSION = 2
-LABEL_FORMS = ("learned", "centred", "hard", "soft")
+LABEL_FORMS = (*LABEL_KINDS, "soft")
 """Forms of the labels in a file: ``soft`` ones are a teacher's logits."""
 _HEADER = "lightning_dd"
 _PREFIX, _VIEWS = "preprocessing.", "views."
+_PLAIN = ("data", "method", "config", "training")  # fields that the header holds as they are
 
 
 @dataclass
@@ -80,11 +82,8 @@ class DistilledSet:
         if not bool(torch.isfinite(self.images).all() and torch.isfinite(self.labels).all()):
             raise UserError("distilled set: images or labels hold NaN or infinite values")
         if self.label_kind not in LABEL_FORMS:
-            raise UserError(
-                f"distilled set: label_kind must be one of {', '.join(LABEL_FORMS)}, got {self.label_kind!r}"
-            )
-        if not 0 < self.temperature < float("inf"):
-            raise UserError(f"distilled set: temperature must be positive, got {self.temperature}")
+            raise unknown_name("label_kind of a distilled set", str(self.label_kind), LABEL_FORMS)
+        check_range("positive", "distilled set: ", temperature=self.temperature)
         if self.views is not None:
             self._check_views(self.views)
 
@@ -157,10 +156,7 @@ class DistilledSet:
             "class_names": list(self.class_names),
             "ipc": self.ipc,
             "label_scale": float(self.labels.norm(dim=1).mean()),
-            "data": self.data,
-            "method": self.method,
-            "config": self.config,
-            "training": self.training,
+            **{name: getattr(self, name) for name in _PLAIN},
             **({"temperature": self.temperature} if soft else {}),
         }
         tensors = {"images": self.images, "labels": self.labels, "classes": self.classes}
@@ -199,10 +195,7 @@ class DistilledSet:
                 label_kind=header["label_kind"],
                 class_names=tuple(header["class_names"]),
                 preprocessing=Preprocessing.from_state_dict(preprocessing),
-                data=header["data"],
-                method=header["method"],
-                config=header["config"],
-                training=header["training"],
+                **{name: header[name] for name in _PLAIN},
                 temperature=float(header.get("temperature", 1.0)),
                 views=SoftViews.from_state_dict(views) if views else None,
             )

@@ -151,8 +151,8 @@ class Bench:
         start, hardware, device = time.perf_counter(), self.hardware, device_of(self.hardware.accelerator)
         if place() is not None and device.type == "cuda":
             hardware = replace(hardware, devices=[device.index])
-        both, logs = (self.sets[cell.set_name], self.reals[cell.set_name]), self.folder / "tensorboard"
-        row = run_cell(cell, *both, self.recipes[cell.protocol], hardware, logs, tick)
+        distilled, real, recipe = self.sets[cell.set_name], self.reals[cell.set_name], self.recipes[cell.protocol]
+        row = run_cell(cell, distilled, real, recipe, hardware, self.folder / "tensorboard", tick)
         return asdict(replace(row, seconds=round(time.perf_counter() - start, 2)))
 
     def row(self, cell: Cell) -> Row:

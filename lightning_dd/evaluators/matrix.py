@@ -200,11 +200,6 @@ def with_hard_labels(distilled: DistilledSet, real: RealData, seed: int) -> Dist
     return replace(distilled, labels=labels, label_kind="hard", views=None, temperature=1.0)
 
 
-def without_views(distilled: DistilledSet, real: RealData, seed: int) -> DistilledSet:
-    """Forget a teacher's views: what is left are the images and its labels of them."""
-    return replace(distilled, views=None)
-
-
 def all_real(distilled: DistilledSet, real: RealData, seed: int) -> DistilledSet:
     """Take every real training image with its class.
 
@@ -224,7 +219,7 @@ SOURCES: dict[str, Callable[[DistilledSet, RealData, int], DistilledSet]] = {
     RANDOM_REAL: random_real,
     HARD_LABELS: with_hard_labels,
     SAME_LABELS: random_same_labels,
-    WITHOUT_VIEWS: without_views,
+    WITHOUT_VIEWS: lambda distilled, real, seed: replace(distilled, views=None),
     ALL_REAL: all_real,
 }
 """By name: what a student sees, from the distilled set, its real data and the student's seed."""
