@@ -276,6 +276,16 @@ def test_a_checkpoint_of_another_configuration_is_refused(tmp_path, settings, da
         tiny_trainer(tmp_path, 4).fit(frepo(**settings), data(), ckpt_path=str(tmp_path / "step=2.ckpt"))
 
 
+def test_a_checkpoint_from_before_a_setting_existed_is_continued(tmp_path):
+    checkpointing(tmp_path, 2, every=2).fit(frepo(), TinyData())
+    content = torch.load(tmp_path / "step=2.ckpt", weights_only=True)
+    del content["hyper_parameters"]["balance"]
+    torch.save(content, tmp_path / "older.ckpt")
+    trainer = tiny_trainer(tmp_path, 4)
+    trainer.fit(frepo(), TinyData(), ckpt_path=str(tmp_path / "older.ckpt"), weights_only=True)
+    assert trainer.global_step == 4
+
+
 def test_a_checkpoint_that_is_none_gives_one_line(tmp_path):
     broken = tmp_path / "broken.ckpt"
     broken.write_bytes(b"PK\x03\x04 nothing")

@@ -49,9 +49,8 @@ class RDED(SelectionDistiller):
     ) -> None:
         check_range("at least 1", candidates=candidates, crops=crops, patches=patches)
         check_range("in (0, 1]", crop_min_scale=crop_min_scale)
-        if labels == "soft":  # the published views: whole images of one tile, crops of at least a tile of others
-            labels = TeacherLabels(min_scale=1 / patches)
-        super().__init__(labels=labels, **kwargs)
+        # The published views are whole images of one tile, crops of at least a tile of others.
+        super().__init__(labels=TeacherLabels(min_scale=1 / patches) if labels == "soft" else labels, **kwargs)
         self.candidates, self.crops, self.patches, self.crop_min_scale = candidates, crops, patches, crop_min_scale
 
     def select(self, train: Split) -> Tensor:

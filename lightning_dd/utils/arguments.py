@@ -174,7 +174,6 @@ def refuse_other(what: str, saved: Mapping[str, Any], here: Mapping[str, Any]) -
     Example:
         >>> refuse_other("another configuration", {"ipc": 1}, {"ipc": 1})
     """
-    for name in {**saved, **here}:
-        there, now = saved.get(name), here.get(name)
-        if there != now:
-            raise UserError(f"the checkpoint is of {what}: {name} is {there!r} there and {now!r} here")
+    for name, there in saved.items():  # a setting that came later has a default that changes nothing
+        if there != here.get(name):
+            raise UserError(f"the checkpoint is of {what}: {name} is {there!r} there and {here.get(name)!r} here")
