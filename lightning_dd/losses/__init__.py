@@ -1,1 +1,58 @@
 """Losses: pure functions of tensors, one file per objective."""
+
+from lightning_dd.losses.cam import attention_map, class_activation_map, normalise_maps
+from lightning_dd.losses.coresets import herding, k_center
+from lightning_dd.losses.gradients import SteadyShare, attach_gradients
+from lightning_dd.losses.krr import centred_one_hot, half_squared_error, krr_predict, label_margin, label_margin_loss
+from lightning_dd.losses.labels import initial_labels
+from lightning_dd.losses.matching import StatisticsDistance, class_mean_distance, gradient_distance
+from lightning_dd.losses.metadd import (
+    MetaOptions,
+    agreement_kl,
+    architecture_cross_entropy,
+    ensemble_logits,
+    label_distribution,
+    map_entropy,
+    map_variance,
+    meta_partition,
+    metadd_loss,
+    positivity,
+)
+from lightning_dd.losses.metadd_gradient import Architecture, gathered_loss, naive_loss
+from lightning_dd.losses.trajectory import constant_memory, functional_loss, trajectory_loss, unrolled
+
+__all__ = [
+    "Architecture",
+    "MetaOptions",
+    "StatisticsDistance",
+    "SteadyShare",
+    "agreement_kl",
+    "architecture_cross_entropy",
+    "attach_gradients",
+    "attention_map",
+    "centred_one_hot",
+    "class_activation_map",
+    "class_mean_distance",
+    "constant_memory",
+    "ensemble_logits",
+    "functional_loss",
+    "gathered_loss",
+    "gradient_distance",
+    "half_squared_error",
+    "herding",
+    "initial_labels",
+    "k_center",
+    "krr_predict",
+    "label_distribution",
+    "label_margin",
+    "label_margin_loss",
+    "map_entropy",
+    "map_variance",
+    "meta_partition",
+    "metadd_loss",
+    "naive_loss",
+    "normalise_maps",
+    "positivity",
+    "trajectory_loss",
+    "unrolled",
+]

@@ -160,8 +160,8 @@ def meta_partition(maps: Tensor, threshold: float = 0.5, alive: Tensor | None = 
     Args:
         maps: ``(M, N, I, J)`` normalised.
         threshold: the paper's is 0.5.
-        alive: ``(M, N)`` bool; dead maps are left out of "all". An image with fewer than two live maps has no meta
-            pixel: one architecture agrees with nobody. None takes every map for live.
+        alive: ``(M, N)`` bool; dead maps are left out of "all". None takes every map for live. An image with fewer
+            than two live maps has no meta pixel: one architecture agrees with nobody.
 
     Example:
         >>> maps = torch.tensor([[[[0.9, 0.7, 0.1]]], [[[0.8, 0.2, 0.3]]]])
@@ -169,13 +169,9 @@ def meta_partition(maps: Tensor, threshold: float = 0.5, alive: Tensor | None = 
         >>> part.meta.tolist(), part.heterogeneous[0].tolist(), part.ratio.tolist()
         ([[[True, False, False]]], [[[False, True, False]]], [0.5])
     """
-    high = maps.detach() >= threshold
-    if alive is None:
-        meta = high.all(0)
-    else:
-        high = high & alive[:, :, None, None]
-        enough = (alive.sum(0) >= 2)[:, None, None]
-        meta = (high | ~alive[:, :, None, None]).all(0) & enough
+    live = torch.ones_like(maps[:, :, :1, :1], dtype=torch.bool) if alive is None else alive[:, :, None, None]
+    high = (maps.detach() >= threshold) & live
+    meta = (high | ~live).all(0) & (live.sum(0) >= 2)
     union = high.any(0).sum((1, 2))
     ratio = meta.sum((1, 2)) / union.clamp(min=1)
     return Partition(meta, high & ~meta, ratio)
@@ -274,7 +270,7 @@ def ensemble_logits(logits: Tensor, temperature: float) -> Tensor:
     return temperature * (log_p.logsumexp(0) - math.log(len(logits)))
 
 
-def positivity(maps: Tensor, meta: Tensor, alive: Tensor | None = None) -> Tensor:
+def positivity(maps: Tensor, meta: Tensor, alive: Tensor) -> Tensor:
     """How far the maps are from 1 inside the meta mask: mean over live maps, meta pixels and images of ``1 - C``.
 
     The paper's third term is not public; this is the reading that works against maps that agree by being empty.
@@ -283,11 +279,9 @@ def positivity(maps: Tensor, meta: Tensor, alive: Tensor | None = None) -> Tenso
     Args:
         maps: ``(M, N, I, J)`` normalised.
         meta: ``(N, I, J)`` bool, a constant.
-        alive: ``(M, N)`` bool; None takes every map for live.
+        alive: ``(M, N)`` bool.
     """
-    inside = meta[None].expand_as(maps)
-    if alive is not None:
-        inside = inside & alive[:, :, None, None]
+    inside = meta & alive[:, :, None, None]
     missing = torch.where(inside, 1 - wide(maps), 0.0).sum((0, 2, 3))
     return (missing / inside.sum((0, 2, 3)).clamp(min=1)).mean()
 

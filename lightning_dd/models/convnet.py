@@ -25,8 +25,6 @@ _ALEXNET_WIDTHS = (128, 192, 256, 192, 192)
 class _PlainNetwork(Network):
     """A network whose features are its last map, flattened, and that ends in a linear head."""
 
-    head: nn.Linear
-
     def __init__(
         self, in_channels: int, num_classes: int, image_size: tuple[int, int], width: int, halvings: int, what: str
     ) -> None:
@@ -49,11 +47,7 @@ class _PlainNetwork(Network):
 
     @abstractmethod
     def feature_maps(self, images: Tensor) -> Tensor:
-        """Map normalised images ``(N, C, H, W)`` to the last activation ``(N, channels, h, w)``.
-
-        Raises:
-            UserError: the images have another number of channels than the network.
-        """
+        """Map normalised images ``(N, C, H, W)`` to the last activation ``(N, channels, h, w)``."""
 
     def features(self, images: Tensor) -> Tensor:
         """Map normalised images ``(N, C, H, W)`` to ``(N, num_features)``: the last activation, flattened.
@@ -64,11 +58,6 @@ class _PlainNetwork(Network):
             UserError: the images have another number of channels than the network.
         """
         return self.feature_maps(images).flatten(1)
-
-    def classify(self, features: Tensor) -> Tensor:
-        """Map features ``(N, num_features)`` to logits ``(N, num_classes)``."""
-        logits: Tensor = self.head(features)
-        return logits
 
 
 class _PlainConv(_PlainNetwork):

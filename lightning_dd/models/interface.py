@@ -23,18 +23,21 @@ class Network(nn.Module, ABC):
     Attributes:
         num_features: length p of the feature vector.
         num_classes: number of logits.
+        head: maps features to logits.
     """
 
     num_features: int
     num_classes: int
+    head: nn.Module
 
     @abstractmethod
     def features(self, images: Tensor) -> Tensor:
         """Map normalised images ``(N, C, H, W)`` to penultimate features ``(N, num_features)``."""
 
-    @abstractmethod
     def classify(self, features: Tensor) -> Tensor:
         """Map penultimate features ``(N, num_features)`` to logits ``(N, num_classes)``."""
+        logits: Tensor = self.head(features)
+        return logits
 
     def forward(self, images: Tensor) -> Tensor:
         """Map normalised images ``(N, C, H, W)`` to logits ``(N, num_classes)``."""

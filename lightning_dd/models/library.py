@@ -55,11 +55,7 @@ class LibraryNetwork(Network):
         self.margins = (left, right, top, bottom)
 
     def pad(self, images: Tensor) -> Tensor:
-        """Return the images ``(N, C, H, W)`` as the trunk takes them.
-
-        Raises:
-            UserError: the images have another number of channels than the network.
-        """
+        """Return the images ``(N, C, H, W)`` as the trunk takes them."""
         check_images(images, self.in_channels)
         return F.pad(images, self.margins) if any(self.margins) else images
 
@@ -70,10 +66,6 @@ class LibraryNetwork(Network):
             UserError: the images have another number of channels than the network.
         """
         return cast(Tensor, self.trunk(self.pad(images)))
-
-    def classify(self, features: Tensor) -> Tensor:
-        """Map features ``(N, num_features)`` to logits ``(N, num_classes)``."""
-        return cast(Tensor, self.head(features))
 
 
 def build_from_library(

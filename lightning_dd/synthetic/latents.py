@@ -7,8 +7,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_dd.data.images import Split
-from lightning_dd.models.exported import ExportedGenerator
-from lightning_dd.models.generator import Generator
+from lightning_dd.models.generator import ExportedGenerator, Generator
 from lightning_dd.pretrained.generator import train_generator
 from lightning_dd.pretrained.task import Task
 from lightning_dd.synthetic.parameterisation import Parameterisation
@@ -33,7 +32,7 @@ class Latents(Parameterisation):
     weights are part of the state, so a checkpoint needs neither data nor training.
 
     Args:
-        generator: a generator of your own (:class:`~lightning_dd.models.exported.ExportedGenerator`) in place of the
+        generator: a generator of your own (:class:`~lightning_dd.models.generator.ExportedGenerator`) in place of the
             small one.
         level: the block from which on the generator is used. 0 learns all styles and no map (of your own generator: its
             z), and the highest level is the generator's last block. ``None`` is block 2, or what there is.
