@@ -40,8 +40,7 @@ def new_pixels(shape: tuple[int, ...]) -> PixelArray:
 def cache_folder() -> Path:
     """Return the cache folder: ``$LIGHTNING_DD_CACHE``, else ``lightning_dd`` in the user's cache folder.
 
-    The user's cache folder is ``$XDG_CACHE_HOME`` or ``~/.cache``. The folder need not exist yet, and may be
-    deleted at any time.
+    The user's cache folder is ``$XDG_CACHE_HOME`` or ``~/.cache``. It may be deleted at any time.
     """
     own = os.environ.get("LIGHTNING_DD_CACHE")
     if own:
@@ -96,17 +95,14 @@ def cached_tensors(kind: str, key: str, make: Callable[[], Mapping[str, Tensor]]
 def cached_split(key: str, decode: Callable[[Allocate], RawSplit], on_disk: bool = False) -> RawSplit:
     """Return the split stored under ``key``, or decode it and store it; see :func:`cached_tensors`.
 
-    Pixels lie in ``<key>.npy``, labels and class names in ``<key>.safetensors``. The pixels stay in the memory-mapped
-    file until they are used.
+    Pixels lie in ``<key>.npy``, labels and class names in ``<key>.safetensors``, with the dtypes that ``decode`` gave.
+    The pixels stay in the memory-mapped file until they are used.
 
     Args:
         key: from :func:`content_key`, of everything the pixels depend on.
         decode: called when the cache has no good file, with what makes the array to decode into.
         on_disk: decode straight into the file, for splits that do not fit in memory. The checksum is then not
             compared, because that would read all pixels; a truncated file is still found and replaced.
-
-    Returns:
-        The split with the dtypes ``decode`` gave (uint8 images ``(N, C, H, W)`` as a rule, int64 labels).
 
     Raises:
         UserError: ``on_disk``, and the cache folder cannot be written or has no room.

@@ -50,7 +50,7 @@ class HuggingFace(ImageTable):
         super().__init__(image_size=image_size, channels=channels, **kwargs)
         self.path, self.subset, self.revision = path, subset, revision
         self.train_split, self.test_split = train_split, test_split
-        self._opened: dict[bool, Any] = {}
+        self._opened: dict[str, Any] = {}
 
     def spec(self) -> dict[str, Any]:
         """Arguments another machine needs to rebuild this data; a local folder by its name."""
@@ -94,10 +94,11 @@ class HuggingFace(ImageTable):
         return self.train_split if train else self.test_split
 
     def _table(self, train: bool) -> Any:
-        """Return the library's table of a split, its images not decoded."""
-        if train not in self._opened:
-            self._opened[train] = self._load(self._split_name(train))
-        return self._opened[train]
+        """Return the library's table of a split, its images not decoded; loaded once."""
+        split = self._split_name(train)
+        if split not in self._opened:
+            self._opened[split] = self._load(split)
+        return self._opened[split]
 
     def _load(self, split: str) -> Any:
         try:

@@ -1,9 +1,4 @@
-"""Preprocessing: pixels in [0, 1] to the space networks see, and back.
-
-Two kinds: channel standardisation, and ZCA whitening with FRePo's *relative* regulariser on top of it
-(Zhou et al. 2022, arXiv 2206.00719). Images distilled in whitened space are worthless unless test images
-are whitened with the same matrix, so the matrices travel with the distilled set.
-"""
+"""Preprocessing: pixels in [0, 1] to the space networks see, and back."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,8 +22,9 @@ _FIT_NUMBERS = 8192 * 3072  # numbers in a block of a fit: float64 copies of the
 class Preprocessing:
     """An invertible map between pixels in [0, 1] and normalised images, both ``(N, C, H, W)`` float32.
 
-    ``normalised = whiten((pixels - mean) / std)``; ``whiten`` is the identity for ``standardise``.
-    Calling the object applies it; :meth:`inverse` undoes it.
+    ``normalised = whiten((pixels - mean) / std)``. Of the two kinds, ``standardise`` does not whiten, and ``zca`` does,
+    with FRePo's *relative* regulariser (Zhou et al. 2022, arXiv 2206.00719). Images distilled in whitened space are
+    worthless unless test images are whitened with the same matrix, so it travels with the distilled set.
 
     Images larger than the whitening matrix are whitened in blocks: with stride s, block (i, j) holds the pixels
     ``[i::s, j::s]`` of every channel (a checkerboard of s x s sub-images), and all blocks share the matrix. The

@@ -148,11 +148,7 @@ class EncodedImages(CachedData):
 
 
 def choose_classes(classes: Classes, names: Sequence[str]) -> list[int]:
-    """Return the indices of the chosen classes, in the order of the choice.
-
-    Args:
-        classes: indices or names, a group, or ``None`` for all.
-        names: of all classes, in label order.
+    """Return the indices of the chosen ones among all class names, in the order of the choice.
 
     Raises:
         UserError: a class or group does not exist, is named twice, or the set is not one with such groups.
@@ -182,12 +178,7 @@ def choose_classes(classes: Classes, names: Sequence[str]) -> list[int]:
 
 
 def relabel(labels: Tensor, chosen: Sequence[int], num_classes: int) -> Tensor:
-    """Return labels in the order of a choice, -1 where a row's class is not chosen.
-
-    Args:
-        labels: ``(N,)`` int64 in ``[0, num_classes)``.
-        chosen: from :func:`choose_classes`.
-        num_classes: of the whole set.
+    """Return labels ``(N,)`` in the order of a choice of ``num_classes`` classes, -1 where a row's is not chosen.
 
     Raises:
         UserError: a label is out of range.

@@ -38,19 +38,11 @@ class ImageTable(EncodedImages):
 
     @abstractmethod
     def labels(self, *, train: bool) -> Tensor:
-        """Return the label column of a split, int64 ``(N,)``.
-
-        Raises:
-            UserError: it holds something else.
-        """
+        """Return the label column of a split, int64 ``(N,)``."""
 
     @abstractmethod
     def encoded(self, *, train: bool, rows: Tensor) -> Iterator[Encoded]:
-        """Yield these rows ``(B,)``, sorted, of the image column.
-
-        Raises:
-            UserError: a row has no image.
-        """
+        """Yield these rows ``(B,)``, sorted, of the image column."""
 
     def spec(self) -> dict[str, Any]:
         """Arguments another machine needs to rebuild this data (never a path)."""
