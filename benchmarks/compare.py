@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def distil_one(experiment: dict[str, Any], method: str, seed: int, output: Path) -> dict[str, Any]:
     """Distil one set in this process, alone, and return what it took and how its validation score went."""
-    from lightning_dd.experiment import distil
+    from lightning_dd.experiment import distil_stage
     from lightning_dd.utils.files import write_text
 
     name = f"{method}-seed{seed}"
@@ -42,7 +42,7 @@ def distil_one(experiment: dict[str, Any], method: str, seed: int, output: Path)
     overrides = [f"--seed_everything={seed}", f"--model.init_args.ipc={experiment['ipc']}", *options]
     quiet = ["--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu"]
     start = time.perf_counter()
-    file = distil([config], experiment["data"], output / name, [*overrides, *quiet])
+    file = distil_stage([config], experiment["data"], output / name, [*overrides, *quiet])
     seconds = time.perf_counter() - start
     (output / f"{name}.safetensors").write_bytes(file.read_bytes())
     settings = config.read_text(encoding="utf-8") + str(overrides)

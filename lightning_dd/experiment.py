@@ -113,7 +113,7 @@ class Experiment:
         return {"source": self.data, "source_args": dict(self.data_args), **place}
 
 
-def distil(
+def distil_stage(
     configs: Sequence[Path | str],
     data: Mapping[str, Any],
     output: Path | str,

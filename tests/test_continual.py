@@ -430,7 +430,7 @@ def test_a_run_writes_every_steps_files_one_line_each_and_a_report(methods, tmp_
 
 def test_interrupted_after_anything_and_resumed_the_table_is_the_same(methods, tmp_path, monkeypatch):
     run_continual(experiment(methods, tmp_path / "straight"))
-    real_distil, real_score = continual.distil, continual.score_student
+    real_distil, real_score = continual.distil_stage, continual.score_student
     left = 0
 
     def once(function, is_new):
@@ -446,7 +446,7 @@ def test_interrupted_after_anything_and_resumed_the_table_is_the_same(methods, t
         return wrapped
 
     new_stage = once(real_distil, lambda configs, data, output, overrides: not (output / "last.safetensors").is_file())
-    monkeypatch.setattr(continual, "distil", new_stage)
+    monkeypatch.setattr(continual, "distil_stage", new_stage)
     monkeypatch.setattr(continual, "score_student", once(real_score, lambda *args: True))
     interruptions = 0
     while not (tmp_path / "broken" / "results.json").is_file():

@@ -28,7 +28,7 @@ from lightning_dd.applications.attacks import (
     threshold_attack,
 )
 from lightning_dd.applications.membership import run_membership
-from lightning_dd.applications.membership_report import Row, markdown, spread
+from lightning_dd.applications.membership_report import Row, markdown, score_of
 from lightning_dd.applications.victims import (
     RANDOM,
     REAL,
@@ -47,7 +47,7 @@ from lightning_dd.data.preprocess import Preprocessing, to_unit
 from lightning_dd.distilled import DistilledSet
 from lightning_dd.distilled.datamodule import real_data_of
 from lightning_dd.distillers import FRePo
-from lightning_dd.experiment import Method, distil
+from lightning_dd.experiment import Method, distil_stage
 from lightning_dd.jobs import ArrayLedger
 from lightning_dd.losses.labels import initial_labels
 from lightning_dd.students.recipe import Recipe
@@ -336,7 +336,7 @@ def config(tmp_path):
 
 
 def test_an_interrupted_stage_continues_and_a_finished_one_is_left_alone(tiny, config, tmp_path, monkeypatch):
-    straight = DistilledSet.load(distil([config], PART, tmp_path / "straight"))
+    straight = DistilledSet.load(distil_stage([config], PART, tmp_path / "straight"))
     outer_loss, calls = FRePo.outer_loss, []
 
     def failing(self, *args):
@@ -347,23 +347,25 @@ def test_an_interrupted_stage_continues_and_a_finished_one_is_left_alone(tiny, c
 
     monkeypatch.setattr(FRePo, "outer_loss", failing)
     with pytest.raises(RuntimeError, match="out of power"):
-        distil([config], PART, tmp_path / "cut")
-    path = distil([config], PART, tmp_path / "cut")
+        distil_stage([config], PART, tmp_path / "cut")
+    path = distil_stage([config], PART, tmp_path / "cut")
     assert len(calls) == 5 + 2  # from the checkpoint of step 4
     assert torch.equal(DistilledSet.load(path).images, straight.images)
-    assert distil([config], PART, tmp_path / "cut") == path
+    assert distil_stage([config], PART, tmp_path / "cut") == path
     assert len(calls) == 7
     with pytest.raises(UserError, match="of other settings"):
-        distil([config], PART, tmp_path / "cut", ["--model.init_args.ipc=2"])
+        distil_stage([config], PART, tmp_path / "cut", ["--model.init_args.ipc=2"])
 
 
 def test_a_stage_names_what_is_missing(tiny, config, tmp_path):
     with pytest.raises(UserError, match=r"unknown configuration 'none.yaml'"):
-        distil(["none.yaml"], PART, tmp_path / "out")
+        distil_stage(["none.yaml"], PART, tmp_path / "out")
     with pytest.raises(UserError, match="at least one configuration file"):
-        distil([], PART, tmp_path / "out")
+        distil_stage([], PART, tmp_path / "out")
     with pytest.raises(UserError, match="must hold ExportDistilledSet"):
-        distil([config], PART, tmp_path / "out", ["--trainer.callbacks=[PoolAlternation]", "--trainer.max_steps=1"])
+        distil_stage(
+            [config], PART, tmp_path / "out", ["--trainer.callbacks=[PoolAlternation]", "--trainer.max_steps=1"]
+        )
 
 
 # ---- the experiment ----------------------------------------------------------------------------------------------
@@ -488,7 +490,7 @@ def test_shadow_models_of_a_method_distil_their_own_half(tiny, config, tmp_path)
 
 
 def test_a_file_stands_for_its_own_members_only(tiny, config, tmp_path):
-    file = str(distil([config], PART, tmp_path / "stage"))
+    file = str(distil_stage([config], PART, tmp_path / "stage"))
     ready = {
         "methods": {"mine": file},
         "attacks": ["threshold"],
@@ -524,12 +526,11 @@ def row(source="frepo", seed=0, victim=0, auc=0.5, attack="threshold", others=10
 
 def test_means_are_over_seeds_of_means_over_victims():
     rows = [row(seed=0, victim=0, auc=0.4), row(seed=0, victim=1, auc=0.6), row(seed=1, auc=0.8)]
-    both = spread(rows, "auc")
+    both = score_of(rows, "auc")
     assert both.mean == pytest.approx(0.65)
     assert both.std == pytest.approx(0.3 / 2**0.5)
-    one = spread(rows[:2], "auc")
+    one = score_of(rows[:2], "auc")
     assert (one.mean, one.std) == (pytest.approx(0.5), pytest.approx(0.02**0.5))
-    assert spread(rows, "tpr_at_01_percent") is None
 
 
 def test_the_table_says_what_cannot_be_measured():

@@ -19,9 +19,10 @@ from lightning_dd.data.sampling import EvalBatches, draw_per_class
 from lightning_dd.distilled.datamodule import check_match
 from lightning_dd.distilled.set import DistilledSet, library_versions
 from lightning_dd.distilled.union import union
-from lightning_dd.experiment import Method, digests, distil
+from lightning_dd.experiment import Method, digests, distil_stage
 from lightning_dd.jobs import Job, Ledger, Record, Tick, check_workers, device_of, run_jobs
 from lightning_dd.models.factory import build_network
+from lightning_dd.report import grouped
 from lightning_dd.students.loop import train_student
 from lightning_dd.students.recipe import Recipe, protocol
 from lightning_dd.utils.files import require_writable
@@ -95,7 +96,7 @@ def fill_memory(method: Method, experiment: Continual, course: Course, step: int
         *([] if accelerator == "auto" else [f"--trainer.accelerator={accelerator}"]),
         *method.options,
     ]
-    distil(method.configs, course.data_of(step), path.parent, overrides)
+    distil_stage(method.configs, course.data_of(step), path.parent, overrides)
     if not path.is_file():
         parts = [course.memory_file(method.name, number).with_name("last.safetensors") for number in range(step + 1)]
         union([DistilledSet.load(part) for part in parts]).save(path)
@@ -149,19 +150,17 @@ def recipe_on(experiment: Continual, line: str) -> Recipe:
 def rows_of(order: int, scores: Mapping[Lesson, Record]) -> list[Row]:
     """Turn the scores of all students of one class order into rows, one per method, architecture and step."""
     rows = []
-    for line, architecture in dict.fromkeys((lesson.line, lesson.architecture) for lesson in scores):
-        own = {key: score for key, score in scores.items() if (key.line, key.architecture) == (line, architecture)}
-        steps = sorted({lesson.step for lesson in own})
-        students = [[score for lesson, score in own.items() if lesson.step == step] for step in steps]
-        by_class = [_mean([score["class_accuracy"] for score in at]) for at in students]
-        for step, at, means, lost in zip(steps, students, by_class, forgetting(by_class), strict=True):
+    for (line, architecture), own in grouped(scores, lambda lesson: (lesson.line, lesson.architecture)).items():
+        steps = [[scores[lesson] for lesson in at] for at in grouped(own, lambda lesson: lesson.step).values()]
+        by_class = [_mean([score["class_accuracy"] for score in at]) for at in steps]
+        for step, (at, means, lost) in enumerate(zip(steps, by_class, forgetting(by_class), strict=True), start=1):
             names = at[0]["class_names"]
             rows.append(
                 Row(
                     method=line,
                     architecture=architecture,
                     order=order,
-                    step=step + 1,
+                    step=step,
                     classes=len(names),
                     images=at[0]["images"],
                     accuracy=_mean([[score["accuracy"]] for score in at])[0],
@@ -234,10 +233,10 @@ def _mean(values: Sequence[Sequence[float]]) -> list[float]:
 
 def _print_accuracies(rows: Sequence[Row]) -> None:
     """Print one line per method and step, over all architectures."""
-    for line, step in dict.fromkeys((row.method, row.step) for row in rows):
-        own = [row for row in rows if (row.method, row.step) == (line, step)]
+    for (line, step), own in grouped(rows, lambda row: (row.method, row.step)).items():
+        accuracy = 100 * np.mean([row.accuracy for row in own])
         print(
             f"order {own[0].order}  {line:<12} step {step}: {own[0].classes} classes, {own[0].images} images, "
-            f"accuracy {100 * np.mean([row.accuracy for row in own]):.1f} %",
+            f"accuracy {accuracy:.1f} %",
             flush=True,
         )

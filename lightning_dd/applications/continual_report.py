@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 
 from lightning_dd.applications import JOINT
-from lightning_dd.report import markdown_table, write_results
+from lightning_dd.report import grouped, markdown_table, write_results
 from lightning_dd.statistics import Score, nested_score
 
 
@@ -75,12 +75,10 @@ def forgetting(class_accuracy: Sequence[Sequence[float]]) -> list[float]:
 def curves(rows: Sequence[Row]) -> list[Curve]:
     """Reduce rows to one curve per method and architecture, in the order of the rows, the upper line last."""
     several = len({row.architecture for row in rows}) > 1
-    keys = dict.fromkeys((row.method, row.architecture) for row in rows)
     found = []
-    for method, architecture in sorted(keys, key=lambda key: key[0] == JOINT):
-        own = [row for row in rows if (row.method, row.architecture) == (method, architecture)]
-        steps = [[row for row in own if row.step == step] for step in sorted({row.step for row in own})]
-        by_order = {order: [row.students for row in own if row.order == order] for order in {row.order for row in own}}
+    for (method, architecture), own in grouped(rows, lambda row: (row.method, row.architecture)).items():
+        steps = list(grouped(own, lambda row: row.step).values())
+        orders = grouped(own, lambda row: row.order).items()
         found.append(
             Curve(
                 label=f"{method} ({architecture})" if several else method,
@@ -88,10 +86,10 @@ def curves(rows: Sequence[Row]) -> list[Curve]:
                 classes=tuple(at[0].classes for at in steps),
                 accuracy=tuple(nested_score({row.order: row.students for row in at}) for at in steps),
                 forgetting=tuple(nested_score({row.order: [row.forgetting] for row in at}) for at in steps),
-                average=nested_score({order: np.mean(scores, axis=0).tolist() for order, scores in by_order.items()}),
+                average=nested_score({order: np.mean([row.students for row in at], axis=0) for order, at in orders}),
             )
         )
-    return found
+    return sorted(found, key=lambda curve: curve.method == JOINT)
 
 
 def markdown(rows: Sequence[Row]) -> str:

@@ -25,18 +25,13 @@ from lightning_dd.applications.victims import (
     REAL,
     Network,
     PoolScores,
-    distilled_file,
+    distil_members,
     job_of,
     part,
-    part_args,
     real_rows,
     recipe_on,
     train_network,
 )
-from lightning_dd.data import RealRows
-from lightning_dd.distilled import DistilledSet
-from lightning_dd.distilled.datamodule import check_match
-from lightning_dd.experiment import distil
 from lightning_dd.jobs import ArrayLedger, Job, Ledger, Record, Tick, check_workers, run_jobs
 from lightning_dd.models.factory import build_network
 from lightning_dd.utils.errors import UserError
@@ -199,29 +194,6 @@ def _distil_all(experiment: Membership) -> list[str]:
         for half in (None, *range(_shadows_of(experiment, method)))
     )
     return [REAL, *(f"{RANDOM}, ipc {ipc}" for ipc in sizes), *experiment.distillers]
-
-
-def distil_members(experiment: Membership, method: str, seed: int, half: int | None = None) -> DistilledSet:
-    """Distil members, or a half of the pool, or find it done; check what a file was made from.
-
-    Raises:
-        UserError: see :func:`~lightning_dd.experiment.distil`; or the file was distilled from other images.
-    """
-    chosen, path = experiment.distillers[method], distilled_file(experiment, method, seed, half)
-    if not chosen.files:
-        own = seed if half is None else derive_seed(seed, "shadow", half) % 2**31
-        overrides = [f"--seed_everything={own}", f"--trainer.accelerator={experiment.accelerator}", *chosen.options]
-        spec = {"class_path": RealRows.__name__, "init_args": part_args(experiment, seed, half)}
-        distil(chosen.configs, spec, path.parent, overrides)
-    distilled, data = DistilledSet.load(path), part(experiment, seed, half)
-    data.setup("fit")
-    check_match(distilled, data)
-    if distilled.data.get("fingerprint") != data.facts.fingerprint:
-        raise UserError(
-            f"methods.{method}: '{path}' was not distilled from these members; distil the part of {experiment.data} "
-            f"that RealRows cuts with rows={experiment.members}, chunk={seed}, held_out={experiment.held_out}"
-        )
-    return distilled
 
 
 def _shadows_of(experiment: Membership, source: str) -> int:

@@ -1,6 +1,6 @@
 """The report of a membership experiment: one table as JSON, CSV and Markdown, and the accuracy-privacy figure."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from lightning_dd.applications import ATTACKS
 from lightning_dd.applications.attacks import GRIDS
-from lightning_dd.report import markdown_table, write_results
+from lightning_dd.report import grouped, markdown_table, write_results
 from lightning_dd.statistics import Score, nested_score
 
 
@@ -37,15 +37,11 @@ class Row:
     non_members: int
 
 
-def spread(rows: Sequence[Row], name: str) -> Score | None:
-    """Summarise a number of several victims, by seed; ``None`` if it is missing."""
-    by_seed: dict[Hashable, list[float]] = {}
-    for row in rows:
-        value = getattr(row, name)
-        if value is None:
-            return None
-        by_seed.setdefault(row.seed, []).append(value)
-    return nested_score(by_seed) if by_seed else None
+def score_of(rows: Sequence[Row], name: str) -> Score:
+    """Summarise a number of several victims, by seed."""
+    by_seed = grouped(rows, lambda row: row.seed)
+    values: dict[Hashable, list[float]] = {seed: [getattr(row, name) for row in own] for seed, own in by_seed.items()}
+    return nested_score(values)
 
 
 def markdown(rows: Sequence[Row], notes: Sequence[str] = ()) -> str:
@@ -54,19 +50,16 @@ def markdown(rows: Sequence[Row], notes: Sequence[str] = ()) -> str:
     titles = [ATTACKS[attack] for attack in attacks]
     table = [["trained on", "images", "steps", "accuracy", "members' accuracy", *titles]]
     rates = [["trained on", "false positives", *titles]]
-    for source in dict.fromkeys(row.source for row in rows):
-        own = [row for row in rows if row.source == source]
-        lengths = sorted({row.steps for row in own})
-        for steps in lengths:
-            cell = [row for row in own if row.steps == steps]
-            first = [row for row in cell if row.attack == cell[0].attack]
-            accuracies = [_percent(spread(first, name)) for name in ("accuracy", "member_accuracy")]
-            areas = [_area(spread([row for row in cell if row.attack == attack], "auc")) for attack in attacks]
+    for source, own in grouped(rows, lambda row: row.source).items():
+        by_length = {steps: grouped(cell, lambda row: row.attack) for steps, cell in _by_length(own).items()}
+        for steps, by_attack in by_length.items():
+            first = next(iter(by_attack.values()))
+            accuracies = [_cell(first, "accuracy"), _cell(first, "member_accuracy")]
+            areas = [_cell(by_attack.get(attack, []), "auc", _share) for attack in attacks]
             table.append([source, str(own[0].images), str(steps), *accuracies, *areas])
-        last = [row for row in own if row.steps == lengths[-1]]
+        last = by_length[max(by_length)]
         for label, name in (("0.1 %", "tpr_at_01_percent"), ("1 %", "tpr_at_1_percent")):
-            cells = [_percent(spread([row for row in last if row.attack == attack], name)) for attack in attacks]
-            rates.append([source, label, *cells])
+            rates.append([source, label, *(_cell(last.get(attack, []), name) for attack in attacks)])
     return f"{markdown_table(table)}\n\n{_explanation(rows, notes)}\n\n{markdown_table(rates)}\n\n{_resolution(rows)}\n"
 
 
@@ -96,21 +89,15 @@ def privacy_figure(rows: Sequence[Row]) -> Figure:
 
 def _draw(panel: Axes, rows: Sequence[Row]) -> None:
     panel.axhline(0.5, color="0.6", linewidth=1, linestyle=":")
-    sources = dict.fromkeys(row.source for row in rows)
-    for index, source in enumerate(sources):
-        own = [row for row in rows if row.source == source]
-        points = []
-        for steps in sorted({row.steps for row in own}):
-            cell = [row for row in own if row.steps == steps]
-            accuracy, area = spread(cell, "accuracy"), spread(cell, "auc")
-            assert accuracy is not None
-            assert area is not None
-            points.append((steps, accuracy, area))
+    for index, (source, own) in enumerate(grouped(rows, lambda row: row.source).items()):
+        cells = _by_length(own)
+        accuracy, area = ([score_of(cell, name) for cell in cells.values()] for name in ("accuracy", "auc"))
+        x, y = [100 * score.mean for score in accuracy], [score.mean for score in area]
         panel.errorbar(
-            [100 * accuracy.mean for _, accuracy, _ in points],
-            [area.mean for _, _, area in points],
-            xerr=[100 * accuracy.std for _, accuracy, _ in points],
-            yerr=[area.std for _, _, area in points],
+            x,
+            y,
+            xerr=[100 * score.std for score in accuracy],
+            yerr=[score.std for score in area],
             marker="o",
             markersize=4,
             linewidth=1.2,
@@ -119,10 +106,15 @@ def _draw(panel: Axes, rows: Sequence[Row]) -> None:
             color=f"C{index}",
             label=source,
         )
-        for steps, accuracy, area in _apart(points):
+        labelled: list[tuple[float, float]] = []
+        for steps, *place in reversed(list(zip(cells, x, y, strict=True))):
+            # A number is left out where it would stand on the one of a greater length.
+            if labelled and abs(place[0] - labelled[-1][0]) <= 2 and abs(place[1] - labelled[-1][1]) <= 0.05:
+                continue
+            labelled.append((place[0], place[1]))
             panel.annotate(
                 f"{steps}",
-                (100 * accuracy.mean, area.mean),
+                labelled[-1],
                 textcoords="offset points",
                 xytext=(-4, 4),
                 ha="right",
@@ -130,16 +122,6 @@ def _draw(panel: Axes, rows: Sequence[Row]) -> None:
                 color=f"C{index}",
             )
     panel.grid(alpha=0.3)
-
-
-def _apart(points: Sequence[tuple[int, Score, Score]]) -> list[tuple[int, Score, Score]]:
-    """Return the points of a curve that have room for a label: the last, and those away from the one labelled after."""
-    labelled = [points[-1]]
-    for point in reversed(points[:-1]):
-        _, accuracy, area = labelled[-1]
-        if abs(point[1].mean - accuracy.mean) > 0.02 or abs(point[2].mean - area.mean) > 0.05:
-            labelled.append(point)
-    return labelled
 
 
 def _explanation(rows: Sequence[Row], notes: Sequence[str]) -> str:
@@ -166,9 +148,14 @@ def _resolution(rows: Sequence[Row]) -> str:
     return text + f"0.1 % is {count // 1000} false positive(s)."
 
 
-def _percent(value: Score | None) -> str:
-    return "-" if value is None else str(value)
+def _by_length(rows: Sequence[Row]) -> dict[int, list[Row]]:
+    return dict(sorted(grouped(rows, lambda row: row.steps).items()))
 
 
-def _area(value: Score | None) -> str:
-    return "-" if value is None else f"{value.mean:.3f} ± {value.std:.3f}"
+def _cell(rows: Sequence[Row], name: str, text: Callable[[Score], str] = str) -> str:
+    missing = not rows or any(getattr(row, name) is None for row in rows)
+    return "-" if missing else text(score_of(rows, name))
+
+
+def _share(score: Score) -> str:
+    return f"{score.mean:.3f} ± {score.std:.3f}"

@@ -16,8 +16,9 @@ from lightning_dd.applications.attacks import Array
 from lightning_dd.data import RealRows, Split
 from lightning_dd.data.sampling import EvalBatches, draw_per_class
 from lightning_dd.distilled import DistilledSet
-from lightning_dd.distilled.datamodule import real_set
+from lightning_dd.distilled.datamodule import check_match, real_set
 from lightning_dd.distilled.set import library_versions
+from lightning_dd.experiment import distil_stage
 from lightning_dd.jobs import Job, Record, Tick, device_of, tensor_digest
 from lightning_dd.losses.labels import initial_labels
 from lightning_dd.models.factory import build_network
@@ -94,6 +95,29 @@ def distilled_file(experiment: Membership, method: str, seed: int, half: int | N
         return Path(files[seed])
     name = f"{method}-{seed}" + ("" if half is None else f"-half{half}")
     return Path(experiment.output) / "distilled" / name / "last.safetensors"
+
+
+def distil_members(experiment: Membership, method: str, seed: int, half: int | None = None) -> DistilledSet:
+    """Distil members, or a half of the pool, or find it done; check what a file was made from.
+
+    Raises:
+        UserError: see :func:`~lightning_dd.experiment.distil_stage`; or the file was distilled from other images.
+    """
+    chosen, path = experiment.distillers[method], distilled_file(experiment, method, seed, half)
+    if not chosen.files:
+        own = seed if half is None else derive_seed(seed, "shadow", half) % 2**31
+        overrides = [f"--seed_everything={own}", f"--trainer.accelerator={experiment.accelerator}", *chosen.options]
+        spec = {"class_path": RealRows.__name__, "init_args": part_args(experiment, seed, half)}
+        distil_stage(chosen.configs, spec, path.parent, overrides)
+    distilled, data = DistilledSet.load(path), part(experiment, seed, half)
+    data.setup("fit")
+    check_match(distilled, data)
+    if distilled.data.get("fingerprint") != data.facts.fingerprint:
+        raise UserError(
+            f"methods.{method}: '{path}' was not distilled from these members; distil the part of {experiment.data} "
+            f"that RealRows cuts with rows={experiment.members}, chunk={seed}, held_out={experiment.held_out}"
+        )
+    return distilled
 
 
 def recipe_on(experiment: Membership, source: str) -> Recipe:
