@@ -22,6 +22,7 @@ from lightning_dd.data.cache import cache_folder
 from lightning_dd.data.images import DataFacts, Split
 from lightning_dd.data.preprocess import Preprocessing
 from lightning_dd.data.sampling import ShuffledStream
+from lightning_dd.students.loop import take_steps
 from lightning_dd.students.recipe import Recipe
 from lightning_dd.utils.errors import UserError
 from lightning_dd.utils.files import write_atomically
@@ -119,7 +120,7 @@ class Task:
 
 
 def fit(task: Task, module: nn.Module, recipe: Recipe, loss_at: Callable[[int], Tensor], title: str) -> None:
-    """Train a module on real images in a bare loop, on the task's device.
+    """Train a module on real images in the students' bare loop, on the task's device.
 
     Args:
         task: the run's data and device; the progress bar is shown where the run shows its own.
@@ -129,19 +130,12 @@ def fit(task: Task, module: nn.Module, recipe: Recipe, loss_at: Callable[[int], 
         title: of the progress bar.
     """
     steps = recipe.steps_for(len(task.train))
-    optimizer = recipe.build_optimizer(module.to(task.device))
-    scheduler = recipe.scheduler(optimizer, steps)
+    taken = take_steps(module.to(task.device), recipe, steps, loss_at)
     hidden = task.trainer is not None and task.trainer.progress_bar_callback is None
-    with torch.enable_grad(), tqdm(total=steps, desc=title, disable=hidden) as bar:
-        for step in range(steps):
-            loss = loss_at(step)
-            torch.autograd.backward(loss)
-            optimizer.step()
-            scheduler.step()
-            optimizer.zero_grad(set_to_none=True)
+    with tqdm(taken, title, steps, disable=hidden) as bar:
+        for step, loss in enumerate(bar):
             if step % _POSTFIX_EVERY == 0 and not hidden:
                 bar.set_postfix(loss=f"{float(loss):.3g}", refresh=False)
-            bar.update()
 
 
 @dataclass(frozen=True)

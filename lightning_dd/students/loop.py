@@ -5,7 +5,7 @@ and two things take such steps: :class:`~lightning_dd.students.student.Student` 
 devices, and :func:`train_student` in a bare loop. In one process on a CPU both give the same weights, bit for bit.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -50,6 +50,27 @@ class StudentStep:
             return student_loss(network(images), labels, self.label_kind, self.temperature)
 
 
+def take_steps(module: nn.Module, recipe: Recipe, steps: int, loss_at: Callable[[int], Tensor]) -> Iterator[Tensor]:
+    """Take training steps in a bare loop, and yield the loss of each once it is taken.
+
+    Args:
+        module: trained in place, in the mode it is in.
+        recipe: optimizer and schedule.
+        steps: how many.
+        loss_at: the loss of a step, counted from 0.
+    """
+    optimizer = recipe.build_optimizer(module)
+    scheduler = recipe.scheduler(optimizer, steps)
+    for step in range(steps):
+        with torch.enable_grad():
+            loss = loss_at(step)
+            torch.autograd.backward(loss)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad(set_to_none=True)
+        yield loss.detach()
+
+
 def train_student(
     network: Network,
     distilled: DistilledSet,
@@ -73,24 +94,19 @@ def train_student(
     network.to(memory_format=torch.channels_last)  # pooling is several times faster so on a CPU
     network.train().requires_grad_(True)
     steps, one_step = recipe.steps_for(len(distilled)), StudentStep.on(distilled, recipe, seed, distilled.mirror)
-    optimizer = recipe.build_optimizer(network)
-    scheduler = recipe.scheduler(optimizer, steps)
     average = None
     if recipe.ema:
         average = AveragedModel(network, avg_fn=get_ema_avg_fn(recipe.ema), use_buffers=True)  # type: ignore[no-untyped-call]
     images, labels = distilled.images.to(device), distilled.labels.to(device)
     views = distilled.views and distilled.views.to(device)
-    with torch.enable_grad():
-        for step, batch in enumerate(SyntheticBatches(images, labels, recipe.batch_size, steps, seed, views=views)):
-            torch.autograd.backward(one_step.loss(network, *batch, step))
-            optimizer.step()
-            scheduler.step()
-            optimizer.zero_grad(set_to_none=True)
-            if average is not None:
-                average.update_parameters(network)
-            if step + 1 in stops:
-                at_stop((network if average is None else average.module).eval())
-                network.train()
+    batches = iter(SyntheticBatches(images, labels, recipe.batch_size, steps, seed, views=views))
+    taken = take_steps(network, recipe, steps, lambda step: one_step.loss(network, *next(batches), step))
+    for count, _ in enumerate(taken, start=1):
+        if average is not None:
+            average.update_parameters(network)
+        if count in stops:
+            at_stop((network if average is None else average.module).eval())
+            network.train()
     if average is not None:
         network.load_state_dict(average.module.state_dict())
     return network.eval().requires_grad_(False)
