@@ -229,6 +229,7 @@ def test_a_converted_set_survives_its_file_and_names_its_data():
     assert torch.equal(loaded.images, distilled.images)
     assert loaded.data["spec"]["val_fraction"] == 0  # the other project trained on all of it
     assert loaded.data["spec"]["split_seed"] == 3
+    assert convert("dc", write_dc(), data="test_convert.Colours").data["name"] == "Colours"  # anybody's data, by path
     real = Colours(val_fraction=0)
     real.setup("fit")
     assert loaded.data["fingerprint"] == real.facts.fingerprint

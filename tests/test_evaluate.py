@@ -12,6 +12,7 @@ import pytest
 import torch
 from helpers import TinyData, make_distilled, tiny_trainer
 from pytorch_lightning.utilities import rank_zero_only
+from toy_jobs import Launched
 
 from lightning_dd import jobs
 from lightning_dd.cli import main
@@ -334,16 +335,6 @@ def test_processes_of_a_launcher_share_the_students_and_one_writes_the_report(tm
     arguments = ([file], [SMALL], str(tmp_path / "a"), 2, Recipe(steps=2))
     trained = count_students(monkeypatch)
     shares = {}
-
-    class Launched:
-        def __init__(self, rank):
-            self.rank = rank
-
-        def global_rank(self):
-            return self.rank
-
-        def world_size(self):
-            return 2
 
     def wait(asked, ledger):  # in place of waiting, the other process does its work
         assert not (tmp_path / "a" / "results.json").exists()

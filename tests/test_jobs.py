@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import toy_jobs
 from pytorch_lightning.utilities import rank_zero_only
-from toy_jobs import jobs, run, work
+from toy_jobs import Launched, jobs, run, work
 
 from lightning_dd import jobs as module
 from lightning_dd.jobs import ArrayLedger, Job, Ledger, check_workers, device_of, launcher, place, run_jobs
@@ -101,17 +101,6 @@ def test_an_identity_is_done_once_and_a_damaged_record_again(tmp_path):
     run_jobs(asked, count, ledger)
     assert sorted(calls) == [0, 1, 1]
     assert [ledger.need(job.identity)["task"] for job in asked] == [0, 1, 0, 1]
-
-
-class Launched:
-    def __init__(self, rank):
-        self.rank = rank
-
-    def global_rank(self):
-        return self.rank
-
-    def world_size(self):
-        return 2
 
 
 def test_processes_of_a_launcher_share_the_jobs_and_one_leads(tmp_path, monkeypatch):

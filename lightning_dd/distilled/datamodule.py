@@ -115,8 +115,8 @@ class DistilledData(LightningDataModule):
 def real_data_of(distilled: DistilledSet, choice: DataChoice = DataChoice()) -> RealData:  # noqa: B008  (frozen)
     """Build the real data that a distilled set stands for, with the preprocessing of the set.
 
-    What the user chose comes first, then what this machine remembers of data with the set's fingerprint, then what the
-    set says of itself. From a file's word only the project's own data sets are built, and no path is taken.
+    The user's choice comes first, then what this machine remembers of data with the set's fingerprint, then what the
+    set says of itself; a file alone can name only the project's own data sets, and no path.
 
     Args:
         distilled: the set.

@@ -52,8 +52,8 @@ class DistilledSet:
         config: the distiller's whole configuration, plain values.
         training: outer step, validation score, seed and library versions at the time of writing.
         temperature: students fit ``softmax(logits / temperature)``; for soft labels only.
-        views: crops and mixtures of the images with the teacher's logits of each; for soft labels only. Who trains on
-            them needs no other augmentation; who ignores them has ``labels``.
+        views: crops and mixtures of the images with the teacher's logits of each; for soft labels only. They take the
+            place of an augmentation; ``labels`` are for students that do without them.
 
     Raises:
         UserError: shapes disagree, a number is not finite or out of range, or the form of the labels is unknown.
@@ -126,7 +126,7 @@ class DistilledSet:
     @property
     def mirror(self) -> bool:
         """Whether its images keep their meaning when they are mirrored left to right."""
-        known = DATA_SETS.get(str(self.data.get("name")))  # of a file from before it was kept
+        known = DATA_SETS.get(str(self.data.get("name")))  # older files do not say it themselves
         return bool(self.data.get("mirror", known.can_be_mirrored if known else True))
 
     @property

@@ -134,7 +134,7 @@ class Bench:
 
     def train(self, cells: Sequence[Cell], workers: int | str) -> bool:
         """Train what the ledger lacks; return whether this process writes the report."""
-        together = self.hardware.strategy != "auto"  # of a launcher's processes, that then train one student
+        together = self.hardware.strategy != "auto"  # then all processes of a launcher train one student
         jobs = [
             Job(
                 f"{cell.architecture} {cell.source} {cell.seed}",
