@@ -369,12 +369,18 @@ def resident() -> int:
     return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-@pytest.mark.parametrize("decoder", ["one channel", "own array", "small labels"])
+@pytest.mark.parametrize("decoder", ["one channel", "own array", "small labels", "another shape", "turned", "fewer"])
 def test_pixels_that_are_not_in_the_file_are_written_to_it(decoder):
     def decode(allocate) -> RawSplit:
         split = a_split(new_pixels if decoder == "own array" else allocate)
         if decoder == "one channel":
             return split._replace(images=split.images[:, :1].clone())
+        if decoder == "another shape":
+            return split._replace(images=split.images.view(6, 3, 5, 4))
+        if decoder == "fewer":
+            return split.take(torch.arange(4))._replace(images=split.images[:4])
+        if decoder == "turned":
+            return split._replace(images=split.images.transpose(2, 3))
         return split._replace(labels=split.labels.to(torch.int32)) if decoder == "small labels" else split
 
     expected = decode(new_pixels)

@@ -148,7 +148,7 @@ def load_split(path: Path, check: bool = True) -> RawSplit | None:
 
 
 def store_split(path: Path, split: RawSplit) -> None:
-    """Write a split's pixels to ``path``, and what else it has beside them."""
+    """Write the pixels of a split to ``path``, and its labels and class names beside them."""
     if _write(path, lambda file: np.save(file, split.images.contiguous().numpy())):
         _store_labels(path, split)
 
@@ -166,10 +166,14 @@ def _decode_into(file: Path, decode: Callable[[Allocate], RawSplit]) -> RawSplit
         return mapped
 
     split = decode(allocate)
-    images = split.images.contiguous().numpy()
-    if mapped is None or images.shape != mapped.shape or images.ctypes.data != mapped.ctypes.data:
-        np.save(file, images)
-    return split
+    images = split.images
+    whole = mapped is not None and images.shape == mapped.shape and images.is_contiguous()
+    if whole and isinstance(mapped, np.memmap) and images.data_ptr() == mapped.ctypes.data:
+        mapped.flush()
+        return split
+    images = images.clone(memory_format=torch.contiguous_format)  # they may still lie in the file
+    np.save(file, images.numpy())
+    return split._replace(images=images)
 
 
 def _store_labels(path: Path, split: RawSplit) -> None:
