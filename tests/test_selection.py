@@ -259,7 +259,7 @@ def test_without_a_validation_split_a_teacher_is_judged_on_what_it_was_trained_o
     monkeypatch.setenv("LIGHTNING_DD_CACHE", str(tmp_path / "cache"))  # no teacher of another test is found
 
     def train(architecture, network, task, *args):
-        judged.append(task.judges is task.train)
+        judged.append(task.validation is task.train)
         return 1.0
 
     monkeypatch.setattr(classifier, "_fit", train)

@@ -118,7 +118,7 @@ def _fit(architecture: str, network: Network, task: Task, recipe: ClassifierReci
     with torch.no_grad():
         correct = [
             network(images.to(task.device)).argmax(1) == labels.to(task.device)
-            for images, labels in EvalBatches(task.judges, 500)
+            for images, labels in EvalBatches(task.validation, 500)
         ]
     return float(torch.cat(correct).float().mean())
 

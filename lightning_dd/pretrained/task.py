@@ -95,7 +95,7 @@ class Task:
         return self.images[0]
 
     @property
-    def judges(self) -> Split:
+    def validation(self) -> Split:
         """The validation images, or the training images where no split was cut: enough to tell a network at chance."""
         return self.train if self.images is None or self.images[1] is None else self.images[1]
 

@@ -25,7 +25,7 @@ AskTeachers = Callable[[Teacher | None], Committee]
 
 
 class Labels(RemembersArguments, ABC):
-    """Where a finished set has its labels from: one short class, named by its class path in ``labels``.
+    """Where the labels of a finished set come from: one short class, named by its class path in ``labels``.
 
     An object is made with its options alone and remembers them for the file. Outer steps work with labels of the kind
     ``while_distilling``; what :meth:`finish` returns is stored.
