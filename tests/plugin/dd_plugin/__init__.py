@@ -3,8 +3,10 @@
 import torch
 from torch import Tensor, nn
 
+from lightning_dd import PoolDistiller
+from lightning_dd.augment.frepo import Augmentation
+from lightning_dd.callbacks import OuterTerm
 from lightning_dd.data import RawSplit, RealData
-from lightning_dd.distillers import PoolDistiller
 from lightning_dd.models import Network
 from lightning_dd.synthetic import Parameterisation
 
@@ -62,11 +64,26 @@ class Coarse(Parameterisation):
 
 
 class MeanFeatures(PoolDistiller):
-    """A distiller: match the mean feature of all images."""
+    """A distiller: match the mean feature of all images, which are augmented first."""
+
+    def __init__(self, *args, augment: str = "none", **kwargs):
+        super().__init__(*args, **kwargs)
+        self.augmentation = Augmentation(augment)
 
     def outer_loss(self, network, images, labels, real):
-        own, target = network.features(images).mean(0), network.features(real.images).mean(0)
+        seen = self.augmentation(images, self.step_generator("augment"))
+        own, target = network.features(seen).mean(0), network.features(real.images).mean(0)
         return {"means": (own - target).square().sum()}
+
+
+class Calm(OuterTerm):
+    """An outer term: neighbouring pixels should be alike."""
+
+    def __init__(self, weight: float = 0.1):
+        self.weight = weight
+
+    def add(self, trainer, distiller, images, labels, loss):
+        return loss, {"calm": self.weight * images.diff(dim=-1).square().mean()}
 
 
 def darken(images: Tensor, generator: torch.Generator) -> Tensor:
