@@ -12,7 +12,7 @@ from lightning_dd import callbacks, data, distilled, distillers, students, synth
 from lightning_dd.api import CALLBACKS, SAVE_EVERY, SWITCHES, TRAINER, rhythm
 from lightning_dd.configs import found, run_name
 from lightning_dd.parsing import OneLineErrors, explain, user_error_in
-from lightning_dd.utils.arguments import class_path, subclasses
+from lightning_dd.utils.arguments import class_path, find_class, subclasses
 from lightning_dd.utils.errors import UserError
 from lightning_dd.utils.silence import quieten
 
@@ -76,12 +76,15 @@ class Cli(LightningCLI):
         parser.set_defaults(defaults(self.arguments))
 
     def before_instantiate_classes(self) -> None:
-        """Fill in what follows from the length of the run, and let ``--trainer.enable_progress_bar=false`` win.
+        """Fill in what follows from the method and the length of the run, and let ``enable_progress_bar=false`` win.
 
         It holds for the trainings of teachers, experts and architectures within the run too. Lightning refuses it
         beside a bar among the callbacks, and likewise ``enable_checkpointing=false`` and ``logger=false``.
         """
-        trainer = self.config[self.config.subcommand].trainer
+        settings = self.config[self.config.subcommand]
+        trainer, model = settings.trainer, find_class(settings.model.class_path, LightningModule, "model")
+        if trainer.max_steps == -1 and not getattr(model, "learns", True):
+            trainer.max_steps = 1  # it moves nothing: what such a method selects is selected before it
         listed = trainer.callbacks if isinstance(trainer.callbacks, list) else []
         if trainer.max_steps > 0:
             for name, value in rhythm(trainer.max_steps).items():
