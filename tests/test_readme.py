@@ -6,21 +6,30 @@ import subprocess
 import sys
 from pathlib import Path
 
-from lightning_dd.distilled.set import DistilledSet
+import pytest
+
+from lightning_dd import DistilledSet
+from lightning_dd.configs import find_configuration
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_example_distiller_runs_as_printed(tmp_path, monkeypatch):
-    code = re.search(r"<!-- example: [^>]*-->\n```python\n(.*?)```", TEXT, re.DOTALL)[1]
+EXAMPLES = re.findall(r"<!-- example: [^>]*-->\n```python\n(.*?)```", TEXT, re.DOTALL)
+
+
+@pytest.mark.parametrize(("code", "method"), list(zip(EXAMPLES, ["FRePo", "MeanFeatures"], strict=True)))
+def test_the_examples_run_as_printed(code, method, tmp_path):
     assert len([line for line in code.splitlines() if line.strip()]) <= 30
     script = tmp_path / "example.py"
-    script.write_text(code.replace("max_steps=200", "max_steps=3"))
+    script.write_text(re.sub(r"steps=\d+", "steps=3", code))
     runpy.run_path(str(script))
-    distilled = DistilledSet.load(tmp_path / "means.safetensors")
-    assert distilled.method == "MeanFeatures"
-    assert len(distilled) == 10
+    distilled = DistilledSet.load(next(tmp_path.rglob("last.safetensors")))
+    assert (distilled.method, len(distilled)) == (method, 10)
+
+
+def test_every_configuration_it_names_exists():
+    assert len([find_configuration(name) for name in re.findall(r"--config ([\w/]+)", TEXT)]) > 10
 
 
 def test_the_tables_are_the_recorded_results():
@@ -30,7 +39,7 @@ def test_the_tables_are_the_recorded_results():
 
 def test_every_file_it_names_exists():
     names = set(re.findall(r"\b(?:configs|docs|benchmarks|tests|notebooks)/[\w./-]+\w", TEXT))
-    assert len(names) > 5
+    assert len(names) > 4
     missing = [name for name in names if not (ROOT / name).exists()]
     assert not missing
 
