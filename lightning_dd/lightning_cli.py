@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from jsonargparse import set_parsing_settings
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning import Callback, LightningDataModule, LightningModule
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
@@ -11,11 +12,13 @@ from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from lightning_dd import callbacks, data, distilled, distillers, students, synthetic
 from lightning_dd.api import CALLBACKS, SAVE_EVERY, SWITCHES, TRAINER, rhythm
 from lightning_dd.configs import found, run_name
+from lightning_dd.losses.metadd import MetaOptions
 from lightning_dd.parsing import OneLineErrors, explain, user_error_in
 from lightning_dd.utils.arguments import class_path, find_class, subclasses
 from lightning_dd.utils.errors import UserError
 from lightning_dd.utils.silence import quieten
 
+set_parsing_settings(subclasses_enabled=[MetaOptions])  # a dataclass, whose subclasses bring terms of their own
 ROOMS = (callbacks, data, distilled, distillers, students, synthetic)
 """A configuration may name a class of these, and of whatever else has been imported, without its path."""
 BASES: dict[str, type] = {

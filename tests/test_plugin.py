@@ -93,3 +93,20 @@ def test_all_six_work_together_from_options_and_from_python(installed, tmp_path,
     assert torch.equal(made.images, by_file.images)
     rows = evaluate(made, ["dd_plugin.TinyNet"], seeds=1, steps=1, augment="dd_plugin.darken", accelerator="cpu")
     assert [row.architecture for row in rows] == ["dd_plugin.TinyNet"] * 2
+
+
+def test_a_term_of_metadd_is_a_class_too(installed, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(installed)
+    monkeypatch.setattr("lightning_dd.pretrained.classifier._fit", lambda *args: 1.0)  # said to be good
+    metadd = [
+        "--trainer.callbacks+=MetaDD",
+        '--trainer.callbacks.architectures=["dd_plugin.TinyNet", "conv:width=4,depth=2"]',
+    ]
+    metadd += ["--trainer.callbacks.training.steps=2", "--trainer.callbacks.every=1"]
+
+    def images(version, *options):
+        assert main([*FIT, *metadd, *options, f"--trainer.logger.version={version}"]) == 0
+        return DistilledSet.load(tmp_path / "runs" / "everything" / version / "last.safetensors").images
+
+    own = ["--trainer.callbacks.loss=dd_plugin.Sharp", "--trainer.callbacks.loss.sharp=5"]
+    assert not torch.equal(images("published"), images("own", *own))

@@ -47,6 +47,16 @@ class MetaOptions:
 
     Raises:
         UserError: a setting is out of range.
+
+    Example:
+        A term of one's own is a subclass with a field for its weight; ``loss: {class_path: my_package.Sharp}`` uses it.
+
+        >>> @dataclass(frozen=True)
+        ... class Sharp(MetaOptions):
+        ...     sharp: float = 0.1
+        ...
+        ...     def more_terms(self, maps, alive, logits, labels):
+        ...         return {"sharp": map_entropy(maps)}
     """
 
     variance: float = 1.0
@@ -81,6 +91,19 @@ class MetaOptions:
     def uses_maps(self) -> bool:
         """Whether a term with weight depends on the maps."""
         return self.variance > 0 or self.positivity > 0
+
+    def more_terms(self, maps: Tensor, alive: Tensor, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Return terms of a subclass's own, scalars by name; each is weighted by the field of its name.
+
+        A subclass whose term depends on the maps while ``variance`` may be 0 overrides :attr:`uses_maps`, too.
+
+        Args:
+            maps: ``(M, N, I, J)`` normalised, of M architectures.
+            alive: ``(M, N)`` bool; the maps that are not are zeros.
+            logits: ``(M, N, C)``.
+            labels: ``(N, C)`` rows.
+        """
+        return {}
 
 
 class WeightedTerms(NamedTuple):
@@ -131,6 +154,7 @@ def metadd_loss(
             "cross_entropy": torch.stack(fits).mean(),
             "kl": torch.stack(divergences).mean(),
             "positivity": positivity(maps, part.meta, alive),
+            **options.more_terms(maps, alive, logits, labels),
         }
         # A term without weight is left out, not multiplied by 0: it needs no graph, and 0 x inf is NaN.
         weighted = [getattr(options, name) * term for name, term in terms.items() if getattr(options, name)]

@@ -1,5 +1,7 @@
 """A package of somebody else: one short class for every open axis, none of which lightning_dd knows of."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
@@ -7,6 +9,7 @@ from lightning_dd import PoolDistiller
 from lightning_dd.augment.frepo import Augmentation
 from lightning_dd.callbacks import OuterTerm
 from lightning_dd.data import RawSplit, RealData
+from lightning_dd.losses.metadd import MetaOptions, map_entropy
 from lightning_dd.models import Network
 from lightning_dd.synthetic import Parameterisation
 
@@ -84,6 +87,16 @@ class Calm(OuterTerm):
 
     def add(self, trainer, distiller, images, labels, loss):
         return loss, {"calm": self.weight * images.diff(dim=-1).square().mean()}
+
+
+@dataclass(frozen=True)
+class Sharp(MetaOptions):
+    """A term of MetaDD: every map should point at few places."""
+
+    sharp: float = 0.1
+
+    def more_terms(self, maps, alive, logits, labels):
+        return {"sharp": map_entropy(maps)}
 
 
 def darken(images: Tensor, generator: torch.Generator) -> Tensor:
