@@ -102,7 +102,7 @@ def test_a_term_of_metadd_is_a_class_too(installed, tmp_path, monkeypatch):
         "--trainer.callbacks+=MetaDD",
         '--trainer.callbacks.architectures=["dd_plugin.TinyNet", "conv:width=4,depth=2"]',
     ]
-    metadd += ["--trainer.callbacks.training.steps=2", "--trainer.callbacks.every=1"]
+    metadd += ["--trainer.callbacks.scale=absolute", "--trainer.callbacks.every=1"]
 
     def images(version, *options):
         assert main([*FIT, *metadd, *options, f"--trainer.logger.version={version}"]) == 0
