@@ -9,7 +9,7 @@ from lightning_dd import PoolDistiller
 from lightning_dd.augment.frepo import Augmentation
 from lightning_dd.callbacks import OuterTerm
 from lightning_dd.data import RawSplit, RealData
-from lightning_dd.losses.metadd import MetaOptions, map_entropy
+from lightning_dd.losses.metadd import MetaOptions
 from lightning_dd.models import Network
 from lightning_dd.synthetic import Parameterisation
 
@@ -96,7 +96,7 @@ class Sharp(MetaOptions):
     sharp: float = 0.1
 
     def more_terms(self, maps, alive, logits, labels):
-        return {"sharp": map_entropy(maps)}
+        return {"sharp": maps.mean()}
 
 
 def darken(images: Tensor, generator: torch.Generator) -> Tensor:
