@@ -65,12 +65,10 @@ class HuggingFace(ImageTable):
         read = (self.image_column, self.label_column, self.image_size, self.channels, self.classes)
         return content_key("huggingface", self.path, self.subset, self.revision, self._split_name(train), read, stamps)
 
-    def all_class_names(self) -> tuple[str, ...]:
-        """Return the names the library gives, else the label numbers seen in train."""
+    def declared_class_names(self) -> tuple[str, ...] | None:
+        """Return the names the library gives."""
         names = getattr(self._table(True).features[self.label_column], "names", None)
-        if names is not None:
-            return tuple(names)
-        return tuple(str(label) for label in range(int(self.labels(train=True).max()) + 1))
+        return None if names is None else tuple(names)
 
     def labels(self, *, train: bool) -> Tensor:
         """Return the label column of a split, int64 ``(N,)``."""
@@ -85,10 +83,7 @@ class HuggingFace(ImageTable):
         for row in rows.tolist():
             image = table[row][self.image_column] or {}
             where = f"in '{self.path}', split '{self._split_name(train)}', row {row}"
-            payload = image.get("bytes") or (Path(image["path"]) if image.get("path") else None)
-            if payload is None:
-                raise UserError(f"cannot decode the image {where}: it has no bytes")
-            yield where, payload
+            yield where, image.get("bytes") or (Path(image["path"]) if image.get("path") else None)
 
     def _split_name(self, train: bool) -> str:
         return self.train_split if train else self.test_split
@@ -109,10 +104,7 @@ class HuggingFace(ImageTable):
             table = load_dataset(self.path, self.subset, split=split, revision=self.revision, cache_dir=self.root)
         except Exception as error:  # the library raises its own and everybody else's
             raise UserError(f"cannot load split '{split}' of '{self.path}': {first_line(error)}") from error
-        for column, argument in ((self.image_column, "image_column"), (self.label_column, "label_column")):
-            if column not in table.column_names:
-                present = ", ".join(table.column_names)
-                raise UserError(f"'{self.path}' has no column '{column}' (it has {present}); set data.{argument}")
+        self.check_columns(self.path, table.column_names)
         if not isinstance(table.features[self.image_column], Image):
             raise UserError(f"'{self.path}': column '{self.image_column}' does not hold images")
         return table.cast_column(self.image_column, Image(decode=False))

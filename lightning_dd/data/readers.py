@@ -43,8 +43,8 @@ CLASS_GROUPS: dict[str, tuple[int, ...]] = {
 }
 """Ten-class subsets of ImageNet's 1,000 classes, in the published order (Howard 2019 for nette and woof; Cazenavette
 et al. 2022, arXiv 2203.11932 and 2023, arXiv 2305.01649 for the others). Indices count the sorted WordNet ids."""
-Encoded = tuple[str, bytes | Path]
-"""How an error should call an image, and its bytes or its file."""
+Encoded = tuple[str, bytes | Path | None]
+"""How an error should call an image, and its bytes or its file, if it has any."""
 
 
 class CachedData(RealData):
@@ -219,7 +219,7 @@ def decode_images(
     """
 
     def decode_task(task: Sequence[Encoded]) -> list[tuple[PixelArray, bool]]:
-        return [_decode(where, payload, image_size, channels) for where, payload in task]
+        return [_decode(image, image_size, channels) for image in task]
 
     remaining = iter(sources)
     pixels: PixelArray | None = None
@@ -244,21 +244,24 @@ def decode_images(
     return images[:, :1].clone() if channels is None and all_grey else images
 
 
-def _decode(where: str, payload: bytes | Path, image_size: int | None, channels: int | None) -> tuple[PixelArray, bool]:
+def _decode(image: Encoded, image_size: int | None, channels: int | None) -> tuple[PixelArray, bool]:
     """Decode one image to ``(C, H, W)`` and say whether it was grayscale."""
     from torchvision.transforms import functional  # a second of importing, only where something is decoded
 
+    where, payload = image
     try:
+        if payload is None:
+            raise ValueError("it has no bytes")
         with Image.open(payload if isinstance(payload, Path) else BytesIO(payload)) as opened:
             if opened.mode.startswith(("I", "F")):  # Pillow would clip these to 255 without a word
                 raise ValueError(f"mode {opened.mode} has more than 8 bits per channel")
             grey = opened.mode in ("1", "L", "LA")
-            image = opened.convert("L" if channels == 1 else "RGB")
+            picture = opened.convert("L" if channels == 1 else "RGB")
     except UnidentifiedImageError:  # its message shows a memory address instead of the cause
         raise UserError(f"cannot decode the image {where}: not a known image format") from None
     except Exception as error:  # Pillow's plugins raise whatever they like on broken files, SyntaxError included
         raise UserError(f"cannot decode the image {where}: {first_line(error)}") from error
     if image_size is not None:
-        image = functional.center_crop(functional.resize(image, [image_size]), [image_size])
-    array = np.asarray(image)
+        picture = functional.center_crop(functional.resize(picture, [image_size]), [image_size])
+    array = np.asarray(picture)
     return array[None] if array.ndim == 2 else array.transpose(2, 0, 1), grey

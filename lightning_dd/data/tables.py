@@ -3,7 +3,7 @@
 import json
 import os
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from glob import glob
 from pathlib import Path
@@ -43,6 +43,30 @@ class ImageTable(EncodedImages):
     @abstractmethod
     def encoded(self, *, train: bool, rows: Tensor) -> Iterator[Encoded]:
         """Yield these rows ``(B,)``, sorted, of the image column."""
+
+    @abstractmethod
+    def declared_class_names(self) -> tuple[str, ...] | None:
+        """Return the names of all classes in label order, ``None`` where the table does not say."""
+
+    def all_class_names(self) -> tuple[str, ...]:
+        """Return the names of all classes, else the label numbers seen in train."""
+        names = self.declared_class_names()
+        if names is not None:
+            return names
+        labels = self.labels(train=True)
+        return tuple(str(label) for label in range(int(labels.max()) + 1 if len(labels) else 0))
+
+    def check_columns(self, where: str, present: Sequence[str]) -> None:
+        """Refuse a table that lacks one of the two columns.
+
+        Raises:
+            UserError: it does.
+        """
+        for argument in ("image_column", "label_column"):
+            if (column := getattr(self, argument)) not in present:
+                raise UserError(
+                    f"'{where}' has no column '{column}' (it has {', '.join(present)}); set data.{argument}"
+                )
 
     def spec(self) -> dict[str, Any]:
         """Arguments another machine needs to rebuild this data (never a path)."""
@@ -134,8 +158,8 @@ class ParquetImages(ImageTable):
             )
         return split._replace(images=images)
 
-    def all_class_names(self) -> tuple[str, ...]:
-        """Return the names all files agree on, before any are chosen: label 3 means the same in train and test.
+    def declared_class_names(self) -> tuple[str, ...] | None:
+        """Return the names all files agree on: label 3 means the same in train and test.
 
         Raises:
             UserError: files are missing or disagree.
@@ -145,8 +169,7 @@ class ParquetImages(ImageTable):
             raise UserError(f"'{min(both)}' is in data.train_files and in data.test_files")
         declared = {file: names for file in [*train, *test] if (names := self._declared_names(file)) is not None}
         if not declared:
-            labels = self.labels(train=True)
-            return tuple(str(label) for label in range(int(labels.max()) + 1 if len(labels) else 0))
+            return None
         first, agreed = next(iter(declared.items()))
         for file, names in declared.items():
             if names != agreed:
@@ -173,14 +196,9 @@ class ParquetImages(ImageTable):
                 for batch in parquet.iter_batches(batch_size=1024, columns=[self.image_column]):
                     low, high = torch.searchsorted(rows, torch.tensor([first, first + len(batch)])).tolist()
                     places = rows[low:high]
-                    for row, value in zip(
-                        places.tolist(), batch.column(0).take((places - first).numpy()).to_pylist(), strict=True
-                    ):
-                        payload = value["bytes"] if isinstance(value, dict) else value
-                        where = f"in '{file.name}', row {row - start}"
-                        if payload is None:
-                            raise UserError(f"cannot decode the image {where}: it has no bytes")
-                        yield where, payload
+                    values = batch.column(0).take((places - first).numpy()).to_pylist()
+                    for row, value in zip((places - start).tolist(), values, strict=True):
+                        yield f"in '{file.name}', row {row}", value["bytes"] if isinstance(value, dict) else value
                     first += len(batch)
 
     def _files(self, train: bool) -> list[Path]:
@@ -216,12 +234,7 @@ class ParquetImages(ImageTable):
 
         with _opened(file) as parquet:
             schema = parquet.schema_arrow
-        for column in (self.image_column, self.label_column):
-            if column not in schema.names:
-                raise UserError(
-                    f"'{file.name}' has no column '{column}' (it has {', '.join(schema.names)}); "
-                    "set data.image_column and data.label_column"
-                )
+        self.check_columns(file.name, schema.names)
         kind = schema.field(self.image_column).type
         if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
             kind = kind.field("bytes").type
