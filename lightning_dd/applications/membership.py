@@ -8,17 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from lightning_dd.applications import Membership
-from lightning_dd.applications.attacks import (
-    GRIDS,
-    Array,
-    AttackResult,
-    judge,
-    learned_attack,
-    lira,
-    scaled_confidence,
-    threshold_attack,
-)
+from lightning_dd.applications import Membership, attacks
+from lightning_dd.applications.attacks import GRIDS, Array, AttackResult
 from lightning_dd.applications.membership_report import Row, markdown, write_report
 from lightning_dd.applications.victims import (
     RANDOM,
@@ -78,11 +69,11 @@ def run_membership(experiment: Membership) -> list[Row]:
     jobs = {network: job_of(experiment, network) for network in networks}
     workers = experiment.workers
     run_jobs(list(jobs.values()), partial(train_network, experiment), _answers(experiment), workers, unit="step")
-    attacks = [_attack_job(experiment, network, jobs) for network in networks if not network.shadow]
+    targets = [_attack_job(experiment, network, jobs) for network in networks if not network.shadow]
     ledger = Ledger(folder / "attacks")
-    if not run_jobs(attacks, partial(attack_victim, experiment), ledger, workers, unit="victim"):
+    if not run_jobs(targets, partial(attack_victim, experiment), ledger, workers, unit="victim"):
         return []
-    rows = [Row(**record) for job in attacks for record in ledger.need(job.identity)["rows"]]
+    rows = [Row(**record) for job in targets for record in ledger.need(job.identity)["rows"]]
     notes = _notes(rows, experiment)
     write_report(rows, folder, notes)
     print(f"\n{markdown(rows, notes)}\nreport: {folder}/results.md, .json, .csv; figure: {folder}/results.png")
@@ -155,17 +146,17 @@ def _attack(
     """Make an attack on a victim after its index-th length, for members and non-members at these places of the pool."""
     logits, losses = victim.logits[index], victim.losses[index]
     if attack == "threshold":
-        return threshold_attack(*(losses[rows] for rows in sides))
+        return attacks.threshold_attack(*(losses[rows] for rows in sides))
     if attack == "lira":
-        own = scaled_confidence(logits, victim.labels)
-        others = np.stack([scaled_confidence(shadow.logits[index], shadow.labels) for shadow in shadows])
+        own = attacks.scaled_confidence(logits, victim.labels)
+        others = np.stack([attacks.scaled_confidence(shadow.logits[index], shadow.labels) for shadow in shadows])
         inside = np.stack([shadow.inside for shadow in shadows])
         used = np.concatenate(sides)
-        scores = lira(own[used], others[:, used], inside[:, used])
-        return judge(scores[: len(sides[0])], scores[len(sides[0]) :])
+        scores = attacks.lira(own[used], others[:, used], inside[:, used])
+        return attacks.judge(scores[: len(sides[0])], scores[len(sides[0]) :])
     seed = derive_seed(int(victim.lengths[index]), "attack", attack) % 2**31
     members, others = (np.column_stack([logits[rows], losses[rows]]) for rows in sides)
-    return learned_attack(attack, members, others, seed, experiment.folds, experiment.attack_rows)
+    return attacks.learned_attack(attack, members, others, seed, experiment.folds, experiment.attack_rows)
 
 
 def _check(experiment: Membership) -> None:
