@@ -78,9 +78,6 @@ class Experiment:
         accelerator: Lightning's Trainer argument for distillers; students take a GPU where there is one, unless it is
             cpu.
         workers: processes of this machine that train side by side, or auto for one per core.
-
-    Raises:
-        UserError: a setting is out of range.
     """
 
     methods: dict[str, list[str] | str]
@@ -93,13 +90,6 @@ class Experiment:
 
     takes_files: ClassVar[bool] = False
     """Whether a method may be finished distilled-set files."""
-    counts: ClassVar[tuple[str, ...]] = ()
-    """Settings that are at least 1."""
-
-    def __post_init__(self) -> None:
-        for name in self.counts:
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
 
     @cached_property
     def distillers(self) -> dict[str, Method]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from lightning_dd.experiment import Experiment
-from lightning_dd.utils.errors import UserError, unknown_name
+from lightning_dd.utils.errors import UserError, check_range, unknown_name
 
 ATTACKS = {
     "threshold": "loss threshold",
@@ -68,10 +68,10 @@ class Membership(Experiment):
     val_fraction: float = 0.0
 
     takes_files: ClassVar = True
-    counts: ClassVar = ("seeds", "victims", "members", "real_batch_size", "attack_rows")
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        check_range("at least 1", seeds=self.seeds, victims=self.victims, members=self.members)
+        check_range("at least 1", real_batch_size=self.real_batch_size, attack_rows=self.attack_rows)
         if not self.lengths or min(self.lengths) < 1 or list(self.lengths) != sorted(set(self.lengths)):
             raise UserError(f"lengths must be increasing numbers of steps from 1, got {list(self.lengths)}")
         for attack in self.attacks:
@@ -126,10 +126,8 @@ class Continual(Experiment):
     joint_lr: float = 1e-3
     joint_batch_size: int = 128
 
-    counts: ClassVar = ("steps", "ipc", "orders", "students")
-
     def __post_init__(self) -> None:
-        super().__post_init__()
+        check_range("at least 1", steps=self.steps, ipc=self.ipc, orders=self.orders, students=self.students)
         if not self.architectures:
             raise UserError("architectures: name at least one")
         if not self.distillers or JOINT in self.distillers:
