@@ -1,13 +1,17 @@
 """What a recorded result was made with."""
 
+import json
 import os
 import platform
 import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
+
+from lightning_dd.utils.files import write_text
 
 _ROOT = Path(__file__).resolve().parent.parent
 _PACKAGES = ("torch", "torchvision", "pytorch-lightning", "timm")
@@ -25,6 +29,12 @@ def environment() -> dict[str, str]:
         "hardware": ", ".join([*_gpus(), f"{os.cpu_count()} cores of {_processor()}"]),
         "versions": ", ".join(versions),
     }
+
+
+def write_record(path: str | None, **rows: list[dict[str, Any]]) -> None:
+    """Write rows and how they were made as JSON; nothing without a path."""
+    if path:
+        write_text(path, json.dumps({"made_with": environment(), **rows}, indent=1) + "\n")
 
 
 def _git(*arguments: str) -> str:

@@ -11,7 +11,6 @@ first steps are left out. Every configuration runs in a process of its own, so t
 """
 
 import argparse
-import json
 import multiprocessing
 import os
 import resource
@@ -22,7 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from environment import environment
+from environment import write_record
 
 
 @dataclass(frozen=True)
@@ -153,11 +152,7 @@ def main() -> None:
                 f"{low:.4f}-{high:.4f} | {row['peak_mb']:.0f} |",
                 flush=True,
             )
-    if options.output:
-        from lightning_dd.utils.files import write_text
-
-        record = {"made_with": environment(), "step": rows}
-        write_text(options.output, json.dumps(record, indent=1) + "\n")
+    write_record(options.output, step=rows)
 
 
 if __name__ == "__main__":

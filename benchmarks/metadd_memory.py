@@ -13,7 +13,6 @@ makes the times longer than they are in training. The gradients' norms show that
 """
 
 import argparse
-import json
 import multiprocessing
 import os
 import resource
@@ -21,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from environment import environment
+from environment import write_record
 
 WAYS = ("load", "gathered", "naive")
 
@@ -101,11 +100,7 @@ def main() -> None:
                 f"{row['gradient_norm']:.6g} |",
                 flush=True,
             )
-    if options.output:
-        from lightning_dd.utils.files import write_text
-
-        record = {"made_with": environment(), "memory": rows}
-        write_text(options.output, json.dumps(record, indent=1) + "\n")
+    write_record(options.output, memory=rows)
 
 
 if __name__ == "__main__":

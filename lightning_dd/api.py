@@ -153,17 +153,9 @@ def evaluate(
     listed = [sets] if isinstance(sets, str | Path | DistilledSet) else list(sets)
     files = [str(_as_file(item, Path(output) / "sets", place)) for place, item in enumerate(listed)]
     changes = {"steps": steps, "lr": lr, "batch_size": batch_size, "augment": augment, "ema": ema}
-    names = [protocol] if isinstance(protocol, str) else protocol
-    return evaluate_files(
-        files,
-        architectures,
-        str(output),
-        seeds,
-        {name: published(name, **changes) for name in names},
-        DataChoice(data, data_args or {}, root),
-        Hardware(accelerator, devices, strategy),
-        workers,
-    )
+    recipes = {name: published(name, **changes) for name in ([protocol] if isinstance(protocol, str) else protocol)}
+    choice, hardware = DataChoice(data, data_args or {}, root), Hardware(accelerator, devices, strategy)
+    return evaluate_files(files, architectures, str(output), seeds, recipes, choice, hardware, workers)
 
 
 def _as_file(item: str | Path | DistilledSet, folder: Path, place: int) -> str | Path:

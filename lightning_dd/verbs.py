@@ -1,9 +1,12 @@
 """Our own verbs: a dataclass each, whose fields are the verb's options. Importing this imports nothing heavy."""
 
+import inspect
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from lightning_dd import applications
+from lightning_dd.utils.errors import unknown_name
 
 ARCHITECTURES = "as name or name:option=value,..., or groups: unseen-small, unseen, frepo-cross, zoo-small"
 
@@ -241,11 +244,54 @@ class List(Verb):
     pattern: str = _option("show only names that contain this", "", positional=True)
 
     def run(self) -> None:
-        """Print a line each."""
-        from lightning_dd.listing import listing
+        """Print a line each.
 
-        for name, text in listing(self.what, self.pattern):
-            print(f"{name:<28} {text}".rstrip())
+        Raises:
+            UserError: there is no such kind.
+        """
+        kinds = {"configs": _configs, "methods": _methods, "architectures": _architectures}
+        kinds |= {"protocols": _protocols, "data": _data}
+        if self.what not in kinds:
+            raise unknown_name("list", self.what, kinds)
+        for name, text in kinds[self.what]():
+            if self.pattern in name:
+                print(f"{name:<28} {text}".rstrip())
+
+
+def _configs() -> Iterator[tuple[str, str]]:
+    from lightning_dd.configs import configurations
+
+    for name, path in configurations().items():
+        yield name, path.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
+
+
+def _methods() -> Iterator[tuple[str, str]]:
+    import lightning_dd.distillers as room
+    from lightning_dd.utils.arguments import subclasses
+
+    for cls in subclasses(room.Distiller):  # type: ignore[type-abstract]
+        yield cls.__name__, (inspect.getdoc(cls) or "").partition("\n")[0]
+
+
+def _architectures() -> Iterator[tuple[str, str]]:
+    from lightning_dd.models.factory import every_architecture
+
+    yield from every_architecture()
+
+
+def _protocols() -> Iterator[tuple[str, str]]:
+    from lightning_dd.students.recipe import PROTOCOLS
+
+    for name, recipe in PROTOCOLS.items():
+        length = f"{recipe.epochs} epochs" if recipe.epochs else "steps by the number of images"
+        yield name, f"{recipe.optimizer}, lr {recipe.lr:g}, {length}, batch {recipe.batch_size}, {recipe.schedule}"
+
+
+def _data() -> Iterator[tuple[str, str]]:
+    from lightning_dd.data import DATA_SETS
+
+    for name, cls in DATA_SETS.items():
+        yield name, (inspect.getdoc(cls) or "").partition("\n")[0]
 
 
 VERBS: dict[str, type[Verb]] = {

@@ -21,7 +21,6 @@ LAYERS = [
     {"api"},
     {"lightning_cli", "experiment"},
     {"applications"},
-    {"listing"},
     {"verbs"},
     {"cli"},
     {"__main__", "__init__"},

@@ -2,6 +2,7 @@
 
 import re
 import runpy
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from lightning_dd import DistilledSet
+from lightning_dd.cli import main
 from lightning_dd.configs import find_configuration
 
 ROOT = Path(__file__).parent.parent
@@ -26,6 +28,17 @@ def test_the_examples_run_as_printed(code, method, tmp_path):
     runpy.run_path(str(script))
     distilled = DistilledSet.load(next(tmp_path.rglob("last.safetensors")))
     assert (distilled.method, len(distilled)) == (method, 10)
+
+
+def test_what_a_contributor_copies_runs_from_a_package_of_their_own(tmp_path, monkeypatch):
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    (tmp_path / "my_package.py").write_text(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1])
+    words = shlex.split(re.search(r"PYTHONPATH=\. lightning-dd (.*?)```", text, re.DOTALL)[1])
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("lightning_dd.pretrained.classifier._fit", lambda *args: 1.0)  # said to be good
+    quick = ["--trainer.max_steps=2", "--model.probe.steps=1", "--trainer.accelerator=cpu"]
+    assert main([word for word in words if word.strip()] + quick) == 0
+    assert DistilledSet.load(next(tmp_path.rglob("last.safetensors"))).method == "MeanFeatures"
 
 
 def test_every_configuration_it_names_exists():
