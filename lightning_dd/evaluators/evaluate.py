@@ -61,10 +61,9 @@ def evaluate_files(
     Raises:
         UserError: a file, an architecture, the data or the folder is unusable.
     """
-    check_asked(files, architectures, seeds, workers)
-    folder = require_writable(output)
+    names, folder = check_asked(files, architectures, output, seeds, workers)
     recipes = {"": recipe} if isinstance(recipe, Recipe) else dict(recipe)
-    bench = Bench(named(files), recipes, folder, data, hardware)
+    bench = Bench(names, recipes, folder, data, hardware)
     architectures = bench.architectures(architectures)
     cells = [
         Cell(name, architecture, source, seed, protocol)
@@ -202,12 +201,20 @@ class Bench:
         return real
 
 
-def named(files: Sequence[str]) -> dict[str, str]:
-    """Name each file by its stem, or by folder and stem where stems repeat.
+def check_asked(
+    files: Sequence[str], architectures: Sequence[str], output: str, seeds: int, workers: int | str
+) -> tuple[dict[str, str], Path]:
+    """Refuse to evaluate nothing; return the files by name, and the folder of the report.
+
+    A file's name is its stem, or folder and stem where stems repeat.
 
     Raises:
-        UserError: two files would have the same name.
+        UserError: there is no file, architecture, seed or worker, two files have one name, or the folder is unusable.
     """
+    check_range("at least 1", seeds=seeds)
+    check_workers(workers)
+    if not files or not architectures:
+        raise UserError("name at least one file and one architecture")
     found: dict[str, str] = {}
     for file in files:
         name = Path(file).stem
@@ -216,19 +223,7 @@ def named(files: Sequence[str]) -> dict[str, str]:
         if name in found:
             raise UserError(f"two files give the same set name '{name}': rename one")
         found[name] = file
-    return found
-
-
-def check_asked(files: Sequence[str], architectures: Sequence[str], seeds: int, workers: int | str) -> None:
-    """Refuse to evaluate nothing.
-
-    Raises:
-        UserError: there are no files, no architectures, no seeds or no workers.
-    """
-    check_range("at least 1", seeds=seeds)
-    check_workers(workers)
-    if not files or not architectures:
-        raise UserError("name at least one file and one architecture")
+    return found, require_writable(output)
 
 
 def _in_groups(rows: Sequence[Row], sets: Mapping[str, DistilledSet]) -> list[Row]:

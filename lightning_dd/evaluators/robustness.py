@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 from lightning_dd.data.registry import DataChoice
 from lightning_dd.distilled.set import DistilledSet
-from lightning_dd.evaluators.evaluate import Bench, check_asked, named
+from lightning_dd.evaluators.evaluate import Bench, check_asked
 from lightning_dd.evaluators.matrix import (
     ALL_REAL,
     DISTILLED,
@@ -34,7 +34,6 @@ from lightning_dd.report import draw_bars, grouped, markdown_table, write_result
 from lightning_dd.statistics import Score, nested_score
 from lightning_dd.students.recipe import Recipe
 from lightning_dd.utils.errors import UserError
-from lightning_dd.utils.files import require_writable
 from lightning_dd.utils.silence import quiet_trainers
 
 _OWN, _PLAIN, _FULL, _CONTROL = "own", "plain", "full", "control"
@@ -124,9 +123,7 @@ def score_files(
     Raises:
         UserError: a file, an architecture, the data or the folder is unusable, or a control is missing.
     """
-    check_asked(files, architectures, seeds, workers)
-    folder = require_writable(output)
-    names = named(files)
+    names, folder = check_asked(files, architectures, output, seeds, workers)
     if _CONTROL in names:
         raise UserError(f"a set must not be called '{_CONTROL}': rename {names[_CONTROL]}")
     recipes = {_OWN: recipe, _PLAIN: replace(recipe, augment="none"), _FULL: full}
