@@ -47,7 +47,7 @@ class _Students:
     lr: float | None = _option("peak learning rate of a student, likewise", None)
     batch_size: int | None = _option("synthetic images per step, likewise; at most all", None)
     augment: str | None = _option(
-        "operations joined by _, auto for FRePo's, siamese for DSA's, none for none; likewise", None
+        "operations joined by _, paths to your own by +, auto for FRePo's, siamese for DSA's, or none; likewise", None
     )
 
     def changes(self) -> dict[str, Any]:

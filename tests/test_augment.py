@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lightning_dd.augment.frepo import FREPO_STRATEGY, OPERATIONS, Augmentation, apply, default_strategy
+from lightning_dd.augment.frepo import OPERATIONS, Augmentation, apply
 from lightning_dd.augment.siamese import siamese
 from lightning_dd.utils.arguments import nothing_imported
 from lightning_dd.utils.errors import UserError
@@ -74,7 +74,7 @@ def test_colour_without_change_of_saturation_for_one_channel():
 
 
 def test_one_operation_per_batch_and_the_same_draw_repeats():
-    augment = Augmentation(FREPO_STRATEGY)
+    augment = Augmentation("auto")
     draw = augment.draw(generator(3))
     images = batch()
     assert torch.equal(apply(images, draw), apply(images, draw))
@@ -141,5 +141,10 @@ def test_for_a_file_nothing_is_imported():
 
 
 def test_digits_are_not_mirrored():
-    assert "flip" not in default_strategy(mirror=False)
-    assert "flip" in default_strategy(mirror=True)
+    assert Augmentation("auto").strategy == "flip_color_crop_rotate_translate_cutout"
+    assert Augmentation("auto", mirror=False).strategy == "color_crop_rotate_translate_cutout"
+    own = Augmentation("auto+test_augment.darken", mirror=False)
+    assert own.strategy == "color_crop_rotate_translate_cutout+test_augment.darken"
+    assert own.operations[-1] is darken
+    for nothing in ("", "none"):
+        assert Augmentation(nothing).strategy == nothing

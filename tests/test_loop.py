@@ -7,7 +7,7 @@ import torch
 from helpers import TinyData, make_distilled, tiny_trainer
 from torch import nn
 
-from lightning_dd.augment.frepo import default_strategy
+from lightning_dd.augment.frepo import Augmentation
 from lightning_dd.cli import main
 from lightning_dd.data import DATA_SETS, MNIST5k
 from lightning_dd.distilled import DistilledData
@@ -111,7 +111,7 @@ def test_every_student_is_kept_channels_last(tmp_path):
 @pytest.mark.parametrize("mirror", [True, False])
 def test_whether_images_are_mirrored_is_a_fact_of_the_set(mirror):
     distilled = replace(make_distilled(ipc=2), data={"name": "x", "spec": {}, "mirror": mirror})
-    for augment, named in (("auto", default_strategy(mirror)), ("siamese", None)):
+    for augment, named in (("auto", Augmentation("auto", mirror).strategy), ("siamese", None)):
         network = new_student(SMALL, distilled, replace(PLAIN, augment=augment), seed=0)
         if named is not None:
             other = new_student(SMALL, distilled, replace(PLAIN, augment=named), seed=0)

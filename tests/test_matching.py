@@ -8,7 +8,7 @@ from helpers import LinearNetwork, TinyData, tiny_trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
 
 from lightning_dd.augment.frepo import apply
-from lightning_dd.augment.siamese import SIAMESE_STRATEGY, TRANSFORMS, siamese, siamese_strategy
+from lightning_dd.augment.siamese import TRANSFORMS, siamese
 from lightning_dd.callbacks import PoolAlternation
 from lightning_dd.data import Batch
 from lightning_dd.distillers import DC, DM, DSA
@@ -153,8 +153,8 @@ def test_the_ranges_are_the_published_ones():
 
 
 def test_strategies_are_read_and_digits_are_not_mirrored():
-    assert siamese_strategy(mirror=True) == SIAMESE_STRATEGY == "_".join(TRANSFORMS)
-    assert siamese_strategy(mirror=False) == "color_crop_cutout_scale_rotate"
+    assert siamese("auto").strategy == "color_crop_cutout_flip_scale_rotate"
+    assert siamese("auto", mirror=False).strategy == "color_crop_cutout_scale_rotate"
     assert len(siamese("crop_rotate").operations) == 2
     images = torch.randn(2, 1, 8, 8)
     assert apply(images, siamese("none").draw(generator())) is images

@@ -31,10 +31,14 @@ class Augmentation:
     """Apply one randomly drawn operation of a strategy to a batch.
 
     Args:
-        strategy: operation names joined by ``_``, and dotted paths to operations of your own joined by ``+``, as in
-            ``flip_crop+my_package.blur``; an empty string or ``none`` leaves images alone.
+        strategy: operation names joined by ``_``, or ``auto`` for all of the family; operations of your own are dotted
+            paths joined by ``+``, as in ``flip_crop+my_package.blur``. An empty string or ``none`` leaves images alone.
+        mirror: whether the data may be mirrored; otherwise ``auto`` is without ``flip``.
         operations: the operations by name; ``None`` takes FRePo's.
         shared: give all images of a batch the same random numbers in operations of your own.
+
+    Attributes:
+        strategy: the strategy with ``auto`` written out.
 
     Raises:
         UserError: an operation is unknown.
@@ -43,12 +47,24 @@ class Augmentation:
         >>> augment = Augmentation("flip_cutout")
         >>> augment(torch.ones(4, 1, 8, 8), torch.Generator().manual_seed(0)).shape
         torch.Size([4, 1, 8, 8])
+        >>> Augmentation("auto", mirror=False).strategy
+        'color_crop_rotate_translate_cutout'
     """
 
-    def __init__(self, strategy: str, operations: Mapping[str, Operation] | None = None, shared: bool = False) -> None:
+    def __init__(
+        self,
+        strategy: str,
+        mirror: bool = True,
+        operations: Mapping[str, Operation] | None = None,
+        shared: bool = False,
+    ) -> None:
         known = OPERATIONS if operations is None else operations
+        family = "_".join(name for name in known if mirror or name != "flip")
+        parts = [] if strategy in ("", "none") else strategy.split("+")
+        parts = [family if part == "auto" else part for part in parts]
+        self.strategy = "+".join(parts) or strategy
         self.operations: list[Operation] = []
-        for part in [] if strategy in ("", "none") else strategy.split("+"):
+        for part in parts:
             if "." in part:
                 self.operations.append(_operation_at(part, shared))
                 continue
@@ -144,17 +160,6 @@ OPERATIONS: dict[str, Operation] = {
     "translate": translate,
     "cutout": cutout,
 }
-FREPO_STRATEGY = "flip_color_crop_rotate_translate_cutout"
-
-
-def default_strategy(mirror: bool) -> str:
-    """Return FRePo's operations, with or without the mirror.
-
-    Example:
-        >>> default_strategy(mirror=False)
-        'color_crop_rotate_translate_cutout'
-    """
-    return FREPO_STRATEGY if mirror else FREPO_STRATEGY.removeprefix("flip_")
 
 
 def mirror(images: Tensor, mirrored: Tensor) -> Tensor:

@@ -20,37 +20,27 @@ from torch import Tensor
 
 from lightning_dd.augment.frepo import Augmentation, Operation, apply, erase, mirror, recolour, resample
 
-__all__ = ["SIAMESE_STRATEGY", "TRANSFORMS", "apply", "siamese", "siamese_strategy"]
+__all__ = ["TRANSFORMS", "apply", "siamese"]
 
-SIAMESE_STRATEGY = "color_crop_cutout_flip_scale_rotate"
 _NUMBERS = 3
 
 Transform = Callable[[Tensor, Tensor], Tensor]
 """From images ``(N, C, H, W)`` and uniform numbers in [0, 1) ``(3, N)`` to images."""
 
 
-def siamese(strategy: str, shared: bool = True) -> Augmentation:
+def siamese(strategy: str, mirror: bool = True, shared: bool = True) -> Augmentation:
     """Return an augmentation of this family.
 
     Args:
         strategy: see :class:`~lightning_dd.augment.frepo.Augmentation`.
+        mirror: likewise.
         shared: give all images of a batch the same random numbers; otherwise each gets its own.
 
     Raises:
         UserError: an operation is unknown.
     """
     operations = {name: _operation(transform, shared) for name, transform in TRANSFORMS.items()}
-    return Augmentation(strategy, operations, shared)
-
-
-def siamese_strategy(mirror: bool) -> str:
-    """Return the published operations, with or without the mirror.
-
-    Example:
-        >>> siamese_strategy(mirror=False)
-        'color_crop_cutout_scale_rotate'
-    """
-    return SIAMESE_STRATEGY if mirror else SIAMESE_STRATEGY.replace("flip_", "")
+    return Augmentation(strategy, mirror, operations, shared)
 
 
 def color(images: Tensor, numbers: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from pytorch_lightning import LightningModule, Trainer
 from torch import Tensor
 
-from lightning_dd.augment.frepo import Augmentation, default_strategy
+from lightning_dd.augment.frepo import Augmentation
 from lightning_dd.callbacks.outer_term import OuterTerm
 from lightning_dd.data.base import RealData
 from lightning_dd.data.preprocess import Preprocessing
@@ -71,8 +71,8 @@ class MetaDD(OuterTerm):
         rows: synthetic images per step, drawn anew each time; ``None`` takes all.
         per_step: architectures that look in a step, drawn anew each time by their probabilities; ``None`` takes all.
             The time of a step then does not grow with their number. Terms that compare maps need 2.
-        augment: operations joined by ``_``, one of which is drawn per step and applied before the architectures look;
-            ``auto`` is FRePo's family for the data, ``none`` is none.
+        augment: a strategy of :class:`~lightning_dd.augment.frepo.Augmentation`, of which one operation is drawn per
+            step and applied before the architectures look; ``auto`` is FRePo's family for the data, ``none`` is none.
         training: how an architecture is trained on the real data.
         looks: exceptions for single architectures, by name.
         seed: of the architectures; kept apart from the run's seed, so that seeds of a run share them.
@@ -118,7 +118,7 @@ class MetaDD(OuterTerm):
             raise UserError(f"metadd.looks names '{min(stray)}', which is none of its architectures")
         self.options, self.weight, self.scale, self.move_labels = loss, weight, scale, move_labels
         self.every, self.start, self.warmup, self.rows, self.per_step = every, start, warmup, rows, per_step
-        self.augment, self.augmentation = augment, Augmentation("none" if augment == "auto" else augment)
+        self.augment, self.augmentation = augment, Augmentation(augment)
         self.training, self.seed = training, seed
         self.architectures: list[Architecture] = []
         self.accuracies: dict[str, float] = {}
@@ -146,8 +146,7 @@ class MetaDD(OuterTerm):
         task = Task.of(data, trainer, pl_module.train_missing)
         if task.images is None or task.images[1] is None:
             raise UserError("metadd needs a validation split to judge its architectures: set data.val_fraction above 0")
-        if self.augment == "auto":
-            self.augmentation = Augmentation(default_strategy(task.facts.mirror))
+        self.augmentation = Augmentation(self.augment, task.facts.mirror)
         adapt = None
         if task.preprocessing.kind == "zca":
             standardised = Preprocessing(task.preprocessing.mean, task.preprocessing.std)

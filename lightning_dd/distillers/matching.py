@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dd.augment.frepo import Draw
-from lightning_dd.augment.siamese import siamese, siamese_strategy
+from lightning_dd.augment.siamese import siamese
 from lightning_dd.data.images import Batch
 from lightning_dd.data.sampling import ClassBlocks
 from lightning_dd.distillers.pooled import PoolDistiller
@@ -29,9 +29,9 @@ class ClassMatching(PoolDistiller):
         labels: as far as the method defines them.
         lr: learning rate of the images, and of learned labels.
         real_per_class: real images of every class per outer step, at most the smallest class.
-        augment: operations of the siamese family joined by ``_``, one of which is drawn per class and outer step and
-            applied to its real and synthetic images alike; inner steps draw one per batch with numbers of its own for
-            every image. ``auto`` takes the published family for the data, ``none`` none.
+        augment: a strategy of :func:`~lightning_dd.augment.siamese.siamese`. One operation is drawn per class and outer
+            step and applied to its real and synthetic images alike; inner steps draw one per batch with numbers of its
+            own for every image. ``auto`` takes the published family for the data, ``none`` none.
         pool_size: networks in turn; the published methods have one.
         lifetime: inner steps a network takes before it is replaced; 0 gives every outer step a fresh, untrained one.
         inner_lr: learning rate of the inner SGD.
@@ -64,13 +64,12 @@ class ClassMatching(PoolDistiller):
         )
         check_range("at least 1", real_per_class=real_per_class)
         self.real_per_class, self.augment = real_per_class, augment
-        self._use_strategy("none" if augment == "auto" else augment)
+        self._make_augmentations()
 
     def setup(self, stage: str) -> None:
         """Take the augmentation for this data, too."""
         super().setup(stage)
-        if self.augment == "auto":
-            self._use_strategy(siamese_strategy(self.facts.mirror))
+        self._make_augmentations(self.facts.mirror)
         if stage == "fit":
             self._class_blocks = ClassBlocks(self.task.train.labels, self.facts.num_classes)
 
@@ -101,8 +100,9 @@ class ClassMatching(PoolDistiller):
         """Return SGD without momentum."""
         return torch.optim.SGD(parameters, lr=self.inner_lr)
 
-    def _use_strategy(self, strategy: str) -> None:
-        self.siamese, self.inner_augmentation = siamese(strategy), siamese(strategy, shared=False)
+    def _make_augmentations(self, mirror: bool = True) -> None:
+        self.siamese = siamese(self.augment, mirror)
+        self.inner_augmentation = siamese(self.augment, mirror, shared=False)
 
 
 @contextmanager

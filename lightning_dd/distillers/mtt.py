@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import vector_to_parameters
 
-from lightning_dd.augment.siamese import apply, siamese, siamese_strategy
+from lightning_dd.augment.siamese import apply, siamese
 from lightning_dd.data.sampling import ShuffledStream
 from lightning_dd.distilled.set import DistilledSet
 from lightning_dd.distillers.base import Distiller
@@ -99,7 +99,7 @@ class MTT(Distiller):
             )
         self.augment = augment
         self.expert_recipe = ExpertRecipe(
-            augment="none" if augment == "auto" else augment,
+            augment=augment,
             epochs=trajectory_epochs,
             lr=expert_lr,
             batch_size=expert_batch_size,
@@ -118,9 +118,8 @@ class MTT(Distiller):
         super().setup(stage)
         if stage != "fit" or self._networks:
             return
-        if self.augment == "auto":
-            self.expert_recipe = replace(self.expert_recipe, augment=siamese_strategy(self.facts.mirror))
-        self._augmentation = siamese(self.expert_recipe.augment, shared=False)
+        self._augmentation = siamese(self.augment, self.facts.mirror, shared=False)
+        self.expert_recipe = replace(self.expert_recipe, augment=self._augmentation.strategy)
         self._trajectories: dict[str, Trajectories] = {}
         for name in self.networks.names:
             settings = (name, self.task, self.expert_recipe, self.expert_seed)

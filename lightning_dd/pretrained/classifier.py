@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_dd.augment.frepo import Augmentation, default_strategy
+from lightning_dd.augment.frepo import Augmentation
 from lightning_dd.data.sampling import EvalBatches, next_batch
 from lightning_dd.models.factory import build_network
 from lightning_dd.models.interface import Network
@@ -97,7 +97,7 @@ def trained_classifier(
 def _fit(architecture: str, network: Network, task: Task, recipe: ClassifierRecipe, seed: int) -> float:
     """Train in place with cross-entropy; return the validation accuracy in [0, 1]."""
     seed = derive_seed(seed, "classifier", architecture)
-    stream, augmentation = task.stream(recipe.batch_size, seed), Augmentation(default_strategy(task.facts.mirror))
+    stream, augmentation = task.stream(recipe.batch_size, seed), Augmentation("auto", task.facts.mirror)
 
     def loss_at(step: int) -> Tensor:
         images, labels = next_batch(task.train, stream, task.device)

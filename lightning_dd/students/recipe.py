@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_dd.augment.frepo import Augmentation, default_strategy
-from lightning_dd.augment.siamese import siamese, siamese_strategy
+from lightning_dd.augment.frepo import Augmentation
+from lightning_dd.augment.siamese import siamese
 from lightning_dd.losses.krr import half_squared_error
 from lightning_dd.utils.errors import check_range, unknown_name
 
@@ -36,8 +36,8 @@ class Recipe:
         warmup: steps spent warming up.
         final_lr: last learning rate of the cosine relative to the peak.
         batch_size: images per step, at most the whole set.
-        augment: operations joined by ``_``; ``auto`` is FRePo's family for the data, ``siamese`` that of DSA, ``none``
-            is none.
+        augment: a strategy of :class:`~lightning_dd.augment.frepo.Augmentation`; ``auto`` is FRePo's family for the
+            data, ``siamese`` that of DSA, ``none`` is none.
         ema: decay of an exponential moving average of the weights that is tested instead; 0 for none.
         optimizer: ``adam``, ``adamw`` or ``sgd``.
         momentum: of SGD.
@@ -109,8 +109,8 @@ class Recipe:
             UserError: an operation is unknown.
         """
         if self.augment == "siamese":
-            return siamese(siamese_strategy(mirror), shared=False)
-        return Augmentation(default_strategy(mirror) if self.augment == "auto" else self.augment)
+            return siamese("auto", mirror, shared=False)
+        return Augmentation(self.augment, mirror)
 
     def build_optimizer(self, network: nn.Module) -> torch.optim.Optimizer:
         """Return the optimizer of the network's parameters."""
