@@ -383,6 +383,20 @@ def test_loops_follow_from_the_images_per_class(tmp_path, ipc, batch_size, inner
     assert (model.inner_steps, model.pool.lifetime) == (inner, lifetime)
 
 
+def test_an_inner_pass_shows_every_synthetic_image_once(tmp_path):
+    model = fitted(tmp_path, DC, 1, ipc=4, inner_batch_size=5)
+    passes = []
+    for start in (0, 3, model.inner_steps):  # two passes after one outer step, and the first after the next
+        rows = []
+        for age in range(start, start + 3):
+            model.pool.current.age = age
+            rows.append(model.draw_inner_rows(12, torch.device("cpu")))
+        assert [len(batch) for batch in rows] == [5, 5, 2]  # as a loader that keeps its last batch
+        assert sorted(torch.cat(rows).tolist()) == list(range(12))
+        passes.append(torch.cat(rows).tolist())
+    assert passes[0] != passes[1]
+
+
 def test_the_table_of_loops():
     assert {ipc: (DC(ipc=ipc).outer_loop, DC(ipc=ipc).inner_loop) for ipc in LOOPS} == LOOPS
     assert (DC(ipc=35).outer_loop, DC(ipc=35).inner_loop) == LOOPS[40]

@@ -68,6 +68,13 @@ class DC(ClassMatching):
         batches = -(-len(self.synthetic) // self.inner_batch_size)
         return self._given_steps or self.inner_loop * batches
 
+    def draw_inner_rows(self, count: int, device: torch.device) -> Tensor:
+        """Return the next batch of a pass: every pass shows all images once, in an order of its own."""
+        batches = -(-count // self.inner_batch_size)
+        done, place = divmod(self.pool.current.age % self.inner_steps, batches)
+        order = torch.randperm(count, generator=self.step_generator("inner pass", done))
+        return order[place * self.inner_batch_size :][: self.inner_batch_size].to(device)
+
     def configure_pool(self, generator: torch.Generator, device: torch.device) -> ModelPool:
         """Return the pool; a network serves the published number of outer steps unless its lifetime was given."""
         if self._given_lifetime is None:

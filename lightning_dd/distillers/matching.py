@@ -35,7 +35,7 @@ class ClassMatching(PoolDistiller):
         pool_size: networks in turn; the published methods have one.
         lifetime: inner steps a network takes before it is replaced; 0 gives every outer step a fresh, untrained one.
         inner_lr: learning rate of the inner SGD.
-        inner_batch_size: synthetic images per inner step, drawn without replacement.
+        inner_batch_size: synthetic images per inner step.
         **kwargs: see :class:`PoolDistiller`.
     """
 

@@ -97,9 +97,12 @@ class PoolDistiller(Distiller):
             images, labels = (part.detach() for part in self.synthetic())
         if self.inner_batch_size >= len(images):
             return images, labels
-        rows = torch.randperm(len(images), generator=self._inner_generator, device=images.device)
-        rows = rows[: self.inner_batch_size]
+        rows = self.draw_inner_rows(len(images), images.device)
         return images[rows], labels[rows]
+
+    def draw_inner_rows(self, count: int, device: torch.device) -> Tensor:
+        """Draw which of ``count`` synthetic images an inner step learns, int64: without replacement."""
+        return torch.randperm(count, generator=self._inner_generator, device=device)[: self.inner_batch_size]
 
     def configure_pool(self, generator: torch.Generator, device: torch.device) -> ModelPool:
         """Return the model pool; called once per rank when a fit begins."""
