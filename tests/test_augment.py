@@ -2,7 +2,11 @@
 
 import pytest
 import torch
+from torchvision.transforms import RandomResizedCrop
+from torchvision.transforms import functional as vision
 
+from lightning_dd.augment.crops import draw_crops
+from lightning_dd.augment.crops import resample as resample_crops
 from lightning_dd.augment.frepo import OPERATIONS, Augmentation, apply
 from lightning_dd.augment.siamese import siamese
 from lightning_dd.utils.arguments import nothing_imported
@@ -37,11 +41,27 @@ def test_flip_mirrors_about_half():
     assert 150 < int(flipped.sum()) < 250
 
 
-def test_cutout_fills_a_hole_of_a_quarter_side_with_zero():
-    holes = (OPERATIONS["cutout"](torch.ones(500, 1, 16, 16), generator()) == 0).sum((1, 2, 3))
-    assert holes.max() <= 5 * 5
-    assert holes.median() >= 12
-    assert holes.min() >= 1
+def test_cutout_fills_a_whole_square_of_a_quarter_side_with_zero():
+    holes = OPERATIONS["cutout"](torch.ones(500, 1, 16, 16), generator())[:, 0] == 0
+    assert (holes.sum((1, 2)) == 4 * 4).all()
+    tops = holes.any(2).float().argmax(1)
+    assert set(tops.tolist()) == set(range(13))
+
+
+@pytest.mark.parametrize("name", ["crop", "rotate", "translate"])
+def test_what_comes_into_view_repeats_the_edge(name):
+    torch.testing.assert_close(OPERATIONS[name](torch.ones(64, 1, 16, 16), generator()), torch.ones(64, 1, 16, 16))
+
+
+def test_crop_zooms_log_uniformly_at_a_random_place():
+    ramp = torch.arange(32.0).expand(2000, 1, 32, 32)
+    middle = OPERATIONS["crop"](ramp, generator())[:, 0, 16, 15:17]
+    window, shift = middle[:, 1] - middle[:, 0], middle.mean(1) - 15.5
+    assert float(window.log().median()) == pytest.approx(0, abs=0.02)
+    assert (float(window.min()), float(window.max())) == pytest.approx((0.8, 1.25), abs=0.002)
+    furthest = 16 * (1 - window).abs()  # 4 pixels at most
+    assert (shift.abs() <= furthest + 1e-3).all()
+    assert float((shift / furthest)[furthest > 0.1].std()) == pytest.approx(3**-0.5, abs=0.02)
 
 
 def test_translate_moves_by_at_most_an_eighth():
@@ -148,3 +168,46 @@ def test_digits_are_not_mirrored():
     assert own.operations[-1] is darken
     for nothing in ("", "none"):
         assert Augmentation(nothing).strategy == nothing
+
+
+@pytest.mark.parametrize("side", [32, 96])
+def test_random_resized_crops_are_drawn_as_torchvision_draws_them(side):
+    boxes = draw_crops(4000, (side, side), 0.08, generator()) * side
+    torch.testing.assert_close(boxes, boxes.round())  # whole pixels
+    image = torch.zeros(1, side, side)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        drawn = [RandomResizedCrop.get_params(image, [0.08, 1.0], [3 / 4, 4 / 3]) for _ in range(4000)]
+    theirs = torch.tensor(drawn).float()[:, [1, 0, 3, 2]]
+    for ours, other in zip(
+        (boxes.mean(0), (boxes[:, 2] / boxes[:, 3]).log().std(), areas(boxes).quantile(places)),
+        (theirs.mean(0), (theirs[:, 2] / theirs[:, 3]).log().std(), areas(theirs).quantile(places)),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, other, rtol=0.05, atol=0.02 * side)
+    assert float((areas(boxes) > 0.9 * side**2).float().mean()) < 0.05
+
+
+places = torch.tensor([0.1, 0.5, 0.9, 0.97])
+
+
+def areas(boxes):
+    return boxes[:, 2] * boxes[:, 3]
+
+
+def test_a_box_that_never_fits_becomes_the_largest_one_about_the_centre():
+    assert draw_crops(1, (12, 32), 1.0, generator()).tolist() == [[0.25, 0.0, 0.5, 1.0]]
+
+
+def test_crops_are_brought_back_to_size_as_torchvision_does():
+    images = torch.randn(30, 3, 28, 20, generator=generator())
+    boxes, flips = draw_crops(30, (28, 20), 0.08, generator()), torch.arange(30) % 2 == 0
+    for image, (left, top, width, height), flipped, ours in zip(
+        images,
+        (boxes * torch.tensor([20, 28, 20, 28])).round().int().tolist(),
+        flips,
+        resample_crops(images, boxes, flips),
+        strict=True,
+    ):
+        theirs = vision.resized_crop(image, top, left, height, width, [28, 20], antialias=True)
+        torch.testing.assert_close(ours, theirs.flip(-1) if flipped else theirs, rtol=1e-4, atol=1e-4)

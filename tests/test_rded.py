@@ -51,7 +51,7 @@ def test_the_surest_crops_are_chosen_and_tiled(ipc, patches, preprocessing, tmp_
     for label in range(3):
         own = (train.labels == label).nonzero().flatten()
         order = own[torch.randperm(len(own), generator=generator)[:7]]
-        boxes = draw_crops(21, 0.3, generator, ratio=1.0)
+        boxes = draw_crops(21, (8, 8), 0.3, generator, ratio=1.0)
         torch.testing.assert_close(boxes[:, 2], boxes[:, 3])  # square
         best = []
         for place, row in enumerate(order.tolist()):

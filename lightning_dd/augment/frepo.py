@@ -1,8 +1,8 @@
 """Differentiable augmentation on batches of normalised images, on their device.
 
-FRePo's family (Zhou et al. 2022, code): one operation drawn per batch, its parameters per sample. They act in
-normalised (possibly whitened) space: "brightness" is a shift there and a hole is filled with 0, the data mean.
-Nothing is clipped to a pixel range.
+FRePo's family (Zhou et al. 2022, official code: ``lib/dataset/augmax``): one operation drawn per batch, its parameters
+per sample. They act in normalised (possibly whitened) space: "brightness" is a shift there and a hole is filled with 0,
+the data mean. What moves into view from outside an image repeats its edge. Nothing is clipped to a pixel range.
 """
 
 import math
@@ -124,32 +124,36 @@ def color(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def crop(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Zoom about the centre by a factor in [0.8, 1.25], zeros outside."""
-    zoom = _uniform(images, 0.8, 1.25, generator)
-    zeros = torch.zeros_like(zoom)
-    return resample(images, 1 / zoom, zeros, zeros, 1 / zoom, zeros, zeros)
+    """Zoom by a log-uniform factor z in [0.8, 1.25], anywhere the smaller of image and window lies inside the larger.
+
+    The window's centre is therefore up to ``|1 - 1/z| / 2`` of the side away, 4 of 32 pixels at most.
+    """
+    window = _uniform(images, -math.log(1.25), math.log(1.25), generator).exp()  # the side of the window, 1 / z
+    across, down = (_uniform(images, -1, 1, generator) * (1 - window).abs() for _ in range(2))
+    zeros = torch.zeros_like(window)
+    return resample(images, window, zeros, zeros, window, across, down, "border")
 
 
 def rotate(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Rotate by up to 15 degrees either way, zeros outside."""
+    """Rotate by up to 15 degrees either way."""
     angle = _uniform(images, -15, 15, generator) * (math.pi / 180)
     zeros = torch.zeros_like(angle)
-    return resample(images, angle.cos(), -angle.sin(), angle.sin(), angle.cos(), zeros, zeros)
+    return resample(images, angle.cos(), -angle.sin(), angle.sin(), angle.cos(), zeros, zeros, "border")
 
 
 def translate(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Shift by up to 1/8 of the side either way, zeros outside."""
+    """Shift by up to 1/8 of the side either way."""
     across, down = (_uniform(images, -0.25, 0.25, generator) for _ in range(2))  # the grid spans [-1, 1]
     ones, zeros = torch.ones_like(across), torch.zeros_like(across)
-    return resample(images, ones, zeros, zeros, ones, across, down)
+    return resample(images, ones, zeros, zeros, ones, across, down, "border")
 
 
 def cutout(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Fill a square hole of a quarter of the side with 0 at a random place, cut off at the border."""
+    """Fill a square hole of a quarter of the side with 0, wherever it lies whole inside the image."""
     height, width = images.shape[-2:]
-    top = _uniform(images, 0, height, generator) - height / 8
-    left = _uniform(images, 0, width, generator) - width / 8
-    return erase(images, top, left, height / 4, width / 4)
+    down, across = max(1, height // 4), max(1, width // 4)
+    top, left = (_uniform(images, 0, free + 1, generator).floor() for free in (height - down, width - across))
+    return erase(images, top, left, down, across)
 
 
 OPERATIONS: dict[str, Operation] = {
@@ -194,11 +198,16 @@ def erase(images: Tensor, top: Tensor, left: Tensor, height: float, width: float
     return images.masked_fill((inside_rows & inside_columns).unsqueeze(1), 0)
 
 
-def resample(images: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """Resample through the per-image map ``[[a, b, x], [c, d, y]]`` of the [-1, 1] grid, zeros outside."""
+def resample(
+    images: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, x: Tensor, y: Tensor, outside: str = "zeros"
+) -> Tensor:
+    """Resample through the per-image map ``[[a, b, x], [c, d, y]]`` of the [-1, 1] grid.
+
+    ``outside`` the images are ``zeros``, or the edge goes on (``border``).
+    """
     theta = torch.stack([a, b, x, c, d, y], dim=1).view(-1, 2, 3)
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)
-    return F.grid_sample(images.float(), grid, padding_mode="zeros", align_corners=False)
+    return F.grid_sample(images.float(), grid, padding_mode=outside, align_corners=False)
 
 
 def _uniform(images: Tensor, low: float, high: float, generator: torch.Generator) -> Tensor:

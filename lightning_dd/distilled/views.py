@@ -128,7 +128,7 @@ def draw_views(
         flip: mirror with probability 1/2.
     """
     height, width = image_shape[1:]
-    crops = draw_crops(epochs * rows, min_scale, generator).view(epochs, rows, 4)
+    crops = draw_crops(epochs * rows, (height, width), min_scale, generator).view(epochs, rows, 4)
     flips = torch.rand(epochs, rows, generator=generator) < (0.5 if flip else 0.0)
     partners = torch.rand(epochs, rows, generator=generator).argsort(1)  # a permutation of the rows in each epoch
     share = torch.rand(epochs, rows, generator=generator).sqrt()

@@ -69,7 +69,9 @@ class RDED(SelectionDistiller):
                     f"ipc={self.ipc} with patches={self.patches} needs {needed} candidates of every class, and class "
                     f"{label} has {len(order)}"
                 )
-            boxes = draw_crops(len(order) * self.crops, self.crop_min_scale, generator, ratio=1.0)
+            boxes = draw_crops(
+                len(order) * self.crops, facts.image_shape[1:], self.crop_min_scale, generator, ratio=1.0
+            )
             pixels = train.pixels(rows[order.to(rows.device)]).to(self.task.device)
             made.append(self.best_crops(pixels, boxes.to(pixels.device), label, needed))
         tiled = torch.cat([tile(pixels, self.patches) for pixels in made])

@@ -133,7 +133,7 @@ class SRe2L(TeacherDistiller):
         generator = self.step_generator("windows")
         mirrors = 0.5 if self.facts.mirror else 0.0
         return Windows(
-            crops=draw_crops(groups, self.min_scale, generator),
+            crops=draw_crops(groups, self.facts.image_shape[1:], self.min_scale, generator),
             flips=torch.rand(groups, generator=generator) < mirrors,
             shifts=torch.randint(-self.jitter, self.jitter + 1, (groups, 2), generator=generator),
         )

@@ -83,6 +83,7 @@ def trained_classifier(
     if file is None:
         settings = {setting.name: getattr(recipe, setting.name) for setting in fields(ClassifierRecipe)}
         identity = {"architecture": architecture, "recipe": settings, "mirror": facts.mirror, "seed": seed}
+        identity["augmentation"] = "edges repeat"  # those of earlier versions had learned from zeros outside of images
         trained = train_once("classifiers", identity, make, task, what)
     else:
         trained = read_trained(Path(file), f"file of {what}")
