@@ -134,7 +134,10 @@ def test_a_subset_takes_its_sources_settings_and_statistics():
 
     data = ClassSubset("MNIST5k", [5], {"val_fraction": 0.5, "split_seed": 3, "eval_batch_size": 7})
     assert (data.val_fraction, data.split_seed, data.eval_batch_size) == (0.5, 3, 7)
-    assert data.channel_mean == MNIST5k.channel_mean
+    assert data.statistics == (MNIST5k.channel_mean, MNIST5k.channel_std)
+    chosen = {"preprocessing": "zca", "mean": [0.1], "std": [0.4], "zca_ridge": 0.2}
+    data = ClassSubset("MNIST5k", [5], chosen)
+    assert (data.statistics, data.zca_ridge) == (([0.1], [0.4]), 0.2)
 
 
 def test_a_subsets_preprocessing_can_be_given(tmp_path):

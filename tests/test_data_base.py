@@ -148,7 +148,7 @@ def test_the_train_loader_counts_steps():
 
 
 BAD_ARGUMENTS = [
-    ({"preprocessing": "whiten"}, "data.preprocessing must be one of standardise, zca, got 'whiten'"),
+    ({"preprocessing": "whiten"}, "data.preprocessing must be one of standardise, zca, kornia-zca, got 'whiten'"),
     ({"val_fraction": 1.0}, r"data.val_fraction must be in \[0, 1\), got 1.0"),
     ({"val_fraction": -0.1}, r"data.val_fraction must be in \[0, 1\)"),
     ({"val_fraction": float("nan")}, r"data.val_fraction must be in \[0, 1\)"),
@@ -314,7 +314,7 @@ def test_autocast_does_not_blunt_whitening():
 
 
 def test_unknown_preprocessing():
-    with pytest.raises(UserError, match="preprocessing must be one of standardise, zca, got 'pca'"):
+    with pytest.raises(UserError, match="preprocessing must be one of standardise, zca, kornia-zca, got 'pca'"):
         fit_preprocessing("pca", smooth_pixels(4))
 
 
@@ -565,3 +565,62 @@ def test_three_ranks_see_each_sample_exactly_once(count):
 def test_the_step_counter_has_a_length():
     assert list(StepCounter(3)) == [0, 1, 2]
     assert len(StepCounter(3)) == 3
+
+
+# --- preprocessing that papers chose ------------------------------------------------------------------------------
+
+
+def test_statistics_and_regulariser_can_be_chosen():
+    data = Toy(mean=[0.5, 0.4, 0.3], std=[0.2023, 0.1994, 0.2010])
+    data.setup("fit")
+    assert data.preprocessing.mean.tolist() == pytest.approx([0.5, 0.4, 0.3])
+    assert data.preprocessing.std.tolist() == pytest.approx([0.2023, 0.1994, 0.2010])
+    assert data.spec()["std"] == [0.2023, 0.1994, 0.2010]
+    assert Toy(**data.spec()).statistics == data.statistics
+    assert data.facts.preprocessing.startswith("standardise, mean [0.5")  # so a checkpoint of other numbers is refused
+    only_std = Toy(std=[0.25] * 3)
+    only_std.setup("fit")
+    measured = Toy()
+    measured.setup("fit")
+    assert torch.equal(only_std.preprocessing.mean, measured.preprocessing.mean)
+    assert only_std.preprocessing.std.tolist() == [0.25] * 3
+    ridges = Toy(preprocessing="zca", zca_ridge=0.3), Toy(preprocessing="zca", zca_ridge=0.1), Toy(preprocessing="zca")
+    for data in ridges:
+        data.setup("fit")
+    larger, published, default = (data.preprocessing for data in ridges)
+    assert torch.equal(published.zca_whiten, default.zca_whiten)
+    assert float(larger.zca_whiten.norm()) < 0.9 * float(default.zca_whiten.norm())
+
+
+def test_kornia_zca_whitens_raw_pixels_with_an_absolute_regulariser():
+    data = Toy(preprocessing="kornia-zca", val_fraction=0)
+    data.setup("fit")
+    rows = to_unit(data.splits[True].images).flatten(1).double().numpy()
+    left, values, _ = np.linalg.svd(np.cov(rows, rowvar=False))
+    whiten = left @ np.diag(1 / np.sqrt(values + 0.1)) @ left.T
+    expected = (rows - rows.mean(0)) @ whiten
+    np.testing.assert_allclose(data.train.everything().images.flatten(1).numpy(), expected, atol=1e-5)
+    assert data.facts.preprocessing == data.spec()["preprocessing"] == "kornia-zca"
+    few = fit_preprocessing("kornia-zca", smooth_pixels(10))  # fewer images than dimensions: the ridge alone fills up
+    torch.testing.assert_close(
+        few.inverse(few(to_unit(smooth_pixels(4)))), to_unit(smooth_pixels(4)), atol=1e-4, rtol=0
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"std": [0.2, 0.0, 0.2]}, r"data\.std must be positive, got 0\.0"),
+        ({"mean": [127.0, 127.0, 127.0]}, r"data\.mean must be in \[0, 1\], got 127\.0"),
+        ({"mean": [0.5]}, r"data\.mean must be one number per channel, 3 here, got 1"),
+        ({"std": []}, r"data\.std must be one number per channel, 3 here, got 0"),
+        ({"zca_ridge": 0.1}, r"data\.zca_ridge: preprocessing standardise does not whiten"),
+        ({"preprocessing": "zca", "zca_ridge": 0.0}, r"data\.zca_ridge must be positive, got 0\.0"),
+        ({"preprocessing": "kornia-zca", "std": [0.2] * 3}, r"data\.mean and data\.std: .* leave them out"),
+        ({"preprocessing": "kornia-zca", "zca_block": 2}, r"kornia-zca whitens whole images, of up to 64 pixels"),
+    ],
+)
+def test_preprocessing_that_makes_no_sense_is_refused_in_one_line(arguments, said):
+    with pytest.raises(UserError, match=said) as error:
+        Toy(**arguments).setup("fit")
+    assert "\n" not in str(error.value)

@@ -35,7 +35,8 @@ class RealData(RemembersArguments, LightningDataModule, ABC):
 
     Args:
         root: folder of the data set; ``None`` where nothing is on disk or the default cache is meant.
-        preprocessing: ``standardise`` or ``zca``.
+        preprocessing: ``standardise``, ``zca`` (FRePo's) or ``kornia-zca`` (MTT's, on raw pixels):
+            see :func:`~lightning_dd.data.preprocess.fit_preprocessing`.
         val_fraction: share of train cut off for validation, in [0, 1); 0 means no validation split.
         eval_batch_size: images per validation or test batch.
         split_seed: seed of the train/validation split, kept apart from the run's seed so that seeds compare.
@@ -46,6 +47,11 @@ class RealData(RemembersArguments, LightningDataModule, ABC):
         workers: threads that read streamed images, one uniform batch ahead; 0 reads when asked.
         zca_block: side of the blocks that ZCA whitens, in pixels; ``None`` whitens images of up to 64 pixels whole
             and larger ones in a checkerboard of blocks of at most 64 (FRePo's way).
+        mean: channel means of pixels in [0, 1]; ``None`` takes those the data set gives, else measures them. Papers
+            differ here: DC, DSA, DM and MTT divide CIFAR-10 by (.2023, .1994, .2010), FRePo by (.2470, .2435, .2616).
+        std: channel standard deviations, likewise.
+        zca_ridge: regulariser of ZCA: relative to the mean variance for ``zca``, absolute for ``kornia-zca``; ``None``
+            takes the 0.1 of both papers.
         mirror: whether an image keeps its meaning when it is mirrored left to right, so that augmentation may do so;
             ``None`` takes what the data set says of itself (digits do not, anything unknown does).
 
@@ -72,6 +78,9 @@ class RealData(RemembersArguments, LightningDataModule, ABC):
         workers: int = 4,
         zca_block: int | None = None,
         mirror: bool | None = None,
+        mean: list[float] | None = None,
+        std: list[float] | None = None,
+        zca_ridge: float | None = None,
     ) -> None:
         super().__init__()
         self.name: str = type(self).__name__  # by which a distilled set remembers where it came from
@@ -80,6 +89,15 @@ class RealData(RemembersArguments, LightningDataModule, ABC):
         check_range("in [0, 1)", "data.", val_fraction=val_fraction)
         check_range("at least 1", "data.", eval_batch_size=eval_batch_size, zca_block=zca_block)
         check_range("at least 0", "data.", workers=workers)
+        check_range("positive", "data.", zca_ridge=zca_ridge)
+        for number in mean or []:
+            check_range("in [0, 1]", "data.", mean=number)
+        for number in std or []:
+            check_range("positive", "data.", std=number)
+        if preprocessing == "kornia-zca" and (mean is not None or std is not None):
+            raise UserError("data.mean and data.std: preprocessing kornia-zca whitens raw pixels; leave them out")
+        if preprocessing == "standardise" and zca_ridge is not None:
+            raise UserError("data.zca_ridge: preprocessing standardise does not whiten; set data.preprocessing=zca")
         if on_disk and not self.can_stay_on_disk:
             raise UserError(
                 f"data.on_disk: {self.name} is read whole into memory; set data.keep_on_device=false instead"
@@ -93,6 +111,7 @@ class RealData(RemembersArguments, LightningDataModule, ABC):
         self.on_disk = on_disk
         self.workers = workers
         self.zca_block = zca_block
+        self.mean, self.std, self.zca_ridge = mean, std, zca_ridge
         self.mirror = self.can_be_mirrored if mirror is None else mirror
         self.preprocessing: Preprocessing | None = None
         self.train: Split | None = None
@@ -119,10 +138,22 @@ class RealData(RemembersArguments, LightningDataModule, ABC):
             "preprocessing": self.preprocessing_kind,
             "val_fraction": self.val_fraction,
             "split_seed": self.split_seed,
+            **self._chosen(),
         }
         if self.zca_block is not None:
             spec["zca_block"] = self.zca_block
         return spec if self.mirror == self.can_be_mirrored else spec | {"mirror": self.mirror}
+
+    def _chosen(self) -> dict[str, Any]:
+        """What was chosen of the preprocessing, beside its kind."""
+        chosen = {"mean": self.mean, "std": self.std, "zca_ridge": self.zca_ridge}
+        return {name: value for name, value in chosen.items() if value is not None}
+
+    @property
+    def statistics(self) -> tuple[Sequence[float] | None, Sequence[float] | None]:
+        """Channel means and standard deviations: those asked for, else those the data set gives."""
+        mean = self.channel_mean if self.mean is None else self.mean
+        return mean, self.channel_std if self.std is None else self.std
 
     def origin(self) -> dict[str, Any]:
         """Return what a distilled set keeps of its data: name, arguments without paths, fingerprint, mirror."""
@@ -164,11 +195,12 @@ class RealData(RemembersArguments, LightningDataModule, ABC):
         if len(held_out):
             self.val = self._split_of(raw, held_out)
         channels, height, width = raw.images.shape[1:]
+        form = str(self.preprocessing).replace("zca", self.preprocessing_kind)
         self._facts = DataFacts(
             name=self.name,
             class_names=raw.class_names,
             image_shape=(channels, height, width),
-            preprocessing=str(self.preprocessing),
+            preprocessing=", ".join([form, *(f"{name} {value}" for name, value in self._chosen().items())]),
             fingerprint=fingerprint,
             mirror=self.mirror,
         )
@@ -185,16 +217,17 @@ class RealData(RemembersArguments, LightningDataModule, ABC):
 
     def _fitted(self, pixels: Tensor, rows: Tensor, fingerprint: str) -> Preprocessing:
         """Fit the preprocessing, or take it from the cache where fitting takes long."""
-        kind, mean, std = self.preprocessing_kind, self.channel_mean, self.channel_std
-        stride = block_stride(pixels.shape[2], pixels.shape[3], self.zca_block) if kind == "zca" else 1
+        kind, ridge, (mean, std) = self.preprocessing_kind, self.zca_ridge, self.statistics
+        stride = 1 if kind == "standardise" else block_stride(pixels.shape[2], pixels.shape[3], self.zca_block)
         device = self._device() if self._device().type == "cuda" else torch.device("cpu")
 
         def fit() -> Preprocessing:
-            return fit_preprocessing(kind, pixels, mean, std, zca_block=self.zca_block, device=device, rows=rows)
+            return fit_preprocessing(kind, pixels, mean, std, ridge, self.zca_block, device, rows)
 
-        if kind != "zca" and self.train_key() is None:
+        if kind == "standardise" and self.train_key() is None:
             return fit()
-        key = content_key("preprocessing", fingerprint, kind, mean and tuple(mean), std and tuple(std), RIDGE, stride)
+        statistics = mean and tuple(mean), std and tuple(std)
+        key = content_key("preprocessing", fingerprint, kind, *statistics, ridge or RIDGE, stride)
         return Preprocessing.from_state_dict(cached_tensors("preprocessing", key, lambda: fit().state_dict()))
 
     def _fingerprint(self, raw: RawSplit, rows: Tensor) -> str:
@@ -243,7 +276,7 @@ class RealData(RemembersArguments, LightningDataModule, ABC):
     def _check_room(self, raw: RawSplit) -> None:
         """Refuse to keep on the device what is larger than its whole memory."""
         device = self._device()
-        needed = raw.images.numel() * (4 if self.preprocessing_kind == "zca" else raw.images.element_size())
+        needed = raw.images.numel() * (raw.images.element_size() if self.preprocessing_kind == "standardise" else 4)
         room = None if self.on_disk or not self.keep_on_device else _memory_of(device)
         if room is not None and needed > room:
             raise UserError(

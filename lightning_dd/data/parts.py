@@ -26,7 +26,7 @@ class _Part(RealData):
         self.name, self.source = name, source
         self.mirror = source.mirror
         # Statistics are the class's elsewhere; a part takes those of whatever it is a part of.
-        vars(self).update(channel_mean=source.channel_mean, channel_std=source.channel_std)
+        vars(self).update(zip(("channel_mean", "channel_std"), source.statistics, strict=True))
 
     def prepare_data(self) -> None:
         """Let the source download what it needs."""
@@ -183,7 +183,8 @@ class ClassSubset(_Part):
         if not classes or min(classes) < 0 or len(set(classes)) < len(classes):
             raise UserError(f"classes must be different labels, at least one, got {list(classes)}")
         whole = build_data(source, source_args, root)
-        taken_over = ("root", "val_fraction", "eval_batch_size", "split_seed", "workers", "zca_block")
+        taken_over = ["root", "val_fraction", "eval_batch_size", "split_seed", "workers", "zca_block"]
+        taken_over += ["mean", "std", "zca_ridge"]
         super().__init__(
             source,
             whole,

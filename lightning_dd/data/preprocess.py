@@ -9,11 +9,12 @@ from torch.nn import functional as F
 
 from lightning_dd.utils.errors import UserError
 
-KINDS = ("standardise", "zca")
+KINDS = ("standardise", "zca", "kornia-zca")
+"""``zca`` is FRePo's; ``kornia-zca`` is what MTT, DATM and their kin call ZCA. Neither can stand for the other."""
 LARGEST_BLOCK = 64
 """Side in pixels up to which images are whitened whole; FRePo whitens larger ones in blocks of at most this side."""
 RIDGE = 0.1
-"""FRePo's regulariser of the covariance, relative to the mean variance."""
+"""The regulariser of the covariance that both papers take: FRePo relative to the mean variance, MTT as it stands."""
 
 _SMALLEST_BLOCK = 16  # the side below which a block chosen for the user would hardly whiten anything
 _FIT_NUMBERS = 8192 * 3072  # numbers in a block of a fit: float64 copies of the whole set would triple its memory
@@ -22,8 +23,7 @@ _FIT_NUMBERS = 8192 * 3072  # numbers in a block of a fit: float64 copies of the
 class Preprocessing:
     """An invertible map between pixels in [0, 1] and normalised images, both ``(N, C, H, W)`` float32.
 
-    ``normalised = whiten((pixels - mean) / std)``. Of the two kinds, ``standardise`` does not whiten, and ``zca`` does,
-    with FRePo's *relative* regulariser (Zhou et al. 2022, arXiv 2206.00719). Images distilled in whitened space are
+    ``normalised = whiten((pixels - mean) / std)``, where only ZCA whitens. Images distilled in whitened space are
     worthless unless test images are whitened with the same matrix, so it travels with the distilled set.
 
     Images larger than the whitening matrix are whitened in blocks: with stride s, block (i, j) holds the pixels
@@ -59,7 +59,7 @@ class Preprocessing:
 
     @property
     def kind(self) -> str:
-        """``"standardise"`` or ``"zca"``."""
+        """``"standardise"``, or ``"zca"`` where images are whitened, whoever fitted the matrix."""
         return "standardise" if self.zca_whiten is None else "zca"
 
     def __str__(self) -> str:
@@ -119,36 +119,53 @@ def fit_preprocessing(
     pixels: Tensor,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
-    zca_ridge: float = RIDGE,
+    zca_ridge: float | None = None,
     zca_block: int | None = None,
     device: torch.device | str = "cpu",
     rows: Tensor | None = None,
 ) -> Preprocessing:
     """Fit a preprocessing on training pixels.
 
+    - ``standardise``: channel means and deviations.
+    - ``zca``: whitens standardised images with a regulariser *relative* to the mean variance, as FRePo (Zhou et al.
+      2022, arXiv 2206.00719) does.
+    - ``kornia-zca``: whitens raw pixels with an *absolute* regulariser, as MTT (Cazenavette et al. 2022, arXiv
+      2203.11932) does by kornia. On CIFAR-10 its 0.1 is 1.6 times the mean variance, so it whitens far less.
+
     Pixels are read block by block, so they need not fit in memory. Computed in float64, returned in float32.
 
     Args:
-        kind: ``"standardise"`` or ``"zca"``.
+        kind: one of :data:`KINDS`.
         pixels: the images, uint8 ``(N, C, H, W)`` or float in [0, 1].
         mean: channel means to use instead of the measured ones (published statistics).
         std: channel standard deviations, likewise.
-        zca_ridge: FRePo's regulariser relative to the mean variance.
+        zca_ridge: regulariser of ZCA; ``None`` takes the published :data:`RIDGE`.
         zca_block: side in pixels of the blocks that are whitened; see :func:`block_stride`.
         device: where to compute; the result is on the CPU.
         rows: int64 indices of the training images among ``pixels``; ``None`` is all.
 
     Raises:
-        UserError: ``kind`` is unknown, or ``zca_block`` does not divide the images.
+        UserError: ``kind`` is unknown, ``mean`` or ``std`` is not one number per channel, ``zca_block`` does not divide
+            the images, or they are too large for ``kornia-zca``.
     """
     if kind not in KINDS:
         raise UserError(f"preprocessing must be one of {', '.join(KINDS)}, got '{kind}'")
-    stride = block_stride(pixels.shape[2], pixels.shape[3], zca_block) if kind == "zca" else 1
+    channels, height, width = pixels.shape[1:]
+    for name, values in (("mean", mean), ("std", std)):
+        if values is not None and len(values) != channels:
+            raise UserError(f"data.{name} must be one number per channel, {channels} here, got {len(values)}")
+    stride = 1 if kind == "standardise" else block_stride(height, width, zca_block)
+    ridge = RIDGE if zca_ridge is None else zca_ridge
     blocks = _Blocks(pixels, torch.arange(len(pixels)) if rows is None else rows, device)
+    if kind == "kornia-zca":
+        if stride > 1:
+            raise UserError(f"data.preprocessing: kornia-zca whitens whole images, of up to {LARGEST_BLOCK} pixels")
+        return _fit_zca(blocks, Preprocessing([0.0] * channels, [1.0] * channels), ridge, 1, absolute=True)
     if mean is None or std is None:
-        mean, std = _channel_statistics(blocks)
+        measured = _channel_statistics(blocks)
+        mean, std = measured[0] if mean is None else mean, measured[1] if std is None else std
     channelwise = Preprocessing(mean, std)
-    return channelwise if kind == "standardise" else _fit_zca(blocks, channelwise, zca_ridge, stride)
+    return channelwise if kind == "standardise" else _fit_zca(blocks, channelwise, ridge, stride)
 
 
 def block_stride(height: int, width: int, zca_block: int | None = None) -> int:
@@ -265,13 +282,16 @@ def _channel_statistics(blocks: _Blocks) -> tuple[list[float], list[float]]:
     return mean.tolist(), variance.sqrt().clamp_min(1e-8).tolist()
 
 
-def _fit_zca(blocks: _Blocks, channelwise: Preprocessing, ridge: float, stride: int) -> Preprocessing:
-    """Fit FRePo's ZCA on ``channelwise`` images, two passes over the pixels.
+def _fit_zca(
+    blocks: _Blocks, channelwise: Preprocessing, ridge: float, stride: int, absolute: bool = False
+) -> Preprocessing:
+    """Fit ZCA on ``channelwise`` images, two passes over the pixels.
 
     With ``cov + ridge * tr(cov)/d * I = U diag(s) U^T`` the whitening matrix is ``U diag(s^-1/2) U^T`` and its
     inverse ``U diag(s^1/2) U^T``. When there are fewer images than dimensions, eigenvalues beyond the number of
     images are replaced by 1, as FRePo does. With blocks, ``cov`` is the mean over the ``stride**2`` blocks of their
-    covariances, each about its own mean.
+    covariances, each about its own mean. ``absolute`` is kornia's form: ``cov`` is unbiased, ``ridge * I`` is added,
+    and no eigenvalue is replaced.
     """
     count, shape = len(blocks.rows), blocks.pixels.shape[1:]
     size = shape.numel() // stride**2
@@ -283,11 +303,13 @@ def _fit_zca(blocks: _Blocks, channelwise: Preprocessing, ridge: float, stride: 
     for block in blocks:
         rows = to_blocks(channelwise(to_unit(block)).double() - mean.view(shape), stride).flatten(1)
         covariance += rows.T @ rows
-    covariance /= count * stride**2
+    covariance /= max(1, count - 1) if absolute else count * stride**2
     identity = torch.eye(size, dtype=torch.float64, device=blocks.device)
-    values, vectors = torch.linalg.eigh(covariance + ridge * covariance.trace() / size * identity)
+    added = ridge if absolute else ridge * covariance.trace() / size
+    values, vectors = torch.linalg.eigh(covariance + added * identity)
     values, vectors = values.flip(0), vectors.flip(1)  # descending, so that `count` cuts the smallest
-    values[count:] = 1
+    if not absolute:
+        values[count:] = 1
     matrices = ((vectors * root) @ vectors.T for root in (values.rsqrt(), values.sqrt()))
     return Preprocessing(
         channelwise.mean, channelwise.std, mean.float().cpu(), *(matrix.float().cpu() for matrix in matrices)

@@ -6,7 +6,7 @@ standardises channels first and takes a regulariser relative to the mean varianc
 whiten raw pixels with an absolute one, by kornia (``kornia-zca``).
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +16,14 @@ from torch.nn.functional import one_hot
 
 from lightning_dd.data.base import RealData
 from lightning_dd.data.images import DataFacts
-from lightning_dd.data.preprocess import Preprocessing, to_unit
+from lightning_dd.data.preprocess import KINDS, to_unit
 from lightning_dd.data.registry import build_data
 from lightning_dd.distilled.foreign import LAYOUTS, ForeignSet
 from lightning_dd.distilled.set import DistilledSet, library_versions
 from lightning_dd.utils.errors import UserError, unknown_name
 
-SPACES = ("pixels", "standardise", "zca", "kornia-zca")
+SPACES = ("pixels", *KINDS)
 """Preprocessings that images may be in: pixels in [0, 1], or one that is undone by the same name."""
-KORNIA_RIDGE = 0.1
-"""The absolute regulariser that MTT and DATM give to kornia."""
 
 _SMALLEST_PIXEL, _LARGEST_PIXEL = -1.0, 2.0  # learned pixels leave [0, 1] a little; standardised images by far
 
@@ -69,10 +67,9 @@ def convert_set(
     """
     files = Path(images), None if labels is None else Path(labels)
     _check_stated(layout, preprocessing, *files)
-    kind = "zca" if preprocessing == "zca" else "standardise"
-    real = build_data(data, {"val_fraction": 0.0, **(data_args or {}), "preprocessing": kind}, root)
+    real = _real_data(layout, data, preprocessing, {"mean": mean, "std": std}, data_args or {}, root)
     real.prepare_data()
-    _set_up(real, layout, preprocessing, mean, std)
+    real.setup("fit")
     found = LAYOUTS[layout].read(*files, experiment, real.facts)
     _check(found, real.facts, preprocessing, f"images '{images}'")
     training = {"converted_from": layout, "preprocessing": preprocessing, "versions": library_versions()}
@@ -88,33 +85,6 @@ def summary(distilled: DistilledSet) -> str:
         f"{len(distilled)} images of {distilled.data['name']}, {distilled.ipc} per class, {distilled.label_kind} "
         f"labels; {stated}, as {into} with mean ({mean}) and std ({std})"
     )
-
-
-def fit_kornia_zca(pixels: Tensor, ridge: float = KORNIA_RIDGE) -> Preprocessing:
-    """Fit the ZCA of kornia as MTT (Cazenavette et al. 2022, arXiv 2203.11932) and DATM use it.
-
-    On pixels in [0, 1], not standardised: with the unbiased covariance ``U diag(s) U^T`` the whitening matrix is
-    ``U diag((s + ridge)^-1/2) U^T``. Flat images are in the order channel, row, column.
-
-    Args:
-        pixels: training images ``(N, C, H, W)``, uint8 or float in [0, 1].
-        ridge: added to every eigenvalue.
-    """
-    count, channels = len(pixels), pixels.shape[1]
-
-    def rows() -> Iterator[Tensor]:
-        for start in range(0, count, 4096):
-            yield to_unit(pixels[start : start + 4096]).flatten(1).double()
-
-    mean = torch.stack([block.sum(0) for block in rows()]).sum(0) / count
-    covariance = torch.zeros(len(mean), len(mean), dtype=torch.float64)
-    for block in rows():
-        centred = block - mean
-        covariance += centred.T @ centred
-    values, vectors = torch.linalg.eigh(covariance / max(1, count - 1))
-    values = values.clamp_min(0) + ridge
-    whiten, unwhiten = ((vectors * scale) @ vectors.T for scale in (values.rsqrt(), values.sqrt()))
-    return Preprocessing([0.0] * channels, [1.0] * channels, mean.float(), whiten.float(), unwhiten.float())
 
 
 def _check_stated(layout: str, space: str, images: Path, labels: Path | None) -> None:
@@ -138,32 +108,27 @@ def _check_stated(layout: str, space: str, images: Path, labels: Path | None) ->
         raise UserError(f"labels '{labels}': no such file")
 
 
-def _set_up(real: RealData, layout: str, space: str, mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
-    """Set up the real data with the preprocessing that the other project used."""
-    if space == "kornia-zca":
-        if mean is not None or std is not None:
-            raise UserError("mean and std: kornia-zca whitens raw pixels; leave them out")
-        images = real.read(train=True).images
-        if images.shape[2] * images.shape[3] > 64 * 64:
-            raise UserError("preprocessing kornia-zca whitens images of up to 64x64 pixels")
-        real.use_preprocessing(fit_kornia_zca(images))
-    elif mean is not None and std is not None:
-        if len(mean) != len(std) or min(std, default=0) <= 0:
-            raise UserError(
-                f"mean and std must be one number per channel, std above 0, got {list(mean)} and {list(std)}"
-            )
-        real.channel_mean, real.channel_std = tuple(mean), tuple(std)
-    elif mean is not None or std is not None:
+def _real_data(
+    layout: str,
+    data: str,
+    space: str,
+    statistics: dict[str, Sequence[float] | None],
+    arguments: Mapping[str, Any],
+    root: str | None,
+) -> RealData:
+    """Build the real data with the preprocessing that the other project used."""
+    given = {name: list(values) for name, values in statistics.items() if values is not None}
+    if len(given) == 1:
         raise UserError("mean and std must be given together")
-    elif space == "standardise" and (published := LAYOUTS[layout].statistics) is not None:
-        own = published.get(real.name, (real.channel_mean, real.channel_std))
-        if own[0] is None:
+    kind = "standardise" if space == "pixels" else space
+    real = build_data(data, {"val_fraction": 0.0, **arguments, "preprocessing": kind, **given}, root)
+    published = LAYOUTS[layout].statistics
+    if space == "standardise" and not given and published is not None:
+        mean, std = published.get(real.name, real.statistics)
+        if mean is None or std is None:
             raise UserError(f"mean and std: no numbers are published for {real.name} in layout {layout}; give both")
-        real.channel_mean, real.channel_std = own
-    real.setup("fit")
-    channels, into = real.facts.image_shape[0], real.preprocessing
-    if into is not None and len(into.mean) != channels:
-        raise UserError(f"mean and std: {len(into.mean)} numbers for {channels} channels of {real.name}")
+        real.mean, real.std = list(mean), list(std)
+    return real
 
 
 def _check(found: ForeignSet, facts: DataFacts, space: str, where: str) -> None:
