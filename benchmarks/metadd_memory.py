@@ -31,7 +31,7 @@ def measure(
     """Compute loss and gradient ``repeats`` times and return peak memory, the median time and the gradient's norm."""
     import torch
 
-    from lightning_dd.losses.labels import initial_labels
+    from lightning_dd.losses.krr import initial_labels
     from lightning_dd.losses.metadd import MetaOptions
     from lightning_dd.losses.metadd_gradient import Architecture, gathered_loss, naive_loss
     from lightning_dd.models import build_network

@@ -12,7 +12,7 @@ from lightning_dd.data import RawSplit, RealData, Split
 from lightning_dd.distilled.set import DistilledSet
 from lightning_dd.distillers.base import Probe
 from lightning_dd.models import Network
-from lightning_dd.models.mixture import NetworkMixture
+from lightning_dd.models.factory import NetworkMixture
 from lightning_dd.pretrained.classifier import Committee, Teacher
 from lightning_dd.pretrained.task import Task
 from lightning_dd.synthetic import Pixels, SyntheticSet

@@ -27,7 +27,7 @@ from lightning_dd.distilled.datamodule import check_match, real_data_of, real_se
 from lightning_dd.distilled.union import embed_labels, union
 from lightning_dd.distilled.views import draw_views
 from lightning_dd.experiment import Method
-from lightning_dd.losses.labels import initial_labels
+from lightning_dd.losses.krr import initial_labels
 from lightning_dd.students.recipe import Recipe
 from lightning_dd.utils.errors import UserError
 

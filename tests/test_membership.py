@@ -49,7 +49,7 @@ from lightning_dd.distilled.datamodule import real_data_of
 from lightning_dd.distillers import FRePo
 from lightning_dd.experiment import Method, distil_stage
 from lightning_dd.jobs import ArrayLedger
-from lightning_dd.losses.labels import initial_labels
+from lightning_dd.losses.krr import initial_labels
 from lightning_dd.students.recipe import Recipe
 from lightning_dd.utils.errors import UserError
 

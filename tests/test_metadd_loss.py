@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from helpers import LinearNetwork
 
-from lightning_dd.losses.labels import initial_labels
+from lightning_dd.losses.krr import initial_labels
 from lightning_dd.losses.metadd import (
     MetaOptions,
     agreement_kl,

@@ -7,7 +7,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 
 from lightning_dd.distillers import FRePo
 from lightning_dd.distillers.base import Probe
-from lightning_dd.models.mixture import NetworkMixture
+from lightning_dd.models.factory import NetworkMixture
 from lightning_dd.models.pool import ModelPool
 from lightning_dd.utils.errors import UserError
 from lightning_dd.utils.seeding import seeded

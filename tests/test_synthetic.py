@@ -8,7 +8,7 @@ from lightning_dd.data.images import DataFacts
 from lightning_dd.data.preprocess import Preprocessing
 from lightning_dd.data.sampling import draw_per_class
 from lightning_dd.distillers import FRePo, Random
-from lightning_dd.losses.labels import initial_labels
+from lightning_dd.losses.krr import initial_labels
 from lightning_dd.pretrained.task import Task
 from lightning_dd.synthetic import Pixels, SyntheticSet
 from lightning_dd.utils.errors import UserError

@@ -20,7 +20,7 @@ from lightning_dd.distilled.datamodule import check_match, real_set
 from lightning_dd.distilled.set import library_versions
 from lightning_dd.experiment import distil_stage
 from lightning_dd.jobs import Job, Record, Tick, device_of, tensor_digest
-from lightning_dd.losses.labels import initial_labels
+from lightning_dd.losses.krr import initial_labels
 from lightning_dd.models.factory import build_network
 from lightning_dd.students.loop import train_student
 from lightning_dd.students.recipe import Recipe

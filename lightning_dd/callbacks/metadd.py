@@ -17,7 +17,7 @@ from lightning_dd.distillers.base import Distiller
 from lightning_dd.losses.gradients import SteadyShare, attach_gradients
 from lightning_dd.losses.metadd import MetaOptions
 from lightning_dd.losses.metadd_gradient import Architecture, MetaLoss, gathered_loss
-from lightning_dd.models.mixture import Architectures, NetworkMixture
+from lightning_dd.models.factory import Architectures, NetworkMixture
 from lightning_dd.pretrained import ClassifierRecipe, Task, trained_classifier
 from lightning_dd.utils.arguments import plain_values, refuse_other
 from lightning_dd.utils.errors import UserError, check_range, unknown_name

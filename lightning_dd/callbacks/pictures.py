@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.utils import make_grid, save_image
 
-from lightning_dd.callbacks.export import RunFiles
 from lightning_dd.callbacks.metadd import MetaDD
+from lightning_dd.callbacks.run import RunFiles
 from lightning_dd.distilled.set import DistilledSet
 from lightning_dd.distillers.base import Distiller
 from lightning_dd.losses.metadd import meta_partition

@@ -1,6 +1,6 @@
 """The evaluation DataModule: train on the distilled-set file, score on the real data it stands for."""
 
-from typing import Any
+from typing import Any, cast
 
 from pytorch_lightning import LightningDataModule
 from torch import Tensor
@@ -12,7 +12,7 @@ from lightning_dd.data.registry import DataChoice, build_data
 from lightning_dd.data.sampling import pass_through
 from lightning_dd.distilled.set import DistilledSet
 from lightning_dd.distilled.views import SyntheticBatches
-from lightning_dd.losses.labels import initial_labels
+from lightning_dd.losses.krr import initial_labels
 from lightning_dd.utils.errors import UserError, check_range
 
 _SAY = "say which real data to score on (--data and --root, or --data.real of fit and test)"
@@ -38,7 +38,11 @@ class DistilledData(LightningDataModule):
         self, file: str, real: RealData | None = None, batch_size: int | None = None, seed: int | None = None
     ) -> None:
         super().__init__()
-        self._assemble(DistilledSet.load(file), real, batch_size, seed)
+        check_range("at least 1", "data.", batch_size=batch_size)
+        self.distilled = file if isinstance(file, DistilledSet) else DistilledSet.load(file)
+        self.real = real_data_of(self.distilled) if real is None else _like(self.distilled, real)
+        self.batch_size, self.seed = batch_size, seed
+        self.suit(500, 0)
 
     @classmethod
     def from_set(
@@ -49,19 +53,7 @@ class DistilledData(LightningDataModule):
         seed: int | None = None,
     ) -> "DistilledData":
         """Build from a set in memory instead of a file."""
-        data = cls.__new__(cls)
-        LightningDataModule.__init__(data)
-        data._assemble(distilled, real, batch_size, seed)
-        return data
-
-    def _assemble(
-        self, distilled: DistilledSet, real: RealData | None, batch_size: int | None, seed: int | None
-    ) -> None:
-        check_range("at least 1", "data.", batch_size=batch_size)
-        self.distilled = distilled
-        self.real = real_data_of(distilled) if real is None else _like(distilled, real)
-        self.batch_size, self.seed = batch_size, seed
-        self.suit(500, 0)
+        return cls(cast(str, distilled), real, batch_size, seed)  # a configuration can name a file only
 
     def suit(self, batch_size: int, seed: int) -> None:
         """Let a student say what was not given: images per step and process, and the seed of the batch order."""
@@ -73,11 +65,7 @@ class DistilledData(LightningDataModule):
         self.real.prepare_data()
 
     def setup(self, stage: str | None = None) -> None:
-        """Set up the real data and put both sets on the device.
-
-        Raises:
-            UserError: number of classes or image shape differ between file and data.
-        """
+        """Set up the real data, see that the sets fit together, and put both on the device."""
         self.real.trainer = self.trainer
         self.real.setup(stage)
         check_match(self.distilled, self.real)

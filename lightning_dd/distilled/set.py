@@ -22,8 +22,8 @@ from torch.utils.data import TensorDataset
 from lightning_dd.data import DATA_SETS
 from lightning_dd.data.preprocess import Preprocessing
 from lightning_dd.distilled.views import SoftViews
-from lightning_dd.losses.labels import LABEL_KINDS
-from lightning_dd.models.mixture import Architectures
+from lightning_dd.losses.krr import LABEL_KINDS
+from lightning_dd.models.factory import Architectures
 from lightning_dd.utils.errors import UserError, check_range, unknown_name
 from lightning_dd.utils.files import write_atomically
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lightning_dd.distilled.set import DistilledSet, library_versions
 from lightning_dd.distilled.views import SoftViews
-from lightning_dd.losses.labels import initial_labels
+from lightning_dd.losses.krr import initial_labels
 from lightning_dd.utils.errors import UserError
 
 _NEVER = 30.0

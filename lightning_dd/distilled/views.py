@@ -17,7 +17,13 @@ from lightning_dd.data.sampling import ShuffledStream
 from lightning_dd.utils.errors import UserError
 from lightning_dd.utils.seeding import make_generator
 
-_DTYPES = {"crops": torch.float32, "flips": torch.bool, "partners": torch.int32, "pastes": torch.int16}
+_DTYPES = {
+    "crops": torch.float32,
+    "flips": torch.bool,
+    "partners": torch.int32,
+    "pastes": torch.int16,
+    "logits": torch.float16,
+}
 
 
 @dataclass(frozen=True)
@@ -46,7 +52,21 @@ class SoftViews:
     logits: Tensor
 
     def __post_init__(self) -> None:
-        _check_views(self)
+        crops, logits = self.crops, self.logits
+        if crops.ndim != 3 or len(crops) == 0 or logits.ndim != 3:
+            raise UserError(f"views: shapes disagree: crops {tuple(crops.shape)}, logits {tuple(logits.shape)}")
+        place = tuple(crops.shape[:2])
+        rest = {"crops": (4,), "pastes": (4,), "logits": logits.shape[2:]}
+        for name, value in self.state_dict().items():
+            shape, dtype = (*place, *rest.get(name, ())), _DTYPES[name]
+            if value.shape != shape or value.dtype != dtype:
+                raise UserError(f"views: {name} must be {shape} {dtype}, got {tuple(value.shape)} {value.dtype}")
+        if not bool(torch.isfinite(crops).all() and torch.isfinite(logits).all()):
+            raise UserError("views: crops or logits hold NaN or infinite values")
+        if bool((crops < 0).any() or (crops[..., 2:] <= 0).any() or (crops[..., :2] + crops[..., 2:] > 1.001).any()):
+            raise UserError("views: a crop lies outside its image")
+        if bool((self.partners < 0).any() or (self.partners >= place[1]).any()):
+            raise UserError(f"views: a partner is none of the {place[1]} rows")
 
     @property
     def epochs(self) -> int:
@@ -200,22 +220,3 @@ class SyntheticBatches(IterableDataset[tuple[Tensor, Tensor]]):
                 yield self.images[rows], self.labels[rows]
             else:
                 yield self.views.replay(self.images, step // (stream.size // stream.batch_size), rows)
-
-
-def _check_views(views: SoftViews) -> None:
-    crops, logits = views.crops, views.logits
-    if crops.ndim != 3 or len(crops) == 0 or logits.ndim != 3:
-        raise UserError(f"views: shapes disagree: crops {tuple(crops.shape)}, logits {tuple(logits.shape)}")
-    place = tuple(crops.shape[:2])
-    shapes = {"crops": (*place, 4), "flips": place, "partners": place, "pastes": (*place, 4)}
-    for name, value in views.state_dict().items():
-        shape = shapes.get(name, (*place, logits.shape[2]))
-        dtype = _DTYPES.get(name, torch.float16)
-        if value.shape != shape or value.dtype != dtype:
-            raise UserError(f"views: {name} must be {shape} {dtype}, got {tuple(value.shape)} {value.dtype}")
-    if not bool(torch.isfinite(crops).all() and torch.isfinite(logits).all()):
-        raise UserError("views: crops or logits hold NaN or infinite values")
-    if bool((crops < 0).any() or (crops[..., 2:] <= 0).any() or (crops[..., :2] + crops[..., 2:] > 1.001).any()):
-        raise UserError("views: a crop lies outside its image")
-    if bool((views.partners < 0).any() or (views.partners >= place[1]).any()):
-        raise UserError(f"views: a partner is none of the {place[1]} rows")

@@ -12,10 +12,9 @@ from lightning_dd.data.base import RealData
 from lightning_dd.data.images import DataFacts, Split
 from lightning_dd.distilled.set import DistilledSet, library_versions
 from lightning_dd.distillers.checkpoint import Resumable
-from lightning_dd.losses.labels import LABEL_KINDS
-from lightning_dd.models.factory import build_network
+from lightning_dd.losses.krr import LABEL_KINDS
+from lightning_dd.models.factory import Architectures, NetworkMixture, build_network
 from lightning_dd.models.interface import Network
-from lightning_dd.models.mixture import Architectures, NetworkMixture
 from lightning_dd.pretrained.classifier import Committee, Teacher
 from lightning_dd.pretrained.task import Task
 from lightning_dd.students.loop import train_student

@@ -12,8 +12,8 @@ from lightning_dd.augment.siamese import siamese
 from lightning_dd.data.images import Batch
 from lightning_dd.data.sampling import ClassBlocks
 from lightning_dd.distillers.pooled import PoolDistiller
+from lightning_dd.models.factory import Architectures
 from lightning_dd.models.interface import Network
-from lightning_dd.models.mixture import Architectures
 from lightning_dd.synthetic.labels import Labels
 from lightning_dd.utils.errors import check_range
 

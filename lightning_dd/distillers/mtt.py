@@ -14,8 +14,8 @@ from lightning_dd.distilled.set import DistilledSet
 from lightning_dd.distillers.base import Distiller
 from lightning_dd.losses import trajectory
 from lightning_dd.losses.trajectory import InnerStep, Stretch, functional_loss
+from lightning_dd.models.factory import Architectures
 from lightning_dd.models.interface import Network
-from lightning_dd.models.mixture import Architectures
 from lightning_dd.models.pool import rest
 from lightning_dd.pretrained.experts import ExpertRecipe, Trajectories, expert_file
 from lightning_dd.students.recipe import student_loss

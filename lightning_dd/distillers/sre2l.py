@@ -11,7 +11,7 @@ from lightning_dd.data.images import Split
 from lightning_dd.distillers.teacher import TeacherDistiller
 from lightning_dd.losses.gradients import attach_gradients, no_float16
 from lightning_dd.losses.matching import StatisticsDistance, batch_norm_layers
-from lightning_dd.models.mixture import Architectures
+from lightning_dd.models.factory import Architectures
 from lightning_dd.students.recipe import warmup_cosine
 from lightning_dd.synthetic.labels import Labels
 from lightning_dd.utils.errors import UserError, check_range

@@ -15,9 +15,8 @@ from lightning_dd.data import RealData
 from lightning_dd.data.sampling import draw_per_class
 from lightning_dd.distilled.datamodule import DistilledData, real_set
 from lightning_dd.distilled.set import DistilledSet
-from lightning_dd.losses.labels import initial_labels
-from lightning_dd.models.factory import ArchitectureSpec
-from lightning_dd.models.mixture import NetworkMixture
+from lightning_dd.losses.krr import initial_labels
+from lightning_dd.models.factory import ArchitectureSpec, NetworkMixture
 from lightning_dd.students.recipe import Recipe
 from lightning_dd.students.student import Student
 from lightning_dd.utils.errors import UserError

@@ -3,8 +3,14 @@
 from lightning_dd.losses.cam import attention_map, class_activation_map, normalise_maps
 from lightning_dd.losses.coresets import herding, k_center
 from lightning_dd.losses.gradients import SteadyShare, attach_gradients
-from lightning_dd.losses.krr import centred_one_hot, half_squared_error, krr_predict, label_margin, label_margin_loss
-from lightning_dd.losses.labels import initial_labels
+from lightning_dd.losses.krr import (
+    centred_one_hot,
+    half_squared_error,
+    initial_labels,
+    krr_predict,
+    label_margin,
+    label_margin_loss,
+)
 from lightning_dd.losses.matching import StatisticsDistance, class_mean_distance, gradient_distance
 from lightning_dd.losses.metadd import (
     MetaOptions,

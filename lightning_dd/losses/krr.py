@@ -1,10 +1,11 @@
-"""Kernel ridge regression on network features: the objective of FRePo (Zhou et al. 2022, arXiv 2206.00719).
+"""Kernel ridge regression on network features, FRePo's objective (Zhou et al. 2022, arXiv 2206.00719), and its labels.
 
 Everything here runs outside autocast. The Gram matrix of the synthetic set and the solve are in float64: its
 condition number grows without bound as rows become near duplicates, and at float32 the ridge (1e-6 of the mean
 diagonal) is below the rounding error of the product itself.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,8 @@ from lightning_dd.utils.errors import UserError
 
 RIDGE = 1e-6
 """FRePo's ridge, relative to the mean diagonal of the kernel."""
+LABEL_KINDS = ("learned", "centred", "hard")
+"""Labels of a synthetic set: ``learned`` and ``centred`` are regression targets around 0, ``hard`` ones one-hot."""
 
 _ESCALATIONS = 5
 
@@ -118,3 +121,19 @@ def centred_one_hot(classes: Tensor, num_classes: int) -> Tensor:
         tensor([[-0.5000,  0.5000]])
     """
     return torch.nn.functional.one_hot(classes, num_classes).float() - 1 / num_classes
+
+
+def initial_labels(classes: Tensor, num_classes: int, label_kind: str) -> Tensor:
+    """Return label rows ``(n, num_classes)`` of a kind for class indices ``(n,)``.
+
+    ``learned`` and ``centred`` labels start from FRePo's ``(onehot - 1/C) / sqrt(C/10)`` (Zhou et al. 2022), ``hard``
+    ones are one-hot.
+
+    Example:
+        >>> initial_labels(torch.tensor([0]), 2, "hard")
+        tensor([[1., 0.]])
+    """
+    if label_kind == "hard":
+        one_hot: Tensor = torch.eye(num_classes, device=classes.device)[classes]
+        return one_hot
+    return centred_one_hot(classes, num_classes) / math.sqrt(num_classes / 10)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lightning_dd.losses.cam import CAM_KINDS
 from lightning_dd.losses.gradients import wide
-from lightning_dd.losses.labels import LABEL_KINDS
+from lightning_dd.losses.krr import LABEL_KINDS
 from lightning_dd.utils.errors import UserError, check_count, unknown_name
 
 KL_DIRECTIONS = ("reverse", "forward")

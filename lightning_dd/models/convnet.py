@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_dd.models.interface import Network, check_images
-from lightning_dd.models.norms import make_norm
-from lightning_dd.utils.errors import UserError, check_count
+from lightning_dd.utils.errors import UserError, check_count, unknown_name
 
 # The standard deviation of a unit normal cut off at two; dividing by it gives the cut-off normal unit variance.
 _TRUNCATED_STD = 0.87962566103423978
+NORMS = ("batch", "instance", "group", "layer", "none")
 _ALEXNET_WIDTHS = (128, 192, 256, 192, 192)
 
 
@@ -68,6 +68,7 @@ class _PlainConv(_PlainNetwork):
     norm_first: ClassVar[bool]  # before the convolution; the image itself is not normalised then
     most_groups: ClassVar[int]
     momentum: ClassVar[float]
+    flax_weights: ClassVar[bool] = False  # to start from, in place of PyTorch's
 
     def __init__(
         self,
@@ -79,7 +80,6 @@ class _PlainConv(_PlainNetwork):
         norm: str | None = None,
     ) -> None:
         super().__init__(in_channels, num_classes, image_size, width, check_count("depth", depth), f"depth {depth}")
-        self.depth = depth
         self.widths = [width * self.growth**index for index in range(depth)]
         inputs = [in_channels, *self.widths[:-1]]
         paddings = [_first_padding(image_size, 3)] + [(1, 1)] * (depth - 1)
@@ -87,8 +87,9 @@ class _PlainConv(_PlainNetwork):
             _Conv3x3(i, o, 3, padding=padding) for i, o, padding in zip(inputs, self.widths, paddings, strict=True)
         )
         self.head = self.make_head(self.widths[-1])
-        for layer in [*self.convs, self.head]:
-            self.start_weights(layer)
+        for layer in [*self.convs, self.head] if self.flax_weights else []:
+            lecun_normal_(cast(Tensor, layer.weight))
+            nn.init.zeros_(cast(Tensor, layer.bias))
         norms = [
             make_norm(norm or self.own_norm, channels, self.most_groups, self.momentum)
             for channels in (inputs if self.norm_first else self.widths)
@@ -101,11 +102,9 @@ class _PlainConv(_PlainNetwork):
         x = images
         for norm, conv in zip(self.norms, self.convs, strict=True):
             x = conv(norm(x)) if self.norm_first else norm(conv(x))
-            x = F.avg_pool2d(_relu(x), 2)
+            # In place saves a pass over the largest maps, but second-order methods need the input.
+            x = F.avg_pool2d(F.relu(x, inplace=not torch.is_grad_enabled()), 2)
         return x
-
-    def start_weights(self, layer: nn.Module) -> None:
-        """Give a convolution, or the head, its first weights; PyTorch's are there already."""
 
 
 class FRePoConv(_PlainConv):
@@ -121,7 +120,7 @@ class FRePoConv(_PlainConv):
         image_size: ``(height, width)`` in pixels; a side of 28 is zero-padded to 32 by the first convolution.
         width: channels of the first block.
         depth: number of blocks.
-        norm: see :func:`~lightning_dd.models.norms.make_norm`; ``group`` makes up to 32 groups. FRePo distils with
+        norm: see :func:`~lightning_dd.models.convnet.make_norm`; ``group`` makes up to 32 groups. FRePo distils with
             ``batch``, which None stands for, and trains students with ``none``.
 
     Raises:
@@ -137,11 +136,7 @@ class FRePoConv(_PlainConv):
     # that is taken. Pool networks live about 100 steps: with PyTorch's usual 0.1 the running statistics, which the
     # outer loss uses, would lag behind the weights all their life.
     momentum = 0.9
-
-    def start_weights(self, layer: nn.Module) -> None:
-        """Give a layer flax's first weights."""
-        lecun_normal_(cast(Tensor, layer.weight))
-        nn.init.zeros_(cast(Tensor, layer.bias))
+    flax_weights = True
 
 
 class ConvNet(_PlainConv):
@@ -156,7 +151,7 @@ class ConvNet(_PlainConv):
         image_size: as for :class:`FRePoConv`.
         width: channels of every block.
         depth: number of blocks; the literature takes 3 at 32 px, 4 at 64, 5 at 128, 6 at 256.
-        norm: see :func:`~lightning_dd.models.norms.make_norm`; ``group`` makes up to 4 groups, None is ``instance``.
+        norm: see :func:`~lightning_dd.models.convnet.make_norm`; ``group`` makes up to 4 groups, None is ``instance``.
 
     Raises:
         UserError: a setting is out of range, or the image is too small for the depth.
@@ -222,15 +217,47 @@ class _Conv3x3(nn.Conv2d):
         return F.conv2d(input, weight, self.bias, padding=cast(tuple[int, int], self.padding))
 
 
+class _GroupNorm(nn.GroupNorm):
+    """Group normalisation that avoids a slow kernel.
+
+    On a CPU, eager and in half precision, the backward of channels-last maps is so slow that converting them first
+    makes a whole training step of ``convnet`` three times as fast.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map ``(N, C, H, W)`` to the same shape."""
+        if input.device.type == "cpu" and input.dtype != torch.float32 and not torch.compiler.is_compiling():
+            input = input.contiguous()
+        return super().forward(input)
+
+
+def make_norm(norm: str, channels: int, groups: int, momentum: float) -> nn.Module:
+    """Return a normalisation layer for maps ``(N, channels, H, W)``.
+
+    Args:
+        norm: ``batch``, ``instance`` (GroupNorm with a group per channel, with scale and shift), ``group``, ``layer``
+            (one group) or ``none``.
+        channels: number of channels.
+        groups: for ``group``, the number of groups; the greatest common divisor with ``channels`` is taken.
+        momentum: for ``batch``, the fraction of the new statistic that enters the running one.
+
+    Raises:
+        UserError: the name is unknown.
+    """
+    if norm == "batch":
+        return nn.BatchNorm2d(channels, momentum=momentum)
+    if norm == "none":
+        return nn.Identity()
+    by_name = {"instance": channels, "group": math.gcd(groups, channels), "layer": 1}
+    if norm not in by_name:
+        raise unknown_name("norm", str(norm), NORMS)
+    return _GroupNorm(by_name[norm], channels)
+
+
 def lecun_normal_(weight: Tensor) -> Tensor:
     """Fill a weight ``(out, in, ...)`` with flax's LeCun normal: variance ``1 / fan_in``, cut off at two deviations."""
     std = math.sqrt(1.0 / weight[0].numel()) / _TRUNCATED_STD
     return nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
-
-
-def _relu(x: Tensor) -> Tensor:
-    # In place saves a pass over the largest maps, but second-order methods need the input: only where no graph is kept.
-    return F.relu(x, inplace=not torch.is_grad_enabled())
 
 
 def _first_padding(image_size: tuple[int, int], kernel: int) -> tuple[int, int]:

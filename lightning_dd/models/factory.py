@@ -9,6 +9,7 @@ from difflib import get_close_matches
 from functools import partial
 from typing import Any
 
+import torch
 import yaml
 
 from lightning_dd.models.convnet import AlexNet, ConvNet, FRePoConv
@@ -19,6 +20,8 @@ from lightning_dd.utils.seeding import seeded
 
 Builder = Callable[[Mapping[str, Any], int, tuple[int, int, int]], Network]
 """From options, number of classes and the images' ``(C, H, W)`` to a network with random weights."""
+Architectures = str | list[str] | dict[str, float]
+"""A name of the factory, several names, or names with probabilities."""
 
 _OWN: dict[str, type[Network]] = {"alexnet": AlexNet, "conv": FRePoConv, "convnet": ConvNet}
 _LIBRARIES = ("timm", "torchvision")
@@ -65,6 +68,45 @@ class ArchitectureSpec:
             return self.name
         flow = yaml.safe_dump(dict(self.options), default_flow_style=True, sort_keys=False, width=2**20).strip()
         return f"{self.name}:{flow[1:-1].replace(': ', '=').replace(', ', ',')}"
+
+
+@dataclass(frozen=True)
+class NetworkMixture:
+    """Architectures and how often each is drawn.
+
+    Example:
+        >>> NetworkMixture.parse({"conv": 9, "convnet": 1}).probabilities
+        (0.9, 0.1)
+    """
+
+    names: tuple[str, ...]
+    probabilities: tuple[float, ...]
+
+    @classmethod
+    def parse(cls, given: Architectures) -> "NetworkMixture":
+        """Read a name, several names (equally often), or a mapping from names to probabilities.
+
+        Raises:
+            UserError: there is none, or a probability is not positive.
+        """
+        weights = {given: 1.0} if isinstance(given, str) else given
+        if not isinstance(weights, Mapping):
+            weights = dict.fromkeys(weights, 1.0)
+        if not weights or min(weights.values()) <= 0:
+            raise UserError(f"architecture must be a name, names, or names with positive probabilities, got {given!r}")
+        total = sum(weights.values())
+        return cls(tuple(weights), tuple(weight / total for weight in weights.values()))
+
+    @property
+    def main(self) -> str:
+        """The most probable architecture, the first of equals."""
+        return self.names[self.probabilities.index(max(self.probabilities))]
+
+    def draw(self, generator: torch.Generator) -> str:
+        """Draw a name; a single one takes no random number."""
+        if len(self.names) == 1:
+            return self.names[0]
+        return self.names[int(torch.multinomial(torch.tensor(self.probabilities), 1, generator=generator))]
 
 
 def build_network(

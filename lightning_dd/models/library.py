@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_dd.models.interface import Network, check_images
-from lightning_dd.models.norms import exchange_batch_norm
-from lightning_dd.models.stems import LARGEST_SMALL_SIDE, fit_stem
+from lightning_dd.models.small_images import LARGEST_SMALL_SIDE, exchange_batch_norm, fit_stem
 from lightning_dd.utils.errors import UserError, check_count
 
 ImageShape = tuple[int, int, int]
@@ -50,9 +49,8 @@ class LibraryNetwork(Network):
         self.in_channels = in_channels
         self.num_features = head.in_features
         self.num_classes = head.out_features
-        height, width = image_size
-        (top, bottom), (left, right) = _margins(height), _margins(width)
-        self.margins = (left, right, top, bottom)
+        down, across = (_padded(side) - side for side in image_size)
+        self.margins = (across // 2, across - across // 2, down // 2, down - down // 2)  # left, right, top, bottom
 
     def pad(self, images: Tensor) -> Tensor:
         """Return the images ``(N, C, H, W)`` as the trunk takes them."""
@@ -60,11 +58,7 @@ class LibraryNetwork(Network):
         return F.pad(images, self.margins) if any(self.margins) else images
 
     def features(self, images: Tensor) -> Tensor:
-        """Map normalised images ``(N, C, H, W)`` to what enters the classifier, ``(N, num_features)``.
-
-        Raises:
-            UserError: the images have another number of channels than the network.
-        """
+        """Map normalised images ``(N, C, H, W)`` to what enters the classifier, ``(N, num_features)``."""
         return cast(Tensor, self.trunk(self.pad(images)))
 
 
@@ -73,7 +67,7 @@ def build_from_library(
 ) -> LibraryNetwork:
     """Build a classifier of timm or torchvision, with random weights, fitted to the image shape.
 
-    Convolutional networks get a stem of smaller stride, see :func:`~lightning_dd.models.stems.fit_stem`. Of timm,
+    Convolutional networks get a stem of smaller stride (:func:`~lightning_dd.models.small_images.fit_stem`). Of timm,
     vision transformers and mixers get a patch size that makes 8x8 tokens of an image up to 64 px, Swin windows of 4,
     and VGG the literature's single linear layer after global pooling. Options of the same name win, and
     ``output_stride`` or ``patch_size`` leaves the stem alone.
@@ -83,7 +77,7 @@ def build_from_library(
         name: a name that the library knows.
         options: keyword arguments for the library's model; ``width`` (base 64) for timm's VGG and torchvision's
             GoogLeNet; ``norm`` for networks with batch normalisation, see
-            :func:`~lightning_dd.models.norms.exchange_batch_norm`.
+            :func:`~lightning_dd.models.small_images.exchange_batch_norm`.
         num_classes: number of logits.
         image_shape: ``(C, H, W)`` before padding.
 
@@ -292,8 +286,3 @@ def _replace_first_convolution(model: nn.Module, channels: int) -> None:
 def _padded(side: int) -> int:
     """The next multiple of 8, at least 32."""
     return max(32, -(-side // 8) * 8)
-
-
-def _margins(side: int) -> tuple[int, int]:
-    extra = _padded(side) - side
-    return extra // 2, extra - extra // 2

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_dd.models.factory import NetworkMixture
 from lightning_dd.models.interface import Network
-from lightning_dd.models.mixture import NetworkMixture
-from lightning_dd.utils.errors import UserError
+from lightning_dd.utils.errors import UserError, check_range
 
 BuildNetwork = Callable[[int, str], Network]
 """From a seed and an architecture to a fresh network."""
@@ -66,10 +66,8 @@ class ModelPool:
         generator: torch.Generator,
         device: torch.device | str = "cpu",
     ) -> None:
-        if size < 1:
-            raise UserError(f"pool_size must be at least 1, got {size}")
-        if lifetime < 0:
-            raise UserError(f"lifetime must be at least 0, got {lifetime}")
+        check_range("at least 1", pool_size=size)
+        check_range("at least 0", lifetime=lifetime)
         self.lifetime, self.mixture = lifetime, mixture
         self._build, self._build_optimizer = build, build_optimizer
         self._generator, self._device = generator, device

@@ -9,9 +9,8 @@ from torch.nn import functional as F
 
 from lightning_dd.augment.frepo import Augmentation
 from lightning_dd.data.sampling import EvalBatches, next_batch
-from lightning_dd.models.factory import build_network
+from lightning_dd.models.factory import Architectures, NetworkMixture, build_network
 from lightning_dd.models.interface import Network
-from lightning_dd.models.mixture import Architectures, NetworkMixture
 from lightning_dd.models.pool import rest
 from lightning_dd.pretrained.task import Made, Task, fit, read_trained, train_once
 from lightning_dd.students.recipe import Recipe

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from lightning_dd.augment.siamese import siamese
 from lightning_dd.data.sampling import next_batch
-from lightning_dd.losses.krr import centred_one_hot
-from lightning_dd.losses.labels import initial_labels
+from lightning_dd.losses.krr import centred_one_hot, initial_labels
 from lightning_dd.losses.trajectory import parameter_vector
 from lightning_dd.models.factory import build_network
 from lightning_dd.models.interface import Network

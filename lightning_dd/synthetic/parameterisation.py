@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lightning_dd.data.images import Split
 from lightning_dd.data.preprocess import Preprocessing
 from lightning_dd.data.sampling import draw_per_class
-from lightning_dd.losses.labels import initial_labels
+from lightning_dd.losses.krr import initial_labels
 from lightning_dd.pretrained.task import Task
 from lightning_dd.utils.arguments import RemembersArguments
 
@@ -113,7 +113,7 @@ class Pixels(Parameterisation):
 class SyntheticSet(nn.Module):
     """Images that a parameterisation makes, and labels, in blocks of ``ipc`` rows per class, classes in order.
 
-    Images live in normalised space. Labels start from :func:`~lightning_dd.losses.labels.initial_labels`; those of the
+    Images live in normalised space. Labels start from :func:`~lightning_dd.losses.krr.initial_labels`; those of the
     kind ``learned`` are a parameter, the others are fixed.
 
     Args:

@@ -1,4 +1,4 @@
-"""Fitting networks made for 224 px to images of 28 to 64 px by giving their first layers smaller strides.
+"""Fitting networks made for a million images of 224 px to few of 28 to 64: smaller strides, other normalisation.
 
 At 32 px a network that halves its map five times ends in a single cell: it classifies worse, and a class activation
 map of one cell says nothing.
@@ -9,6 +9,9 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+
+from lightning_dd.models.convnet import NORMS, make_norm
+from lightning_dd.utils.errors import UserError, unknown_name
 
 LARGEST_SMALL_SIDE = 64
 """Images with a side above this many pixels keep the network's own stem."""
@@ -38,6 +41,34 @@ def fit_stem(model: nn.Module, images: Tensor) -> nn.Module:
     else:
         _reduce_strides(_strided_layers(model, images))
     return model
+
+
+def exchange_batch_norm(name: str, model: nn.Module, norm: str | None) -> None:
+    """Replace every batch normalisation of a library's network in place.
+
+    A student that sees ten images per step learns statistics of those ten images, and is tested with them on real
+    ones. The literature's ResNet18 and VGG11 therefore normalise every image alone (DC, arXiv 2006.05929) or not at all
+    (FRePo, arXiv 2206.00719). Scale and shift start as the library starts those of the layer that goes; an activation
+    that the layer applies itself is kept.
+
+    Args:
+        name: what to call the network in an error message.
+        model: a network of timm or torchvision.
+        norm: see :func:`~lightning_dd.models.convnet.make_norm`; ``group`` makes up to 32 groups, ``batch`` and None
+            change nothing.
+
+    Raises:
+        UserError: the norm is unknown, or the network has no batch normalisation.
+    """
+    if norm is None:
+        return
+    if norm not in NORMS:
+        raise unknown_name(f"norm of architecture '{name}'", str(norm), NORMS)
+    layers = [(key, layer) for key, layer in model.named_modules() if isinstance(layer, nn.BatchNorm2d)]
+    if not layers:
+        raise UserError(f"architecture '{name}' has no batch normalisation, so option 'norm' cannot replace it")
+    for key, old in layers if norm != "batch" else []:
+        model.set_submodule(key, _replacement(old, norm))
 
 
 def _small_resnet_stem(model: Any) -> None:
@@ -111,3 +142,12 @@ def _set_stride(layer: _Strided, stride: int) -> None:
         layer.kernel_size = (kernel, kernel)
     if cropped or layer.padding != (0, 0):
         layer.padding = (kernel // 2, kernel // 2)
+
+
+def _replacement(old: Any, norm: str) -> nn.Module:
+    new = make_norm(norm, old.num_features, groups=32, momentum=0.1)
+    if isinstance(new, nn.GroupNorm):
+        new.eps = old.eps
+        new.load_state_dict({"weight": old.weight, "bias": old.bias})
+    # timm has layers that normalise and activate in one
+    return nn.Sequential(new, old.act) if hasattr(old, "act") else new
