@@ -1,6 +1,6 @@
 """lightning_dd: dataset distillation as PyTorch Lightning modules.
 
-The public shelf; everything on it is imported when it is first asked for, so that importing the package is cheap:
+What is most used, imported when it is first asked for, so that importing the package is cheap:
 
 - :func:`distil` and :func:`evaluate`: the two stages, with the defaults of the command line;
 - :class:`DistilledSet`: what the first hands to the second, and the file it is kept in;

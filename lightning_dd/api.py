@@ -32,8 +32,6 @@ CALLBACKS: dict[type[Callback], dict[str, Any]] = {
     ModelCheckpoint: {"save_last": True},
 }
 """Callbacks that every distillation has unless it is told otherwise, and their arguments."""
-
-
 SWITCHES: dict[str, type[Callback]] = {
     "enable_progress_bar": DistillationProgress,
     "enable_checkpointing": ModelCheckpoint,
@@ -151,14 +149,13 @@ def evaluate(
         UserError: a file, an architecture, the data or the folder is unusable.
     """
     listed = [sets] if isinstance(sets, str | Path | DistilledSet) else list(sets)
-    files = [str(_as_file(item, Path(output) / "sets", place)) for place, item in enumerate(listed)]
+    files = [
+        str(item.save(f"{output}/sets/{item.method.lower()}-{place}.safetensors"))
+        if isinstance(item, DistilledSet)
+        else str(item)
+        for place, item in enumerate(listed)
+    ]
     changes = {"steps": steps, "lr": lr, "batch_size": batch_size, "augment": augment, "ema": ema}
     recipes = {name: published(name, **changes) for name in ([protocol] if isinstance(protocol, str) else protocol)}
     choice, hardware = DataChoice(data, data_args or {}, root), Hardware(accelerator, devices, strategy)
     return evaluate_files(files, architectures, str(output), seeds, recipes, choice, hardware, workers)
-
-
-def _as_file(item: str | Path | DistilledSet, folder: Path, place: int) -> str | Path:
-    if isinstance(item, DistilledSet):
-        return item.save(folder / f"{item.method.lower()}-{place}.safetensors")
-    return item

@@ -1,8 +1,4 @@
-"""Experiments that distil many sets: each distillation is one stage, of ordinary configuration files.
-
-Membership inference and continual learning take any method, parameterisation and callback, because a method is only
-the files and options that ``lightning-dd fit`` would be given.
-"""
+"""Experiments that distil many sets, with any method: it is the files and options that ``lightning-dd fit`` takes."""
 
 import hashlib
 import json
@@ -14,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
-from lightning_dd.configs import find_configuration
+from lightning_dd.parsing import find_configuration
 from lightning_dd.utils.errors import UserError
 from lightning_dd.utils.files import write_text
 
@@ -44,10 +40,6 @@ class Method:
 
         Raises:
             UserError: the name is unusable, or the words are not files of one kind, or name no configuration.
-
-        Example:
-            >>> Method.parse("ready", "set.safetensors", finished=True).files
-            ('set.safetensors',)
         """
         listed = [words] if isinstance(words, str) else list(words)
         options = tuple(word for word in listed if word.startswith("--"))
@@ -111,13 +103,13 @@ def distil_stage(
 ) -> Path:
     """Distil as ``lightning-dd fit --config ... --data ... [overrides]`` would, on the given data, into a folder.
 
-    The run's logger, checkpoints, pictures and distilled sets go to ``output``. A finished stage is not run again,
-    and an interrupted one continues from its last checkpoint, so an experiment of many stages can be restarted.
+    A finished stage is not run again, and an interrupted one continues from its last checkpoint, so an experiment of
+    many stages can be restarted.
 
     Args:
         configs: configuration files of a distiller, the later layered over the earlier; their ``data`` is replaced.
         data: ``{"class_path": ..., "init_args": {...}}`` of a RealData, in plain values.
-        output: folder of this stage alone.
+        output: folder of this stage alone, for everything that the run writes.
         overrides: further options of ``fit``, as ``--model.init_args.ipc=10``; ``--seed_everything=1`` is the seed.
 
     Returns:

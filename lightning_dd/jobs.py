@@ -45,11 +45,7 @@ _PLACE: int | None = None  # of this process among the workers
 
 
 class Ledger:
-    """Records by identity, in a folder; a record is written atomically once, and read by whoever needs it.
-
-    Args:
-        folder: made if missing.
-    """
+    """Records by identity, in a folder; a record is written atomically once, and read by whoever needs it."""
 
     suffix: ClassVar[str] = ".json"
 
@@ -69,7 +65,7 @@ class Ledger:
             return None
 
     def need(self, identity: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the record of a job that is done; a :class:`UserError` if it is gone."""
+        """Return the record of a job that is done, or refuse to go on without it."""
         record = self.read(identity)
         if record is None:
             raise UserError(f"'{self.path(identity)}' has disappeared or is damaged: run the same command again")
@@ -122,7 +118,7 @@ class Job:
 
 
 def check_workers(workers: int | str) -> None:
-    """Raise a :class:`UserError` unless it is a number from 1 or ``auto``."""
+    """Refuse anything but a number from 1 and ``auto``."""
     if workers != "auto" and not (isinstance(workers, int) and workers >= 1):
         raise UserError(f"workers must be at least 1, or 'auto', got {workers}")
 
@@ -188,10 +184,10 @@ def share_of(jobs: Sequence[Job], ledger: Ledger, rank: int, world_size: int) ->
     return [job for job in list(unique.values())[rank::world_size] if ledger.read(job.identity) is None]
 
 
-def wait_for(jobs: Sequence[Job], ledger: Ledger, seconds: float = 1.0) -> None:
+def wait_for(jobs: Sequence[Job], ledger: Ledger) -> None:
     """Wait until other processes have finished these jobs; a launcher that loses one of them ends all."""
     while any(ledger.read(job.identity) is None for job in jobs):
-        time.sleep(seconds)
+        time.sleep(1)
 
 
 def launcher() -> "ClusterEnvironment | None":

@@ -11,9 +11,8 @@ from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 
 from lightning_dd import callbacks, data, distilled, distillers, students, synthetic
 from lightning_dd.api import CALLBACKS, SAVE_EVERY, SWITCHES, TRAINER, rhythm
-from lightning_dd.configs import found, run_name
 from lightning_dd.losses.metadd import MetaOptions
-from lightning_dd.parsing import OneLineErrors, explain, user_error_in
+from lightning_dd.parsing import OneLineErrors, explain, run_name, user_error_in, with_paths
 from lightning_dd.utils.arguments import class_path, find_class, subclasses
 from lightning_dd.utils.errors import UserError
 from lightning_dd.utils.silence import quieten
@@ -61,7 +60,7 @@ class Cli(LightningCLI):
     """
 
     def __init__(self, arguments: Sequence[str]) -> None:
-        self.arguments = found(arguments)
+        self.arguments = with_paths(arguments)
         super().__init__(
             LightningModule,
             LightningDataModule,

@@ -1,19 +1,66 @@
-"""From a command line to the options of one of our own verbs, and a mistake in one line instead of a page of usage."""
+"""The words of a command line: configurations by name, the options of our own verbs, and a mistake in one line."""
 
 import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields
+from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 
 from docstring_parser import parse
 from jsonargparse import ActionConfigFile, ArgumentParser  # type: ignore[attr-defined]
 
-from lightning_dd.configs import found
 from lightning_dd.utils.errors import UserError, unknown_name
 
+FOLDER = Path(__file__).parent / "configs"
+"""The configuration files that come with the package."""
 KnownClasses = Callable[[str], dict[str, type]]
 """From a key (``model``, ``data``, ``trainer.callbacks``) to the classes it accepts, by name."""
+
+
+def configurations() -> dict[str, Path]:
+    """Return the package's configuration files by name: ``mnist5k/frepo``."""
+    return {path.relative_to(FOLDER).with_suffix("").as_posix(): path for path in sorted(FOLDER.rglob("*.yaml"))}
+
+
+def find_configuration(name: str) -> Path:
+    """Return a configuration file: a path as it is, else the one of that name that comes with the package.
+
+    Args:
+        name: ``my.yaml``, ``mnist5k/frepo``, ``mnist5k/frepo.yaml`` or ``configs/mnist5k/frepo.yaml``.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    known = configurations()
+    short = name.removeprefix("configs/").removesuffix(".yaml")
+    if short not in known:
+        raise unknown_name("configuration", name, known)
+    return known[short]
+
+
+def with_paths(arguments: Sequence[str]) -> list[str]:
+    """Return a command line with every configuration as ``--config=PATH``."""
+    words: list[str] = []
+    rest = iter(arguments)
+    for word in rest:
+        name = word.partition("=")[2] if word.startswith("--config=") else None
+        if word in ("--config", "-c"):
+            name = next(rest, None)
+        words.append(word if name is None else f"--config={find_configuration(name)}")
+    return words
+
+
+def run_name(arguments: Sequence[str]) -> str:
+    """Return what a run of :func:`with_paths` is called: after its first configuration, as ``mnist5k-frepo``."""
+    paths = [Path(word.removeprefix("--config=")) for word in arguments if word.startswith("--config=")]
+    if not paths:
+        return "distil"
+    file, folder = paths[0].resolve(), FOLDER.resolve()
+    parts = file.relative_to(folder).with_suffix("").parts if folder in file.parents else (file.stem,)
+    return "-".join(parts).replace("_", "-")
 
 
 class OneLineErrors(ArgumentParser):
@@ -113,7 +160,7 @@ def parse_verb(name: str, verb: type[Any], arguments: Sequence[str]) -> Any:
             parser.add_argument(item.name, **(settings if required or words else settings | {"nargs": "?"}))
         else:
             parser.add_argument(f"--{item.name}", required=required, **settings)
-    parsed = parser.instantiate(parser.parse_args(found(arguments))).as_dict()
+    parsed = parser.instantiate(parser.parse_args(with_paths(arguments))).as_dict()
     parsed.pop("config", None)
     return verb(**parsed)
 

@@ -35,9 +35,6 @@ def write_results(
 
     Returns:
         The paths by suffix.
-
-    Raises:
-        UserError: the folder cannot be written.
     """
     lines = records if flat is None else flat
     text = io.StringIO()

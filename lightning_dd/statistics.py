@@ -55,12 +55,8 @@ class Difference:
         return f"{100 * self.mean:+.1f} ({100 * self.low:+.1f} to {100 * self.high:+.1f})"
 
 
-def nested_score(values: Nested, seed: int = 0) -> Score:
-    """Summarise the accuracies of students of one or several distilled sets.
-
-    Args:
-        values: at least one set with at least one student.
-        seed: of the bootstrap.
+def nested_score(values: Nested) -> Score:
+    """Summarise the accuracies of the students, at least one, of each of one or several distilled sets.
 
     Example:
         >>> str(nested_score({"a": [0.5, 0.7]})), str(nested_score({"a": [0.5, 0.7], "b": [0.8]}))
@@ -69,7 +65,7 @@ def nested_score(values: Nested, seed: int = 0) -> Score:
     groups = [np.asarray(group, dtype=float) for group in values.values()]
     means = np.array([group.mean() for group in groups])
     spread = means if len(groups) > 1 else groups[0]
-    low, high = np.quantile(_resampled_means(groups, seed), [0.025, 0.975])
+    low, high = np.quantile(_resampled_means(groups, seed=0), [0.025, 0.975])
     return Score(
         mean=float(means.mean()),
         std=float(spread.std(ddof=1)) if len(spread) > 1 else 0.0,
@@ -80,25 +76,18 @@ def nested_score(values: Nested, seed: int = 0) -> Score:
     )
 
 
-def gain_interval(left: Nested, right: Nested, seed: int = 0) -> tuple[float, float]:
+def gain_interval(left: Nested, right: Nested) -> tuple[float, float]:
     """Return the 95 % bootstrap interval of ``mean(left) - mean(right)`` for independent groups."""
     sides = [
-        _resampled_means([np.asarray(group, dtype=float) for group in side.values()], seed + index)
-        for index, side in enumerate((left, right))
+        _resampled_means([np.asarray(group, dtype=float) for group in side.values()], seed)
+        for seed, side in enumerate((left, right))
     ]
     low, high = np.quantile(sides[0] - sides[1], [0.025, 0.975])
     return float(low), float(high)
 
 
 def paired_difference(left: Mapping[Hashable, float], right: Mapping[Hashable, float]) -> Difference:
-    """Compare two groups on the keys they share (a distillation seed, say): ``left - right``.
-
-    Args:
-        left: accuracies by key.
-        right: likewise.
-
-    Raises:
-        ValueError: they share no key.
+    """Compare two groups of accuracies on the keys they share (a distillation seed, say), at least one: left - right.
 
     Example:
         >>> str(paired_difference({0: 0.50, 1: 0.60}, {0: 0.48, 1: 0.57}))

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 from lightning_dd import applications
@@ -50,15 +50,15 @@ class _Students:
         "operations joined by _, paths to your own by +, auto for FRePo's, siamese for DSA's, or none; likewise", None
     )
 
-    def changes(self) -> dict[str, Any]:
-        """Return what replaces settings of the protocol."""
-        return {"steps": self.steps, "lr": self.lr, "batch_size": self.batch_size, "augment": self.augment}
-
 
 @dataclass(kw_only=True)
-class _Source:
-    """How real data is found."""
+class _Data:
+    """Which real data is meant, and how it is found."""
 
+    data: str | None = _option(
+        "real data to score on: a class name, or the class path of your own; what the set says of itself if not given",
+        None,
+    )
     data_args: dict[str, Any] = _option("arguments of the data", dict)
     root: str | None = _option("folder of the real data on this machine", None)
 
@@ -66,7 +66,7 @@ class _Source:
         """Return it as a :class:`~lightning_dd.data.registry.DataChoice`."""
         from lightning_dd.data.registry import DataChoice
 
-        return DataChoice(getattr(self, "data", None), self.data_args, self.root)
+        return DataChoice(self.data, self.data_args, self.root)
 
 
 @dataclass(kw_only=True)
@@ -75,16 +75,6 @@ class _Workers:
 
     accelerator: str = _option("Lightning's Trainer argument", "auto")
     workers: int | str = _option("processes of this machine that train side by side, or auto for one per core", 1)
-
-
-@dataclass(kw_only=True)
-class _Data(_Source):
-    """Which real data is meant."""
-
-    data: str | None = _option(
-        "real data to score on: a class name, or the class path of your own; what the set says of itself if not given",
-        None,
-    )
 
 
 @dataclass(kw_only=True)
@@ -132,7 +122,8 @@ class Scores(_Students, _Data, _Workers, Verb):
         from lightning_dd.evaluators.robustness import score_files
         from lightning_dd.students.recipe import protocol
 
-        recipe = protocol(self.protocol, **self.changes())
+        changes = {"steps": self.steps, "lr": self.lr, "batch_size": self.batch_size, "augment": self.augment}
+        recipe = protocol(self.protocol, **changes)
         full = {"steps": self.full_steps, "lr": self.full_lr, "batch_size": self.full_batch_size}
         on_all = protocol("frepo", **full, augment=recipe.augment)
         trained = (self.files, self.architectures, self.output, self.seeds, recipe, on_all)
@@ -207,7 +198,7 @@ class Relabel(_Data, Verb):
 
 
 @dataclass(kw_only=True)
-class Convert(_Source, Verb):
+class Convert(_Data, Verb):
     """Turn a distilled set of another project into a distilled-set file that evaluate takes."""
 
     layout: str = _required(
@@ -215,7 +206,7 @@ class Convert(_Source, Verb):
         "of MTT and DATM), sre2l or rded (folders of images)"
     )
     images: str = _required("the file, or the folder of one folder per class")
-    data: str = _required("class name of the data set the images stand for")
+    data: str = _required("class name of the data set the images stand for")  # type: ignore[assignment]
     preprocessing: str = _required(
         "the space the images are in: pixels, standardise, zca (FRePo's) or kornia-zca (MTT's, DATM's)"
     )
@@ -231,9 +222,10 @@ class Convert(_Source, Verb):
         """Write the file."""
         from lightning_dd.distilled.convert import convert_set, summary
 
-        settings = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "output"}
+        settings = dict(vars(self))
+        output = settings.pop("output")
         distilled = convert_set(**settings)
-        print(f"wrote {distilled.save(self.output)}: {summary(distilled)}")
+        print(f"wrote {distilled.save(output)}: {summary(distilled)}")
 
 
 @dataclass(kw_only=True)
@@ -244,54 +236,38 @@ class List(Verb):
     pattern: str = _option("show only names that contain this", "", positional=True)
 
     def run(self) -> None:
-        """Print a line each.
-
-        Raises:
-            UserError: there is no such kind.
-        """
-        kinds = {"configs": _configs, "methods": _methods, "architectures": _architectures}
-        kinds |= {"protocols": _protocols, "data": _data}
-        if self.what not in kinds:
-            raise unknown_name("list", self.what, kinds)
-        for name, text in kinds[self.what]():
+        """Print a line each."""
+        for name, text in _listed(self.what):
             if self.pattern in name:
                 print(f"{name:<28} {text}".rstrip())
 
 
-def _configs() -> Iterator[tuple[str, str]]:
-    from lightning_dd.configs import configurations
+def _listed(what: str) -> Iterator[tuple[str, str]]:
+    """Yield the names of a kind, and what is said of each."""
+    if what == "configs":
+        from lightning_dd.parsing import configurations
 
-    for name, path in configurations().items():
-        yield name, path.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
+        for name, path in configurations().items():
+            yield name, path.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
+    elif what == "architectures":
+        from lightning_dd.models.factory import every_architecture
 
+        yield from every_architecture()
+    elif what == "protocols":
+        from lightning_dd.students.recipe import PROTOCOLS
 
-def _methods() -> Iterator[tuple[str, str]]:
-    import lightning_dd.distillers as room
-    from lightning_dd.utils.arguments import subclasses
+        for name, recipe in PROTOCOLS.items():
+            length = f"{recipe.epochs} epochs" if recipe.epochs else "steps by the number of images"
+            yield name, f"{recipe.optimizer}, lr {recipe.lr:g}, {length}, batch {recipe.batch_size}, {recipe.schedule}"
+    elif what in ("methods", "data"):
+        from lightning_dd import data, distillers
+        from lightning_dd.utils.arguments import subclasses
 
-    for cls in subclasses(room.Distiller):  # type: ignore[type-abstract]
-        yield cls.__name__, (inspect.getdoc(cls) or "").partition("\n")[0]
-
-
-def _architectures() -> Iterator[tuple[str, str]]:
-    from lightning_dd.models.factory import every_architecture
-
-    yield from every_architecture()
-
-
-def _protocols() -> Iterator[tuple[str, str]]:
-    from lightning_dd.students.recipe import PROTOCOLS
-
-    for name, recipe in PROTOCOLS.items():
-        length = f"{recipe.epochs} epochs" if recipe.epochs else "steps by the number of images"
-        yield name, f"{recipe.optimizer}, lr {recipe.lr:g}, {length}, batch {recipe.batch_size}, {recipe.schedule}"
-
-
-def _data() -> Iterator[tuple[str, str]]:
-    from lightning_dd.data import DATA_SETS
-
-    for name, cls in DATA_SETS.items():
-        yield name, (inspect.getdoc(cls) or "").partition("\n")[0]
+        methods = subclasses(distillers.Distiller)  # type: ignore[type-abstract]
+        for cls in methods if what == "methods" else data.DATA_SETS.values():
+            yield cls.__name__, (inspect.getdoc(cls) or "").partition("\n")[0]
+    else:
+        raise unknown_name("list", what, ("configs", "methods", "architectures", "protocols", "data"))
 
 
 VERBS: dict[str, type[Verb]] = {

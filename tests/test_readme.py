@@ -11,7 +11,7 @@ import pytest
 
 from lightning_dd import DistilledSet
 from lightning_dd.cli import main
-from lightning_dd.configs import find_configuration
+from lightning_dd.parsing import find_configuration
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")

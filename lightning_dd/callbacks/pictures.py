@@ -33,13 +33,7 @@ class Pictures(RunFiles):
 
     @abstractmethod
     def show(self, trainer: Trainer, distiller: Distiller, name: str | None) -> None:
-        """Show it; called on the first process only.
-
-        Args:
-            trainer: of the run.
-            distiller: what is fitted.
-            name: ``initial`` or ``final`` for pictures that are kept as files; ``None`` in between.
-        """
+        """Show it, on the first process only; ``name`` is ``initial`` or ``final`` for files, ``None`` in between."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show what the run starts from; a resumed run keeps the first run's picture."""
@@ -132,28 +126,23 @@ class MetaFeatureImages(Pictures):
 
 
 def write_picture(distilled: DistilledSet, path: Path | str) -> Path:
-    """Write a distilled set's images as one PNG, a column per class.
-
-    Raises:
-        UserError: the folder cannot be written.
-    """
+    """Write a distilled set's images as one PNG, a column per class."""
     grid = image_grid(distilled.pixels(), distilled.ipc)
     return write_atomically(path, lambda temporary: save_image(grid, temporary))
 
 
-def image_grid(pixels: Tensor, ipc: int, scale: int | None = None) -> Tensor:
-    """Arrange images in a grid with one column per class (one row when there is one image per class).
+def image_grid(pixels: Tensor, ipc: int) -> Tensor:
+    """Arrange images, enlarged to about 64 pixels, in a grid with one column per class, or one row for one image each.
 
     Args:
         pixels: ``(num_classes * ipc, C, H, W)`` in [0, 1], in blocks of ``ipc`` per class.
         ipc: images per class; at most 20 are shown.
-        scale: whole-number enlargement; ``None`` brings small images to about 64 pixels.
 
     Returns:
         ``(3, height, width)`` in [0, 1].
     """
     classes = len(pixels) // ipc
-    scale = scale or max(1, round(64 / pixels.shape[-1]))
+    scale = max(1, round(64 / pixels.shape[-1]))
     shown = _LARGEST_GRID if classes <= _LARGEST_GRID else 1
     rows = pixels.view(classes, ipc, *pixels.shape[1:])[:, :shown].transpose(0, 1)
     enlarged = rows.flatten(0, 1).repeat_interleave(scale, -1).repeat_interleave(scale, -2)

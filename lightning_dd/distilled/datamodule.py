@@ -106,10 +106,6 @@ def real_data_of(distilled: DistilledSet, choice: DataChoice = DataChoice()) -> 
     The user's choice comes first, then what this machine remembers of data with the set's fingerprint, then what the
     set says of itself; a file alone can name only the project's own data sets, and no path.
 
-    Args:
-        distilled: the set.
-        choice: what the user said of the data.
-
     Raises:
         UserError: nothing says how to build it, or the arguments do not fit.
     """
@@ -163,11 +159,7 @@ def real_set(real: RealData, images: Tensor, classes: Tensor, label_kind: str, m
 
 
 def check_match(distilled: DistilledSet, real: RealData) -> None:
-    """Refuse to score a set on data it cannot stand for.
-
-    Raises:
-        UserError: number of classes, image shape or class names differ.
-    """
+    """Refuse to score a set on data of other classes or another image shape."""
     facts = real.facts
     for what, ours, theirs in (
         ("num_classes", distilled.num_classes, facts.num_classes),

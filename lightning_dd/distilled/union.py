@@ -33,8 +33,7 @@ def union(sets: Sequence[DistilledSet]) -> DistilledSet:
         A set whose ``data`` names all the classes, so that it can be scored like any other.
 
     Raises:
-        UserError: there is none, two hold the same class, or data, preprocessing, image shape, images per class, form
-            of labels, temperature or stored views disagree.
+        UserError: two sets hold the same class, or anything but classes, images and labels disagrees.
     """
     if not sets:
         raise UserError("a union needs at least one distilled set")
@@ -94,9 +93,6 @@ def embed_labels(
 
     Returns:
         ``(n, total)`` or ``(E, n, total)``.
-
-    Raises:
-        UserError: learned labels do not tell their own class from the others.
     """
     if label_kind == "centred":
         return initial_labels(classes + start, total, "centred")

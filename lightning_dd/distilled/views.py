@@ -113,11 +113,7 @@ class SoftViews:
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Tensor]) -> "SoftViews":
-        """Rebuild from :meth:`state_dict`.
-
-        Raises:
-            UserError: a tensor is missing, unknown or unusable.
-        """
+        """Rebuild from :meth:`state_dict`."""
         names = {item.name for item in fields(cls)}
         if set(state) != names:
             raise UserError(f"views: expected the tensors {', '.join(sorted(names))}, got {', '.join(sorted(state))}")

@@ -7,6 +7,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+_DECAY = 0.9  # weight of what came before in a running mean
+
 
 @contextmanager
 def no_float16(device: str) -> Iterator[None]:
@@ -71,9 +73,6 @@ class SteadyShare:
     E |e_k|^2``, so the root of the ratio of both is the share ``|s| / |g|``; unlike the norm of a running mean, it
     goes to 0 for noise alone. Both are exponential running means. Nothing is known at the first look: the share is 0.
 
-    Args:
-        decay: weight of what came before in the running means, in [0, 1).
-
     Example:
         >>> share = SteadyShare()
         >>> [round(share.take(torch.tensor([2.0, 0.0])).item(), 3) for _ in range(3)]
@@ -82,8 +81,7 @@ class SteadyShare:
         0.794
     """
 
-    def __init__(self, decay: float = 0.9) -> None:
-        self.decay = decay
+    def __init__(self) -> None:
         self._last: Tensor | None = None
         self._means = torch.zeros(2)
 
@@ -99,7 +97,7 @@ class SteadyShare:
         last, means = self._last.to(flat.device), self._means.to(flat.device)
         seen = torch.stack([flat @ last, (flat.square().sum() + last.square().sum()) / 2])
         finite = seen.isfinite().all()
-        self._means = torch.where(finite, torch.lerp(seen, means, self.decay), means)
+        self._means = torch.where(finite, torch.lerp(seen, means, _DECAY), means)
         self._last = torch.where(finite, flat, last)
         share: Tensor = (self._means[0] / self._means[1].clamp(min=1e-30)).clamp(0, 1).sqrt()
         return share

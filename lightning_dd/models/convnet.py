@@ -50,13 +50,7 @@ class _PlainNetwork(Network):
         """Map normalised images ``(N, C, H, W)`` to the last activation ``(N, channels, h, w)``."""
 
     def features(self, images: Tensor) -> Tensor:
-        """Map normalised images ``(N, C, H, W)`` to ``(N, num_features)``: the last activation, flattened.
-
-        The order is always channel, row, column, whatever the memory format of the images.
-
-        Raises:
-            UserError: the images have another number of channels than the network.
-        """
+        """Return the last activation ``(N, num_features)`` in the order channel, row, column, whatever its layout."""
         return self.feature_maps(images).flatten(1)
 
 
@@ -125,10 +119,6 @@ class FRePoConv(_PlainConv):
 
     Raises:
         UserError: a setting is out of range, or the image is too small for the depth.
-
-    Example:
-        >>> FRePoConv(3, 10, (32, 32), width=8).features(torch.zeros(2, 3, 32, 32)).shape
-        torch.Size([2, 512])
     """
 
     growth, own_norm, norm_first, most_groups = 2, "batch", True, 32
@@ -143,22 +133,15 @@ class ConvNet(_PlainConv):
     """The field's ConvNet (Zhao et al. 2021, arXiv 2006.05929, and most methods since).
 
     A block is conv3x3 -> norm -> ReLU -> average pool 2, with the same width in every block and PyTorch's initial
-    weights.
+    weights. The first three arguments are those of :class:`FRePoConv`.
 
     Args:
-        in_channels: image channels C.
-        num_classes: number of logits.
-        image_size: as for :class:`FRePoConv`.
         width: channels of every block.
         depth: number of blocks; the literature takes 3 at 32 px, 4 at 64, 5 at 128, 6 at 256.
         norm: see :func:`~lightning_dd.models.convnet.make_norm`; ``group`` makes up to 4 groups, None is ``instance``.
 
     Raises:
         UserError: a setting is out of range, or the image is too small for the depth.
-
-    Example:
-        >>> ConvNet(1, 10, (28, 28), width=8).num_features
-        128
     """
 
     growth, own_norm, norm_first, most_groups, momentum = 1, "instance", False, 4, 0.1
@@ -167,12 +150,10 @@ class ConvNet(_PlainConv):
 class AlexNet(_PlainNetwork):
     """AlexNet in the form of DC (arXiv 2006.05929).
 
-    Five convolutions, three max pools, one linear layer; no normalisation.
+    Five convolutions, three max pools, one linear layer; no normalisation. The first three arguments are those of
+    :class:`FRePoConv`.
 
     Args:
-        in_channels: image channels C.
-        num_classes: number of logits.
-        image_size: as for :class:`FRePoConv`.
         width: channels of the first convolution; the others scale with it (128 gives 128, 192, 256, 192, 192).
 
     Raises:

@@ -30,11 +30,7 @@ _SYNTAX = "write name or name:option=value,option=value, as in conv:norm=none,wi
 
 @dataclass(frozen=True)
 class ArchitectureSpec:
-    """An architecture's name and the options that differ from its defaults.
-
-    Attributes:
-        name: the name without options, with its library's prefix if one was given.
-        options: option names and values.
+    """An architecture's name, with its library's prefix if one was given, and options other than its defaults.
 
     Example:
         >>> spec = ArchitectureSpec.parse("resnet18:channels=[16,32,64,128]")
@@ -49,11 +45,7 @@ class ArchitectureSpec:
 
     @classmethod
     def parse(cls, text: str) -> "ArchitectureSpec":
-        """Read ``name`` or ``name:option=value,...``; values are YAML, so lists and ``true`` work.
-
-        Raises:
-            UserError: the text has another form.
-        """
+        """Read ``name`` or ``name:option=value,...``; values are YAML, so lists and ``true`` work."""
         name, colon, body = str(text).strip().partition(":")
         if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name):
             raise UserError(f"cannot read architecture '{text}': {_SYNTAX}")
@@ -167,11 +159,7 @@ def every_architecture() -> list[tuple[str, str]]:
 
 
 def find_builder(name: str) -> Builder:
-    """Return what builds the architecture of a name without options.
-
-    Raises:
-        UserError: no network is called so.
-    """
+    """Return what builds the architecture of a name without options; a :class:`UserError` if nothing does."""
     if name in _OWN:
         return partial(_build_class, _OWN[name], name)
     import timm  # here, not above: importing it takes seconds, and most runs need only the project's own networks

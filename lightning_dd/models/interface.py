@@ -78,11 +78,7 @@ def features_in_slices(network: Network, images: Tensor, features: Features = ne
 
 
 def check_images(images: Tensor, in_channels: int) -> None:
-    """Refuse a batch that is not ``(N, in_channels, H, W)``; static shapes are compared, so it costs nothing.
-
-    Raises:
-        UserError: the batch has another number of axes or of channels.
-    """
+    """Refuse a batch that is not ``(N, in_channels, H, W)``; static shapes are compared, so it costs nothing."""
     if images.ndim != 4 or images.shape[1] != in_channels:
         raise UserError(
             f"this network takes images (N, {in_channels}, H, W), got a tensor of shape {tuple(images.shape)}"

@@ -36,9 +36,9 @@ class LibraryNetwork(Network):
     network of a method that differentiates twice through the weights (DC, DSA, MTT).
 
     Args:
-        trunk: maps padded images ``(N, C, H, W)`` to features ``(N, head.in_features)``.
+        trunk: maps padded images ``(N, in_channels, H, W)`` to features ``(N, head.in_features)``.
         head: maps features to logits.
-        in_channels: image channels C.
+        in_channels: of the images.
         image_size: ``(height, width)`` of the images before padding, in pixels.
     """
 

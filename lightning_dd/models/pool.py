@@ -146,11 +146,7 @@ class ModelPool:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue exactly from :meth:`state_dict`.
-
-        Raises:
-            UserError: the state has another number of networks, or networks of another architecture.
-        """
+        """Continue exactly from :meth:`state_dict`, of a pool of as many networks and the same architectures."""
         if len(state["members"]) != len(self.members):
             raise UserError(
                 f"the checkpoint's pool has {len(state['members'])} networks, pool_size is {len(self.members)}"

@@ -49,12 +49,7 @@ class RemembersArguments:
 
 
 def class_path(cls: type) -> str:
-    """Return where a class is defined: ``package.module.Class``.
-
-    Example:
-        >>> class_path(UserError)
-        'lightning_dd.utils.errors.UserError'
-    """
+    """Return where a class is defined: ``package.module.Class``."""
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
@@ -67,16 +62,10 @@ def subclasses(base: type[Kind]) -> Iterator[type[Kind]]:
 
 
 def known_class(name: str, base: type[Kind], what: str) -> type[Kind]:
-    """Return the imported subclass of ``base`` with this name or path; nothing is imported for it.
-
-    This is how a name from a file is looked up.
+    """Return the imported subclass of ``base`` with this name or path, as a name from a file is looked up.
 
     Raises:
-        UserError: there is none.
-
-    Example:
-        >>> known_class("UserError", ValueError, "error")
-        <class 'lightning_dd.utils.errors.UserError'>
+        UserError: there is none; nothing is imported for it.
     """
     found = {cls.__name__: cls for cls in subclasses(base)} | {class_path(cls): cls for cls in subclasses(base)}
     if name not in found and name.startswith(_OURS):
@@ -108,11 +97,7 @@ def plain_values(value: Any) -> Any:
 
 
 def revive(plain: Any) -> Any:
-    """Make the objects that plain settings name by ``class_path`` and ``init_args``, of classes that are imported.
-
-    Raises:
-        UserError: a class is not known here.
-    """
+    """Make the objects that plain settings name by ``class_path`` and ``init_args``, of classes that are imported."""
     if not isinstance(plain, dict):
         return plain
     if "class_path" not in plain:
@@ -166,14 +151,7 @@ def public_settings(hparams: Any) -> dict[str, Any]:
 
 
 def refuse_other(what: str, saved: Mapping[str, Any], here: Mapping[str, Any]) -> None:
-    """Refuse to continue a checkpoint of another configuration or of other data, naming the first difference.
-
-    Raises:
-        UserError: a setting differs.
-
-    Example:
-        >>> refuse_other("another configuration", {"ipc": 1}, {"ipc": 1})
-    """
+    """Refuse to continue a checkpoint of another configuration or of other data, naming the first difference."""
     for name, there in saved.items():  # a setting that came later has a default that changes nothing
         if there != here.get(name):
             raise UserError(f"the checkpoint is of {what}: {name} is {there!r} there and {here.get(name)!r} here")
