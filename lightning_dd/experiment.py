@@ -5,12 +5,12 @@ import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
-from lightning_dd.parsing import find_configuration
+from lightning_dd.parsing import find_configuration, option
 from lightning_dd.utils.errors import UserError
 from lightning_dd.utils.files import write_text
 
@@ -58,27 +58,20 @@ class Method:
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
-    """What every experiment is told, in plain values, so that it travels to other processes.
+    """What every experiment is told, in plain values, so that it travels to other processes."""
 
-    Args:
-        methods: by name, configurations of a distiller (the later layered over the earlier) with options of fit; or
-            distilled-set files, one a seed, where an experiment takes them.
-        output: folder of the report and of everything that is made; an interrupted experiment goes on there.
-        data: class name, or class path, of the real data.
-        data_args: arguments of the data.
-        root: folder of the real data on this machine.
-        accelerator: Lightning's Trainer argument for distillers; students take a GPU where there is one, unless it is
-            cpu.
-        workers: processes of this machine that train side by side, or auto for one per core.
-    """
-
-    methods: dict[str, list[str] | str]
-    output: str
-    data: str
-    data_args: dict[str, Any] = field(default_factory=dict)
-    root: str | None = None
-    accelerator: str = "auto"
-    workers: int | str = 1
+    methods: dict[str, list[str] | str] = option(
+        "by name, configurations of a distiller (the later layered over the earlier) with options of fit; or "
+        "distilled-set files, one a seed, where an experiment takes them"
+    )
+    output: str = option("folder of the report and of everything that is made; an interrupted experiment goes on there")
+    data: str = option("class name, or class path, of the real data")
+    data_args: dict[str, Any] = option("arguments of the data", dict)
+    root: str | None = option("folder of the real data on this machine", None)
+    accelerator: str = option(
+        "Lightning's Trainer argument for distillers; students take a GPU where there is one, unless it is cpu", "auto"
+    )
+    workers: int | str = option("processes of this machine that train side by side, or auto for one per core", 1)
 
     takes_files: ClassVar[bool] = False
     """Whether a method may be finished distilled-set files."""

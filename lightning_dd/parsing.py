@@ -3,11 +3,10 @@
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, field, fields
 from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 
-from docstring_parser import parse
 from jsonargparse import ActionConfigFile, ArgumentParser  # type: ignore[attr-defined]
 
 from lightning_dd.utils.errors import UserError, unknown_name
@@ -133,6 +132,18 @@ def user_error_in(error: BaseException) -> UserError | None:
     return None
 
 
+def option(text: str, default: Any = MISSING, **kind: bool) -> Any:
+    """Return a field that is an option of a verb, with its help; without a default it is required.
+
+    Args:
+        text: the help.
+        default: a value, or a function that makes one.
+        kind: ``words=True`` takes several words, ``positional=True`` needs no ``--name``.
+    """
+    fallback: dict[str, Any] = {"default_factory" if callable(default) else "default": default}
+    return field(metadata={"help": text, **kind}, **fallback)
+
+
 def parse_verb(name: str, verb: type[Any], arguments: Sequence[str]) -> Any:
     """Return a verb with the options of a command line.
 
@@ -147,11 +158,10 @@ def parse_verb(name: str, verb: type[Any], arguments: Sequence[str]) -> Any:
     """
     parser = OneLineErrors(prog=f"lightning-dd {name}", description=(verb.__doc__ or "").partition("\n")[0])
     parser.add_argument("--config", action=ActionConfigFile, help="a YAML file with any of these options")
-    hints, said = get_type_hints(verb), _documented(verb)
+    hints = get_type_hints(verb)
     for item in fields(verb):
         words, required = item.metadata.get("words", False), item.default is MISSING and item.default_factory is MISSING
-        text = item.metadata.get("help", said.get(item.name))
-        settings: dict[str, Any] = {"type": str if words else hints[item.name], "help": text}
+        settings: dict[str, Any] = {"type": str if words else hints[item.name], "help": item.metadata["help"]}
         if words:
             settings["nargs"] = "+"
         if not required:
@@ -163,9 +173,3 @@ def parse_verb(name: str, verb: type[Any], arguments: Sequence[str]) -> Any:
     parsed = parser.instantiate(parser.parse_args(with_paths(arguments))).as_dict()
     parsed.pop("config", None)
     return verb(**parsed)
-
-
-def _documented(verb: type) -> dict[str, str]:
-    """Return what the docstrings of a class and of its bases say of each argument, in one line."""
-    params = [param for cls in reversed(verb.__mro__) for param in parse(cls.__doc__ or "").params]
-    return {param.arg_name: " ".join((param.description or "").split()).rstrip(".") for param in params}

@@ -2,30 +2,18 @@
 
 import inspect
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from lightning_dd import applications
+from lightning_dd.parsing import option
 from lightning_dd.utils.errors import unknown_name
 
 ARCHITECTURES = "as name or name:option=value,..., or groups: unseen-small, unseen, frepo-cross, zoo-small"
 
 
-def _option(text: str, default: Any, **kind: bool) -> Any:
-    """An option; of the kinds ``words`` (several of them) and ``positional`` (it needs no ``--name``)."""
-    fallback = {"default_factory": default} if callable(default) else {"default": default}
-    return field(metadata={"help": text, **kind}, **fallback)
-
-
-def _required(text: str, **kind: bool) -> Any:
-    return field(metadata={"help": text, **kind})
-
-
 class Verb:
-    """A verb; its docstring's first line is its help.
-
-    What is said of each option is the ``metadata`` of its field, or its line among the docstring's arguments.
-    """
+    """A verb: its fields are its options, and its docstring's first line is its help."""
 
     def run(self) -> None:
         """Do it."""
@@ -42,11 +30,11 @@ class Verb:
 class _Students:
     """How students are trained."""
 
-    seeds: int = _option("students per architecture and source", 3)
-    steps: int | None = _option("training steps of a student, in place of the protocol's", None)
-    lr: float | None = _option("peak learning rate of a student, likewise", None)
-    batch_size: int | None = _option("synthetic images per step, likewise; at most all", None)
-    augment: str | None = _option(
+    seeds: int = option("students per architecture and source", 3)
+    steps: int | None = option("training steps of a student, in place of the protocol's", None)
+    lr: float | None = option("peak learning rate of a student, likewise", None)
+    batch_size: int | None = option("synthetic images per step, likewise; at most all", None)
+    augment: str | None = option(
         "operations joined by _, paths to your own by +, auto for FRePo's, siamese for DSA's, or none; likewise", None
     )
 
@@ -55,12 +43,12 @@ class _Students:
 class _Data:
     """Which real data is meant, and how it is found."""
 
-    data: str | None = _option(
+    data: str | None = option(
         "real data to score on: a class name, or the class path of your own; what the set says of itself if not given",
         None,
     )
-    data_args: dict[str, Any] = _option("arguments of the data", dict)
-    root: str | None = _option("folder of the real data on this machine", None)
+    data_args: dict[str, Any] = option("arguments of the data", dict)
+    root: str | None = option("folder of the real data on this machine", None)
 
     def choice(self) -> Any:
         """Return it as a :class:`~lightning_dd.data.registry.DataChoice`."""
@@ -73,25 +61,25 @@ class _Data:
 class _Workers:
     """Where students are trained."""
 
-    accelerator: str = _option("Lightning's Trainer argument", "auto")
-    workers: int | str = _option("processes of this machine that train side by side, or auto for one per core", 1)
+    accelerator: str = option("Lightning's Trainer argument", "auto")
+    workers: int | str = option("processes of this machine that train side by side, or auto for one per core", 1)
 
 
 @dataclass(kw_only=True)
 class Evaluate(_Students, _Data, _Workers, Verb):
     """Train architectures x seeds on distilled sets and on random real images; print and write one table."""
 
-    files: list[str] = _required("distilled-set files, or run folders", words=True, positional=True)
-    architectures: list[str] = _required(f"of the students, {ARCHITECTURES}", words=True)
-    output: str = _required("folder of the report and the TensorBoard logs")
-    protocol: list[str] = _option(
+    files: list[str] = option("distilled-set files, or run folders", words=True, positional=True)
+    architectures: list[str] = option(f"of the students, {ARCHITECTURES}", words=True)
+    output: str = option("folder of the report and the TensorBoard logs")
+    protocol: list[str] = option(
         "published recipe: frepo, dc, dsa, mtt, glad, sre2l or rded; several make a matrix",
         lambda: ["frepo"],
         words=True,
     )
-    ema: float | None = _option("decay of a moving average of the weights; 0 for none", None)
-    devices: int = _option("processes per student", 1)
-    strategy: str = _option("Lightning's Trainer argument, ddp for several processes", "auto")
+    ema: float | None = option("decay of a moving average of the weights; 0 for none", None)
+    devices: int = option("processes per student", 1)
+    strategy: str = option("Lightning's Trainer argument, ddp for several processes", "auto")
 
     def run(self) -> None:
         """Train and report."""
@@ -105,14 +93,14 @@ class Evaluate(_Students, _Data, _Workers, Verb):
 class Scores(_Students, _Data, _Workers, Verb):
     """Score a set's images with the help of labels and augmentation taken out (DD-Ranking)."""
 
-    files: list[str] = _required("distilled-set files", words=True, positional=True)
-    architectures: list[str] = _required(f"of the students, {ARCHITECTURES}", words=True)
-    output: str = _required("folder of the report")
-    protocol: str = _option("published recipe of the students", "frepo")
-    full_steps: int = _option("training steps on the whole real training split", 2000)
-    full_lr: float = _option("their peak learning rate", 1e-3)
-    full_batch_size: int = _option("their images per step", 128)
-    control: str | None = _option(
+    files: list[str] = option("distilled-set files", words=True, positional=True)
+    architectures: list[str] = option(f"of the students, {ARCHITECTURES}", words=True)
+    output: str = option("folder of the report")
+    protocol: str = option("published recipe of the students", "frepo")
+    full_steps: int = option("training steps on the whole real training split", 2000)
+    full_lr: float = option("their peak learning rate", 1e-3)
+    full_batch_size: int = option("their images per step", 128)
+    control: str | None = option(
         "random real images with soft labels of the same teacher, for sets with soft labels", None
     )
 
@@ -154,9 +142,9 @@ class Continual(applications.Continual, Verb):
 class Export(Verb):
     """Turn a distiller's checkpoint into a distilled-set file and a picture."""
 
-    checkpoint: str = _required("a checkpoint written by fit", positional=True)
-    output: str = _required("the distilled-set file to write")
-    picture: str | None = _option("a PNG of the images to write as well", None)
+    checkpoint: str = option("a checkpoint written by fit", positional=True)
+    output: str = option("the distilled-set file to write")
+    picture: str | None = option("a PNG of the images to write as well", None)
 
     def run(self) -> None:
         """Write the file."""
@@ -173,15 +161,15 @@ class Export(Verb):
 class Relabel(_Data, Verb):
     """Give a finished set a teacher's labels, or a committee's."""
 
-    file: str = _required("a distilled-set file, ours or converted", positional=True)
-    teacher: list[str] = _required("architectures of the teachers; several are a committee", words=True)
-    output: str = _required("the distilled-set file to write")
-    teacher_steps: int = _option("training steps of each teacher on the real data", 1000)
-    teacher_lr: float = _option("their peak learning rate", 2e-3)
-    epochs: int = _option("epochs of views that are labelled and stored; 0 labels the images only", 300)
-    min_scale: float = _option("smallest area of a view's crop as a share of the image's", 0.08)
-    temperature: float = _option("of the students' softmax", 20.0)
-    seed: int = _option("of the views", 0)
+    file: str = option("a distilled-set file, ours or converted", positional=True)
+    teacher: list[str] = option("architectures of the teachers; several are a committee", words=True)
+    output: str = option("the distilled-set file to write")
+    teacher_steps: int = option("training steps of each teacher on the real data", 1000)
+    teacher_lr: float = option("their peak learning rate", 2e-3)
+    epochs: int = option("epochs of views that are labelled and stored; 0 labels the images only", 300)
+    min_scale: float = option("smallest area of a view's crop as a share of the image's", 0.08)
+    temperature: float = option("of the students' softmax", 20.0)
+    seed: int = option("of the views", 0)
 
     def run(self) -> None:
         """Write the relabelled file."""
@@ -201,22 +189,22 @@ class Relabel(_Data, Verb):
 class Convert(_Data, Verb):
     """Turn a distilled set of another project into a distilled-set file that evaluate takes."""
 
-    layout: str = _required(
+    layout: str = option(
         "frepo (.npz, or .pt of its PyTorch branch), dc (res_*.pt of DC, DSA and DM), mtt (images_*.pt and labels_*.pt "
         "of MTT and DATM), sre2l or rded (folders of images)"
     )
-    images: str = _required("the file, or the folder of one folder per class")
-    data: str = _required("class name of the data set the images stand for")  # type: ignore[assignment]
-    preprocessing: str = _required(
+    images: str = option("the file, or the folder of one folder per class")
+    data: str = option("class name of the data set the images stand for")
+    preprocessing: str = option(
         "the space the images are in: pixels, standardise, zca (FRePo's) or kornia-zca (MTT's, DATM's)"
     )
-    output: str = _required("the distilled-set file to write")
-    labels: str | None = _option("the second file of layout mtt", None)
-    mean: list[float] | None = _option("channel means, as [0.49,0.48,0.45]; the project's own if not given", None)
-    std: list[float] | None = _option("channel standard deviations, likewise", None)
-    experiment: int = _option("which of the sets in a file of layout dc", 0)
-    architecture: str | None = _option("what the set was distilled with, so that tables can say seen", None)
-    method: str | None = _option("what made the set, if not what the layout is named after", None)
+    output: str = option("the distilled-set file to write")
+    labels: str | None = option("the second file of layout mtt", None)
+    mean: list[float] | None = option("channel means, as [0.49,0.48,0.45]; the project's own if not given", None)
+    std: list[float] | None = option("channel standard deviations, likewise", None)
+    experiment: int = option("which of the sets in a file of layout dc", 0)
+    architecture: str | None = option("what the set was distilled with, so that tables can say seen", None)
+    method: str | None = option("what made the set, if not what the layout is named after", None)
 
     def run(self) -> None:
         """Write the file."""
@@ -232,8 +220,8 @@ class Convert(_Data, Verb):
 class List(Verb):
     """Name what there is: configs, methods, architectures, protocols or data."""
 
-    what: str = _required("configs, methods, architectures, protocols or data", positional=True)
-    pattern: str = _option("show only names that contain this", "", positional=True)
+    what: str = option("configs, methods, architectures, protocols or data", positional=True)
+    pattern: str = option("show only names that contain this", "", positional=True)
 
     def run(self) -> None:
         """Print a line each."""
