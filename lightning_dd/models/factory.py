@@ -15,7 +15,7 @@ import yaml
 from lightning_dd.models.convnet import AlexNet, ConvNet, FRePoConv
 from lightning_dd.models.interface import Network
 from lightning_dd.utils.arguments import find_class
-from lightning_dd.utils.errors import UserError, check_count, unknown_name
+from lightning_dd.utils.errors import UserError, check_count, first_line, unknown_name
 from lightning_dd.utils.seeding import seeded
 
 Builder = Callable[[Mapping[str, Any], int, tuple[int, int, int]], Network]
@@ -137,9 +137,8 @@ def build_network(
         except UserError:
             raise
         except Exception as error:  # whatever a library raises for a combination it cannot build or run
-            why = str(error).strip().partition("\n")[0] or type(error).__name__
-            shape = tuple(image_shape)
-            raise UserError(f"cannot build architecture '{spec}' for images of shape {shape}: {why}") from error
+            what = f"architecture '{spec}' for images of shape {tuple(image_shape)}"
+            raise UserError(f"cannot build {what}: {first_line(error)}") from error
 
 
 def known_architectures() -> list[str]:

@@ -22,6 +22,7 @@ from lightning_dd.data.cache import cache_folder
 from lightning_dd.data.images import DataFacts, Split
 from lightning_dd.data.preprocess import Preprocessing
 from lightning_dd.data.sampling import ShuffledStream
+from lightning_dd.jobs import tensor_digest
 from lightning_dd.students.loop import take_steps
 from lightning_dd.students.recipe import Recipe
 from lightning_dd.utils.errors import UserError
@@ -74,13 +75,10 @@ class Task:
 
     def identity(self) -> dict[str, Any]:
         """Return what a network trained on this data depends on: images, classes and the map they went through."""
-        digest = hashlib.blake2b(digest_size=16)
-        for name, value in sorted(self.preprocessing.state_dict().items()):
-            digest.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
         return {
             "data": self.facts.fingerprint,
             "class_names": list(self.facts.class_names),
-            "preprocessing": digest.hexdigest(),
+            "preprocessing": tensor_digest(self.preprocessing.state_dict()),
         }
 
     @property
