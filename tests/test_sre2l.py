@@ -27,7 +27,7 @@ TINY = {
     "architecture": "convnet:width=4,depth=2",
     "ipc": 2,
     "lr": 0.1,
-    "jitter": 1,
+    "jitter": (-1, 1),
     "min_scale": 0.5,
     "teacher": TEACHER,
     "labels": TeacherLabels(epochs=2),
@@ -171,7 +171,7 @@ def test_recovering_groups_together_is_recovering_each_alone(classes, rows, tmp_
 
 
 def test_a_window_is_shared_by_its_group_and_drawn_anew_at_each_step(tmp_path):
-    model = SRe2L(**(TINY | {"ipc": 200, "jitter": 2, "min_scale": 0.3}))
+    model = SRe2L(**(TINY | {"ipc": 200, "jitter": (-2, 2), "min_scale": 0.3}))
     tiny_trainer(tmp_path, 0, callbacks=[]).fit(SRe2L(**TINY), data())
     trainer = tiny_trainer(tmp_path, 1, callbacks=[])
     model.task, model._trainer = task(), trainer
@@ -184,8 +184,17 @@ def test_a_window_is_shared_by_its_group_and_drawn_anew_at_each_step(tmp_path):
     assert not torch.equal(windows.crops, model.draw_windows().crops)
 
 
-def task():
-    source = data()
+def test_rolls_go_one_way_unless_told_otherwise_and_flips_can_be_left_out(tmp_path):
+    """The paper's CIFAR code rolls by ``randint(0, limit)`` and mirrors nothing; its Tiny ImageNet code does both."""
+    model = SRe2L(**(TINY | {"ipc": 200, "jitter": 2, "flip": False}))
+    model.task, model._trainer = task(mirror=True), tiny_trainer(tmp_path, 1, callbacks=[])
+    windows = model.draw_windows()
+    assert sorted(set(windows.shifts.flatten().tolist())) == [0, 1, 2]
+    assert not windows.flips.any()
+
+
+def task(**kwargs):
+    source = data(**kwargs)
     source.setup("fit")
     return Task.of(source)
 
@@ -297,6 +306,7 @@ def test_a_teacher_without_batch_normalisation_is_refused_before_it_is_trained(t
     [
         ({"labels": "learned"}, "labels of SRe2L must be one of hard, soft, got 'learned'"),
         ({"bn_weight": -1.0}, "bn_weight must be at least 0, got -1.0"),
+        ({"jitter": -1}, r"jitter must be at least 0, or a pair of the smallest and the largest roll, got -1"),
         ({"min_scale": 0.0}, r"min_scale must be in \(0, 1\], got 0.0"),
     ],
 )

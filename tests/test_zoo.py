@@ -71,6 +71,16 @@ def test_members_are_not_left_with_what_small_sets_cannot_use():
                 assert not layers_of(build_network(architecture, 3, (3, 32, 32), seed=0), nn.BatchNorm2d), member
 
 
+def test_full_size_students_normalise_every_channel_of_an_image_by_itself():
+    for member in GROUPS["unseen"]:
+        if "resnet18" in member or "vgg11" in member:
+            network = build_network(member, 10, (3, 32, 32), seed=0)
+            norms = layers_of(network, nn.GroupNorm)
+            assert norms, member
+            assert all(layer.num_groups == layer.num_channels for layer in norms), member
+            assert not layers_of(network, nn.BatchNorm2d), member
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("member", [*GROUPS["unseen"], *GROUPS["frepo-cross"]])
 def test_full_size_members_run(member):

@@ -52,7 +52,8 @@ class SRe2L(TeacherDistiller):
         bn_weight: weight of the statistics' distance. Deep teachers need a smaller one: the sum has more layers.
         first_bn_weight: of the first layer in that distance.
         min_scale: smallest area of the random crop as a share of the image's; 1 for none.
-        jitter: largest roll in pixels.
+        jitter: largest roll in pixels, down and to the right, as in the paper's code; a pair is smallest and largest.
+        flip: mirror half of the windows, where the data may be mirrored.
         **kwargs: see :class:`TeacherDistiller`. The teacher must have batch normalisation.
 
     Raises:
@@ -63,21 +64,25 @@ class SRe2L(TeacherDistiller):
 
     def __init__(
         self,
-        architecture: Architectures = "resnet18",
+        architecture: Architectures = "torchvision/resnet18",
         labels: str | Labels = "soft",
         init: str = "noise",
         lr: float = 0.25,
         bn_weight: float = 0.01,
         first_bn_weight: float = 10.0,
         min_scale: float = 0.08,
-        jitter: int = 4,
+        jitter: int | tuple[int, int] = 4,
+        flip: bool = True,
         **kwargs: Any,
     ) -> None:
         super().__init__(architecture=architecture, labels=labels, init=init, lr=lr, **kwargs)
-        check_range("at least 0", bn_weight=bn_weight, first_bn_weight=first_bn_weight, jitter=jitter)
+        low, high = (0, jitter) if isinstance(jitter, int) else jitter
+        if low > high:
+            raise UserError(f"jitter must be at least 0, or a pair of the smallest and the largest roll, got {jitter}")
+        check_range("at least 0", bn_weight=bn_weight, first_bn_weight=first_bn_weight)
         check_range("in (0, 1]", min_scale=min_scale)
         self.bn_weight, self.first_bn_weight = bn_weight, first_bn_weight
-        self.min_scale, self.jitter = min_scale, jitter
+        self.min_scale, self.jitter, self.flip = min_scale, (low, high), flip
 
     def initialise(self, train: Split) -> None:
         """Refuse a teacher without batch normalisation before it is trained; then start from noise."""
@@ -85,7 +90,7 @@ class SRe2L(TeacherDistiller):
             if not batch_norm_layers(self.build_network(0, teacher)):
                 raise UserError(
                     f"SRe2L recovers images from batch statistics, and its teacher '{teacher}' keeps none: choose one "
-                    "with batch normalisation, as convnet:norm=batch or resnet18"
+                    "with batch normalisation, as convnet:norm=batch or torchvision/resnet18"
                 )
         super().initialise(train)
 
@@ -131,11 +136,12 @@ class SRe2L(TeacherDistiller):
         """Draw this step's windows, one of every group."""
         groups = self.ipc * len(recovery_groups(self.facts.num_classes, self.ipc))
         generator = self.step_generator("windows")
-        mirrors = 0.5 if self.facts.mirror else 0.0
+        mirrors = 0.5 if self.flip and self.facts.mirror else 0.0
+        low, high = self.jitter
         return Windows(
             crops=draw_crops(groups, self.facts.image_shape[1:], self.min_scale, generator),
             flips=torch.rand(groups, generator=generator) < mirrors,
-            shifts=torch.randint(-self.jitter, self.jitter + 1, (groups, 2), generator=generator),
+            shifts=torch.randint(low, high + 1, (groups, 2), generator=generator),
         )
 
     def configure_optimizers(self) -> Any:

@@ -3,8 +3,9 @@
 Group members carry the options that make sense of a few small images. Networks of the libraries are made for a million
 large ones, and three of their habits hurt here:
 
-* batch normalisation learns the statistics of ten synthetic images, and is tested with them on real ones: networks that
-  have no other normalisation get ``norm=layer`` (GroupNorm with one group), VGG its form without any;
+* batch normalisation learns the statistics of ten synthetic images, and is tested with them on real ones: small
+  networks that have no other get ``norm=layer`` (GroupNorm with one group), a small VGG none at all, and full-size ones
+  what their tables use: instance normalisation, every channel of an image by itself (DC, MTT, GLaD);
 * residual blocks that start as the identity (``zero_init_last``, ``ls_init_value``) take thousands of steps to wake up,
   a student has hundreds: they start as their convolutions do;
 * random depth (``drop_path_rate``) drops what little there is to learn: it is off.
@@ -19,8 +20,8 @@ from difflib import get_close_matches
 from lightning_dd.models.factory import ArchitectureSpec, find_builder
 from lightning_dd.utils.errors import UserError
 
-_RESNET = "zero_init_last=false,norm=layer"
-_TINY_RESNET = f"layers=[1,1,1,1],channels=[8,16,32,64],{_RESNET}"
+_RESNET = "zero_init_last=false,norm=instance"
+_TINY_RESNET = "layers=[1,1,1,1],channels=[8,16,32,64],zero_init_last=false,norm=layer"
 _TINY_VIT = "depth=2,embed_dim=64,num_heads=4,class_token=false,global_pool=avg"
 
 _ALEXNET = "alexnet:width=32"
@@ -36,17 +37,19 @@ _MIXER = "mixer_s16_224:num_blocks=2,embed_dim=64"
 GROUPS: dict[str, tuple[str, ...]] = {
     # Eight families that train in seconds on two CPU cores.
     "unseen-small": (_ALEXNET, _VGG, _RESNET18, _GOOGLENET, _CONVNEXT, _SWIN, _VIT, _MIXER),
-    # What papers test transfer with, in full size: the four of MTT and GLaD, and the eight of MetaDD.
+    # What papers test transfer with, in full size: the four of MTT and GLaD, and the eight of MetaDD. Normalised as in
+    # MTT's networks.py: VGG and ResNet by instance (GroupNorm with a group per channel), AlexNet not at all. MetaDD
+    # does not say how its networks are normalised; GoogLeNet follows the others.
     "unseen": (
         "alexnet",
-        "vgg11",
+        "vgg11_bn:norm=instance",
         f"resnet18:{_RESNET}",
         "vit_tiny_patch16_224",
-        "torchvision/googlenet:norm=layer",
+        "torchvision/googlenet:norm=instance",
         f"resnet34:{_RESNET}",
         "vit_base_patch16_224",
         f"resnet50:{_RESNET}",
-        "vgg19",
+        "vgg19_bn:norm=instance",
         "swin_small_patch4_window7_224:drop_path_rate=0",
         "convnet:depth=auto",
     ),
@@ -71,7 +74,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         _RESNET18,
         f"resnet50:{_TINY_RESNET}",
         f"seresnet18:{_TINY_RESNET}",
-        f"resnetv2_50:layers=[1,1,1,1],channels=[32,64,128,256],{_RESNET}",
+        "resnetv2_50:layers=[1,1,1,1],channels=[32,64,128,256],zero_init_last=false,norm=layer",
         _DENSENET,
         _GOOGLENET,
         "mobilenetv2_035:norm=layer",
@@ -80,7 +83,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "mnasnet_small:norm=layer",
         "ghostnet_050:norm=layer",
         "torchvision/shufflenet_v2_x0_5:norm=layer",
-        f"regnetx_002:depth=6,w0=16,wa=16,wm=2,group_size=8,{_RESNET}",
+        "regnetx_002:depth=6,w0=16,wa=16,wm=2,group_size=8,zero_init_last=false,norm=layer",
         _CONVNEXT,
         "mobilevit_xxs:norm=layer",
         _VIT,
