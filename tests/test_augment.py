@@ -8,7 +8,7 @@ from torchvision.transforms import functional as vision
 from lightning_dd.augment.crops import draw_crops
 from lightning_dd.augment.crops import resample as resample_crops
 from lightning_dd.augment.frepo import OPERATIONS, Augmentation, apply
-from lightning_dd.augment.siamese import siamese
+from lightning_dd.augment.siamese import digits, siamese
 from lightning_dd.utils.arguments import nothing_imported
 from lightning_dd.utils.errors import UserError
 
@@ -211,3 +211,23 @@ def test_crops_are_brought_back_to_size_as_torchvision_does():
     ):
         theirs = vision.resized_crop(image, top, left, height, width, [28, 20], antialias=True)
         torch.testing.assert_close(ours, theirs.flip(-1) if flipped else theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_digits_are_shifted_resized_or_turned_each_by_itself():
+    bar = torch.zeros(600, 1, 28, 28)
+    bar[:, :, 6:22, 12:16] = 1
+    changed = digits(bar, generator())[:, 0]
+    mean = bar.mean()
+    corner = changed[:, 0, 0]
+    on_zeros, on_the_mean = ((corner - ground).abs() < 1e-4 for ground in (torch.zeros(()), mean))
+    whole = ((changed - 1).abs() < 1e-4).sum((1, 2)) == 16 * 4
+    shifted = (changed[:, :, 13] - changed[:, :, 14]).abs().sum(1) < 1e-4  # a shift keeps the bar upright
+    assert 120 < int(on_the_mean.sum()) < 480  # shifted down and to the right, or turned
+    assert min(int(whole.sum()), int((on_zeros & ~whole).sum())) > 120
+    rows = (changed > 0.5).any(2).float()
+    tops = rows.argmax(1)[whole & shifted]
+    assert set(tops.tolist()) == set(range(6 - 3, 6 + 4 + 1))
+    heights = rows.sum(1)[on_zeros & ~whole]
+    assert (float(heights.min()), float(heights.max())) == pytest.approx((13, 19), abs=1)
+    turned = changed[on_the_mean & ~whole]
+    assert float(turned[:, 13:15, 13:15].min()) > 0.9  # about the centre

@@ -19,9 +19,10 @@ SMALL = "conv:width=4,depth=2,norm=none"
     ("name", "rows", "steps", "kind", "first", "last"),
     [
         ("frepo", 100, 2000, torch.optim.Adam, 0.0, 3e-6),
-        ("dc", 500, 600, torch.optim.SGD, 0.01, 0.001),
-        ("dsa", 10, 1000, torch.optim.SGD, 0.01, 0.001),
-        ("mtt", 300, 2000, torch.optim.SGD, 0.01, 0.001),
+        ("dc", 500, 602, torch.optim.SGD, 0.01, 0.001),
+        ("dc_digits", 10, 1001, torch.optim.SGD, 0.01, 0.001),
+        ("dsa", 10, 1001, torch.optim.SGD, 0.01, 0.001),
+        ("mtt", 300, 2002, torch.optim.SGD, 0.01, 0.001),
         ("glad", 10, 1000, torch.optim.SGD, 0.0, 0.0),
         ("sre2l", 2000, 600, torch.optim.AdamW, 1e-3, 0.0),
         ("rded", 100, 300, torch.optim.AdamW, 1e-3, 0.5e-3),
@@ -41,13 +42,20 @@ def test_published_lengths_optimizers_and_learning_rates(name, rows, steps, kind
         schedule.step()
     assert rates[0] == pytest.approx(first)
     assert rates[-1] == pytest.approx(last, abs=1e-8)
+    if recipe.epochs is not None:  # the rate is an epoch's
+        each = steps // recipe.epochs
+        assert rates[:steps:each] == rates[each - 1 : steps : each]
     assert max(rates) == pytest.approx(recipe.lr, rel=1e-3)
 
 
 def test_schedules_at_their_middle():
-    at_half = {name: schedule(50, 100, 0, 0.0) for name, schedule in SCHEDULES.items()}
-    assert at_half == pytest.approx({"cosine": 0.5, "half_cosine": 0.8535534, "step": 0.1, "constant": 1.0})
-    assert SCHEDULES["step"](49, 100, 0, 0.0) == 1.0
+    at_half = {name: schedule(51, 102, 0, 0.0) for name, schedule in SCHEDULES.items()}
+    assert at_half == pytest.approx({"cosine": 0.5, "half_cosine": 0.8535534, "step": 1.0, "constant": 1.0})
+    # DC, DSA and MTT say 300 or 1,000 epochs, run one more, and drop the rate when epoch E // 2 + 1 is over.
+    for name, said in (("dc", 300), ("dsa", 1000), ("mtt", 1000), ("dc_digits", 1000)):
+        epochs = protocol(name).epochs
+        factors = [SCHEDULES["step"](epoch, epochs, 0, 0.0) for epoch in range(epochs)]
+        assert factors == [1.0] * (said // 2 + 2) + [0.1] * (said // 2 - 1)
     # GLaD warms up for the first half and decays in the second.
     recipe = PROTOCOLS["glad"]
     factors = [SCHEDULES["cosine"](step, 100, recipe.warmup, recipe.final_lr) for step in (25, 50, 75)]
@@ -60,6 +68,18 @@ def test_rates_by_architecture_and_learned_with_the_set():
     assert protocol("mtt").suited_to("convnet", learned_lr=0.02).lr == 0.02
     assert protocol("mtt").suited_to("convnet").lr == 0.01
     assert protocol("dsa").suited_to("convnet", learned_lr=0.02).lr == 0.01
+
+
+@pytest.mark.parametrize(("name", "spared"), [("rded", True), ("sre2l", True), ("dsa", False)])
+def test_weight_decay_spares_what_is_no_matrix_where_the_published_code_does(name, spared):
+    network = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.BatchNorm2d(2))
+    network.register_parameter("position", torch.nn.Parameter(torch.ones(1, 2, 3)))
+    optimizer = protocol(name).build_optimizer(network)
+    decay = {id(value): group["weight_decay"] for group in optimizer.param_groups for value in group["params"]}
+    found = {name: decay[id(value)] > 0 for name, value in network.named_parameters()}
+    assert found == {"position": not spared, "0.weight": True} | dict.fromkeys(
+        ("0.bias", "1.weight", "1.bias"), not spared
+    )
 
 
 class Rate(Callback):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_dd.augment.frepo import Augmentation
-from lightning_dd.augment.siamese import siamese
+from lightning_dd.augment.siamese import digits, siamese
 from lightning_dd.losses.krr import half_squared_error
 from lightning_dd.utils.errors import check_range, unknown_name
 
@@ -27,7 +27,8 @@ class Recipe:
 
     Regression labels are fitted with half the squared error, hard labels with cross-entropy, soft ones with a
     divergence (:func:`student_loss`). The learning rate warms up linearly from 0 over ``warmup`` steps (at most half
-    the run) and then follows ``schedule``. Published recipes are in :data:`PROTOCOLS`.
+    the run) and then follows ``schedule``: step by step, or where the length is in epochs epoch by epoch, as the
+    published codes do. Published recipes are in :data:`PROTOCOLS`.
 
     Args:
         steps: training steps; ``None`` takes ``epochs``, or without those FRePo's table by the number of images.
@@ -37,13 +38,15 @@ class Recipe:
         final_lr: last learning rate of the cosine relative to the peak.
         batch_size: images per step, at most the whole set.
         augment: a strategy of :class:`~lightning_dd.augment.frepo.Augmentation`; ``auto`` is FRePo's family for the
-            data, ``siamese`` that of DSA, ``none`` is none.
+            data, ``siamese`` that of DSA, ``digits`` that of DC for MNIST, ``none`` is none.
         ema: decay of an exponential moving average of the weights that is tested instead; 0 for none.
         optimizer: ``adam``, ``adamw`` or ``sgd``.
         momentum: of SGD.
         weight_decay: of AdamW (decoupled) or SGD.
-        schedule: ``cosine`` to ``final_lr``, ``half_cosine`` (RDED's, ends at a half), ``step`` for a tenth from half
-            of the run on, or ``constant``.
+        decay_biases: whether weight decay reaches more than weights of two and more dimensions: biases, what
+            normalisation scales with, and embeddings of places.
+        schedule: ``cosine`` to ``final_lr``, ``half_cosine`` (RDED's, ends at a half), ``step`` for a tenth from about
+            half of the run on, or ``constant``.
         lr_of: other peak learning rates, by the start of an architecture's name: ``(("vgg", 1e-4),)``.
         learned_lr: take the learning rate a method learned with the set, where there is one (MTT's step size).
 
@@ -62,6 +65,7 @@ class Recipe:
     optimizer: str = "adam"
     momentum: float = 0.0
     weight_decay: float = 0.0
+    decay_biases: bool = True
     schedule: str = "cosine"
     lr_of: tuple[tuple[str, float], ...] = ()
     learned_lr: bool = False
@@ -110,18 +114,28 @@ class Recipe:
         """
         if self.augment == "siamese":
             return siamese("auto", mirror, shared=False)
+        if self.augment == "digits":
+            return Augmentation("digits", mirror, {"digits": digits})
         return Augmentation(self.augment, mirror)
 
     def build_optimizer(self, network: nn.Module) -> torch.optim.Optimizer:
         """Return the optimizer of the network's parameters."""
         make, names = OPTIMIZERS[self.optimizer]
         settings = {name: getattr(self, name) for name in names}
-        return make(network.parameters(), lr=self.lr, fused=True, **settings)
+        decayed: list[nn.Parameter] = []
+        spared: list[nn.Parameter] = []
+        for name, parameter in network.named_parameters():
+            matrix = parameter.ndim > 1 and "weight" in name
+            (decayed if matrix or self.decay_biases else spared).append(parameter)
+        groups = [{"params": decayed}, *([{"params": spared, "weight_decay": 0.0}] if spared else [])]
+        return make(groups, lr=self.lr, fused=True, **settings)
 
     def scheduler(self, optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
         """Return the schedule over ``steps`` steps."""
+        turns = self.epochs if self.epochs and self.steps is None and steps % self.epochs == 0 else steps
+        each, factor = steps // turns, SCHEDULES[self.schedule]
         return torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: SCHEDULES[self.schedule](step, steps, self.warmup, self.final_lr)
+            optimizer, lambda step: factor(step // each, turns, self.warmup, self.final_lr)
         )
 
 
@@ -148,8 +162,11 @@ def warmup_constant(step: int, steps: int, warmup: int = 0, final: float = 0.0) 
 
 
 def warmup_step(step: int, steps: int, warmup: int = 0, final: float = 0.0) -> float:
-    """Learning-rate factor: as :func:`warmup_constant`, and a tenth of it from ``steps / 2`` on."""
-    return warmup_constant(step, steps, warmup) * (0.1 if step >= steps // 2 else 1.0)
+    """Learning-rate factor: as :func:`warmup_constant`, and a tenth of it a little after the middle.
+
+    The official code of DC, DSA, DM and MTT runs epochs 0 to E, and drops the rate when epoch ``E // 2 + 1`` is over.
+    """
+    return warmup_constant(step, steps, warmup) * (0.1 if step >= (steps - 1) // 2 + 2 else 1.0)
 
 
 def warmup_half_cosine(step: int, steps: int, warmup: int = 0, final: float = 0.0) -> float:
@@ -205,8 +222,10 @@ _RDED_RATES = (
     ("swin", 1e-4),
 )
 
+# DatasetCondensation and mtt-distillation, evaluate_synset: of E = 1,000 epochs (300 without augmentation) E + 1 are
+# run. Their new optimizer at the drop also forgets its momentum, which ten steps gather again: not so here.
 _SGD = Recipe(
-    epochs=1000,
+    epochs=1001,
     lr=0.01,
     warmup=0,
     batch_size=256,
@@ -216,19 +235,33 @@ _SGD = Recipe(
     weight_decay=5e-4,
     schedule="step",
 )
-_ADAMW = Recipe(epochs=300, lr=1e-3, warmup=0, augment="none", optimizer="adamw", weight_decay=0.01)
+# SRe2L's train_FKD.py and RDED's validation/main.py: the learning rate changes by the epoch, and get_parameters()
+# spares from decay what is not called a weight or has one dimension.
+_ADAMW = Recipe(epochs=300, lr=1e-3, warmup=0, augment="none", optimizer="adamw", weight_decay=0.01, decay_biases=False)
 
 PROTOCOLS: dict[str, Recipe] = {
     # Zhou et al. 2022, arXiv 2206.00719: Adam, warm-up 500 steps, cosine to 1 %, steps by the number of images.
     "frepo": Recipe(),
     # Zhao et al. 2021, arXiv 2006.05929: SGD, 300 epochs, a tenth at half of them, no augmentation.
-    "dc": replace(_SGD, epochs=300, augment="none"),
+    "dc": replace(_SGD, epochs=301, augment="none"),
+    # The same code (get_daparam) for MNIST, and for no other data: longer, and augmented.
+    "dc_digits": replace(_SGD, augment="digits"),
     # Zhao & Bilen 2021, arXiv 2102.08259, and DM (2023): the same for 1,000 epochs with their augmentation.
     "dsa": _SGD,
     # Cazenavette et al. 2022, arXiv 2203.11932, and DATM (Guo et al. 2024): with the step size that was learned.
     "mtt": replace(_SGD, learned_lr=True),
     # Cazenavette et al. 2023, arXiv 2305.01649: warm-up for half of the run, then a cosine; a moving average is tested.
-    "glad": replace(_SGD, lr=1e-3, warmup=10**9, final_lr=0.0, schedule="cosine", ema=0.995, lr_of=(("vgg", 1e-4),)),
+    # Theirs takes in the weights once an epoch, which is once a step for sets of up to 256 images.
+    "glad": replace(
+        _SGD,
+        epochs=1000,
+        lr=1e-3,
+        warmup=10**9,
+        final_lr=0.0,
+        schedule="cosine",
+        ema=0.995,
+        lr_of=(("vgg", 1e-4),),
+    ),
     # Yin et al. 2023, arXiv 2306.13092: AdamW and a cosine on replayed views.
     "sre2l": replace(_ADAMW, final_lr=0.0, batch_size=1024),
     # Sun et al. 2024, arXiv 2312.03526: AdamW by architecture, half a cosine, on replayed views.
@@ -255,7 +288,7 @@ def protocol(name: str, **changes: Any) -> Recipe:
 
     Example:
         >>> protocol("dsa").steps_for(10), protocol("frepo").steps_for(10)
-        (1000, 1000)
+        (1001, 1000)
         >>> protocol("dsa", lr=0.1, warmup=None) == replace(protocol("dsa"), lr=0.1)
         True
     """
