@@ -63,7 +63,9 @@ def test_the_term_joins_the_outer_loss_and_changes_the_result(tmp_path):
     torch.testing.assert_close(logged["outer/loss"], total)
     for name in ("variance", "cross_entropy", "kl", "meta_ratio", "map_entropy", "dead_maps"):
         assert f"metadd/{name}" in logged
-    assert not model.extra_losses  # detached again
+    trainer = tiny_trainer(tmp_path, 4)
+    trainer.fit(model, SixteenPixels(val_fraction=0.25))
+    assert "outer/metadd" not in trainer.callback_metrics  # the term belongs to the run and not to the distiller
 
 
 def test_terms_are_logged_also_where_no_logging_step_carries_them(tmp_path):

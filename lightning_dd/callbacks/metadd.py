@@ -10,10 +10,9 @@ from pytorch_lightning import LightningModule, Trainer
 from torch import Tensor
 
 from lightning_dd.augment.frepo import Augmentation
-from lightning_dd.callbacks.outer_term import OuterTerm
 from lightning_dd.data.base import RealData
 from lightning_dd.data.preprocess import Preprocessing
-from lightning_dd.distillers.base import Distiller
+from lightning_dd.distillers.base import Distiller, OuterTerm
 from lightning_dd.losses.gradients import SteadyShare, attach_gradients
 from lightning_dd.losses.metadd import MetaOptions
 from lightning_dd.losses.metadd_gradient import Architecture, MetaLoss, gathered_loss
@@ -159,8 +158,7 @@ class MetaDD(OuterTerm):
             self.architectures.append(Architecture(network, adapt, look.layer, look.cam, name))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Attach the term, and log how good the architectures are."""
-        super().on_train_start(trainer, pl_module)
+        """Log how good the architectures are."""
         accuracies = {f"metadd/accuracy/{name}": value for name, value in self.accuracies.items()}
         for logger in trainer.loggers:
             logger.log_metrics(accuracies, trainer.global_step)

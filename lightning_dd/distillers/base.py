@@ -1,11 +1,11 @@
 """The base of every distiller: it owns the synthetic set; a subclass says what is minimised."""
 
-from abc import abstractmethod
-from collections.abc import Callable
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from lightning_dd.data.base import RealData
@@ -25,9 +25,6 @@ from lightning_dd.utils.arguments import plain_values, public_settings, revive
 from lightning_dd.utils.errors import UserError, check_range
 from lightning_dd.utils.scoring import ScoredModule
 from lightning_dd.utils.seeding import derive_seed, make_generator
-
-ExtraLoss = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]]
-"""From all synthetic images and labels and the loss so far, with graph, to that loss and terms added to it."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +76,6 @@ class Distiller(Resumable, ScoredModule):
     Attributes:
         synthetic: the synthetic set; there from ``setup`` on.
         task: what is distilled: facts, preprocessing and real data; there from ``setup`` on.
-        extra_losses: what is added to the outer loss of any method; MetaDD attaches here.
 
     Raises:
         UserError: an argument is out of range.
@@ -127,7 +123,6 @@ class Distiller(Resumable, ScoredModule):
         self.ipc, self.label_kind, self.init, self.lr = ipc, kind, init, lr
         self.probe_recipe = (Probe(**probe) if isinstance(probe, dict) else probe).recipe()
         self.train_missing, self.seed = train_missing, seed
-        self.extra_losses: list[ExtraLoss] = []
         self._watched: dict[str, Tensor] = {}
 
     @abstractmethod
@@ -233,9 +228,10 @@ class Distiller(Resumable, ScoredModule):
         images, labels = self.synthetic()
         terms = self.outer_terms(images, labels)
         loss = torch.stack(list(terms.values())).sum()
-        for extra in self.extra_losses:
-            loss, more = extra(images, labels, loss)
-            terms, loss = terms | more, torch.stack([loss, *more.values()]).sum()
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, OuterTerm):
+                loss, more = callback.add(self.trainer, self, images, labels, loss)
+                terms, loss = terms | more, torch.stack([loss, *more.values()]).sum()
         if self._logs_this_step():
             terms = {f"outer/{name}": value.detach() for name, value in terms.items()}
             for name, value in ({"outer/loss": loss.detach()} | terms | self._watched).items():
@@ -269,3 +265,41 @@ class Distiller(Resumable, ScoredModule):
     def _logs_this_step(self) -> bool:
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         return (self.trainer.global_step + 1) % every == 0
+
+
+class OuterTerm(Callback, ABC):
+    """Add a term to the outer loss of whatever distiller is fitted. A subclass answers :meth:`add`.
+
+    Example::
+
+        class Smooth(OuterTerm):
+            def add(self, trainer, distiller, images, labels, loss):
+                return loss, {"smooth": 0.1 * images.diff(dim=-1).square().mean()}
+
+    Raises:
+        UserError: (in ``setup`` for a fit) the module is no distiller, or learns nothing.
+    """
+
+    @abstractmethod
+    def add(
+        self, trainer: Trainer, distiller: Distiller, images: Tensor, labels: Tensor, loss: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss so far, and the terms to add to it by name; no terms where none is due at this outer step.
+
+        Args:
+            trainer: of the run; ``trainer.global_step`` counts outer steps from 0.
+            distiller: whose step it is; ``distiller.watch`` logs scalars.
+            images: all synthetic images ``(n, C, H, W)``, normalised, with graph.
+            labels: all synthetic labels ``(n, num_classes)``, with graph where learned.
+            loss: the method's own loss and the terms before, with graph.
+        """
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse what there is nothing to add to."""
+        if stage != "fit":
+            return
+        name, method = type(self).__name__, type(pl_module).__name__
+        if not isinstance(pl_module, Distiller):
+            raise UserError(f"{name} attaches to a distiller, got {method}")
+        if not pl_module.learns:
+            raise UserError(f"{name} has nothing to act on: {method} selects real images and learns none")
