@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
-from lightning_dd.parsing import find_configuration, option
+from lightning_dd.parsing import Verb, find_configuration, option
 from lightning_dd.utils.errors import UserError
 from lightning_dd.utils.files import write_text
 
@@ -57,7 +57,7 @@ class Method:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Experiment:
+class Experiment(Verb):
     """What every experiment is told, in plain values, so that it travels to other processes."""
 
     methods: dict[str, list[str] | str] = option(

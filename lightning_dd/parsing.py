@@ -132,6 +132,20 @@ def user_error_in(error: BaseException) -> UserError | None:
     return None
 
 
+class Verb:
+    """A verb: its fields are its options, and its docstring's first line is its help."""
+
+    def run(self) -> None:
+        """Do it."""
+        raise NotImplementedError
+
+    @classmethod
+    def summary(cls) -> str:
+        """Return the first line of the docstring, as the list of verbs shows it."""
+        line = (cls.__doc__ or "").partition("\n")[0].rstrip(".")
+        return line[0].lower() + line[1:]
+
+
 def option(text: str, default: Any = MISSING, **kind: bool) -> Any:
     """Return a field that is an option of a verb, with its help; without a default it is required.
 

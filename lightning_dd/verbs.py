@@ -6,24 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning_dd import applications
-from lightning_dd.parsing import option
+from lightning_dd.parsing import Verb, option
 from lightning_dd.utils.errors import unknown_name
 
 ARCHITECTURES = "as name or name:option=value,..., or groups: unseen-small, unseen, frepo-cross, zoo-small"
-
-
-class Verb:
-    """A verb: its fields are its options, and its docstring's first line is its help."""
-
-    def run(self) -> None:
-        """Do it."""
-        raise NotImplementedError
-
-    @classmethod
-    def summary(cls) -> str:
-        """Return the first line of the docstring, as the list of verbs shows it."""
-        line = (cls.__doc__ or "").partition("\n")[0].rstrip(".")
-        return line[0].lower() + line[1:]
 
 
 @dataclass(kw_only=True)
@@ -116,26 +102,6 @@ class Scores(_Students, _Data, _Workers, Verb):
         on_all = protocol("frepo", **full, augment=recipe.augment)
         trained = (self.files, self.architectures, self.output, self.seeds, recipe, on_all)
         score_files(*trained, self.control, self.choice(), Hardware(self.accelerator), self.workers)
-
-
-class Membership(applications.Membership, Verb):
-    """Attack networks trained on distilled sets: who was in the data?"""
-
-    def run(self) -> None:
-        """Distil, train, attack and report."""
-        from lightning_dd.applications.membership import run_membership
-
-        run_membership(self)
-
-
-class Continual(applications.Continual, Verb):
-    """Let classes come in steps, keep a distilled set of each, and train students after every step."""
-
-    def run(self) -> None:
-        """Distil, train and report."""
-        from lightning_dd.applications.continual import run_continual
-
-        run_continual(self)
 
 
 @dataclass(kw_only=True)
@@ -261,8 +227,8 @@ def _listed(what: str) -> Iterator[tuple[str, str]]:
 VERBS: dict[str, type[Verb]] = {
     "evaluate": Evaluate,
     "scores": Scores,
-    "membership": Membership,
-    "continual": Continual,
+    "membership": applications.Membership,
+    "continual": applications.Continual,
     "relabel": Relabel,
     "export": Export,
     "convert": Convert,

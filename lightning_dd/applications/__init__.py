@@ -69,6 +69,12 @@ class Membership(Experiment):
             if method.files and len(method.files) != self.seeds:
                 raise UserError(f"methods.{name}: {len(method.files)} distilled sets for {self.seeds} seeds of members")
 
+    def run(self) -> None:
+        """Distil, train, attack and report."""
+        from lightning_dd.applications.membership import run_membership
+
+        run_membership(self)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Continual(Experiment):
@@ -100,3 +106,9 @@ class Continual(Experiment):
             raise UserError("architectures: name at least one")
         if not self.distillers or JOINT in self.distillers:
             raise UserError(f"methods: name at least one, as name: [file.yaml, --option=value], and none '{JOINT}'")
+
+    def run(self) -> None:
+        """Distil, train and report."""
+        from lightning_dd.applications.continual import run_continual
+
+        run_continual(self)
