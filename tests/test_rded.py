@@ -6,10 +6,12 @@ from helpers import TinyData, tiny_trainer
 from torch.nn import functional as F
 
 from lightning_dd.augment.crops import draw_crops, resample
+from lightning_dd.distilled.views import ViewStyle
 from lightning_dd.distillers import RDED
 from lightning_dd.distillers.base import Probe
 from lightning_dd.distillers.rded import tile
 from lightning_dd.pretrained.classifier import Teacher
+from lightning_dd.synthetic import TeacherLabels
 from lightning_dd.utils.errors import UserError
 from lightning_dd.utils.seeding import make_generator
 
@@ -103,8 +105,11 @@ def test_the_selection_follows_the_seed(tmp_path):
 
 
 def test_labels_are_soft_unless_asked_otherwise():
-    assert RDED().label_strategy.min_scale == RDED(patches=1).label_strategy.min_scale == 1.0
-    assert RDED(patches=2).label_strategy.min_scale == 0.5  # no view is smaller than a tile
+    assert RDED().label_strategy.style == RDED(patches=1).label_strategy.style == ViewStyle(min_scale=1.0)
+    assert RDED(patches=2).label_strategy.style == ViewStyle(min_scale=0.5, tiles=2)
+    # Views of whole images also where only their number is said.
+    assert RDED(labels=TeacherLabels(epochs=7)).label_strategy.style == ViewStyle(min_scale=1.0)
+    assert RDED(patches=2, labels=TeacherLabels(min_scale=0.3)).label_strategy.style == ViewStyle(0.3, tiles=2)
     assert RDED(labels="hard").label_strategy is None
     with pytest.raises(UserError, match="labels of RDED must be one of hard, centred, soft, got 'learned'"):
         RDED(labels="learned")

@@ -10,6 +10,7 @@ from helpers import TinyData, committee_of, make_distilled
 
 from lightning_dd.cli import main
 from lightning_dd.data import DATA_SETS
+from lightning_dd.distilled.views import ViewStyle
 from lightning_dd.evaluators.matrix import SOURCES, random_real
 from lightning_dd.evaluators.robustness import Robustness, score_files
 from lightning_dd.models import build_network
@@ -36,7 +37,9 @@ def with_views(seed):
     """A set of random images with a teacher's answers to them and to views of them."""
     plain = random_real(make_distilled(label_kind="hard"), tiny_data(), seed)
     teacher = build_network(SMALL, 3, (1, 8, 8), seed=0)
-    views = labelled_views(committee_of(teacher), plain.images, 2, 0.5, False, torch.Generator().manual_seed(seed))
+    views = labelled_views(
+        committee_of(teacher), plain.images, 2, ViewStyle(0.5), False, torch.Generator().manual_seed(seed)
+    )
     labels = teacher(plain.images).detach()
     return replace(plain, labels=labels, label_kind="soft", temperature=4.0, views=views)
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from lightning_dd.augment.crops import draw_crops, resample
 from lightning_dd.distilled import DistilledData
 from lightning_dd.distilled.set import DistilledSet
-from lightning_dd.distilled.views import SoftViews, SyntheticBatches, draw_views
+from lightning_dd.distilled.views import SoftViews, SyntheticBatches, ViewStyle, draw_views, shuffle_tiles
 from lightning_dd.distillers import Random
 from lightning_dd.distillers.base import Probe
 from lightning_dd.evaluators.matrix import random_real
@@ -56,9 +56,9 @@ def images_of(rows=6, side=8):
     return torch.randn(rows, 1, side, side, generator=torch.Generator().manual_seed(0))
 
 
-def views_of(images, epochs=EPOCHS, network=None, flip=True):
-    generator = torch.Generator().manual_seed(3)
-    return labelled_views(committee_of(network or teacher()), images, epochs, 0.2, flip, generator)
+def views_of(images, epochs=EPOCHS, network=None, flip=True, style=None):
+    drawn = (epochs, style or ViewStyle(0.2), flip, torch.Generator().manual_seed(3), torch.tensor([-2.0]))
+    return labelled_views(committee_of(network or teacher()), images, *drawn)
 
 
 def soft_set(ipc=2, views=True, **changes):
@@ -122,7 +122,7 @@ def test_a_view_is_the_crop_the_mirror_and_the_partners_view_in_the_box():
 
 
 def test_views_are_drawn_as_published():
-    drawn = draw_views(200, (1, 16, 12), 10, 3, torch.Generator().manual_seed(0), min_scale=0.25)
+    drawn = draw_views(200, (1, 16, 12), 10, 3, torch.Generator().manual_seed(0), style=ViewStyle(0.25))
     assert float((drawn.crops[..., :2] + drawn.crops[..., 2:]).max()) <= 1 + 1e-5
     assert float(drawn.flips.float().mean()) == pytest.approx(0.5, abs=0.05)
     assert torch.equal(drawn.partners.sort(1).values, torch.arange(10).expand(200, 10).int())
@@ -137,11 +137,61 @@ def test_views_are_drawn_as_published():
     torch.testing.assert_close(resample(images, whole, torch.zeros(6, dtype=torch.bool)), images)
 
 
+def test_padded_views_are_crops_of_the_image_in_black_and_mixup_blends_whole_views():
+    """As SRe2L's relabel_cifar.py: ``RandomCrop(32, padding=4)``, then mixup with alpha 0.8."""
+    images, style = images_of(), ViewStyle(padding=2, mix="mixup")
+    views = views_of(images, flip=False, style=style)
+    padded = torch.nn.functional.pad(images, (2, 2, 2, 2), value=-2.0)
+    places = (views.crops[0, :, :2] * 8).round().int() + 2
+    alone = [image[:, y : y + 8, x : x + 8] for image, (x, y) in zip(padded, places.tolist(), strict=True)]
+    share, partners = views.shares[0], views.partners[0].tolist()
+    expected = [share[row] * own + (1 - share[row]) * alone[partners[row]] for row, own in enumerate(alone)]
+    replayed, _ = views.replay(images, 0, torch.arange(6))
+    torch.testing.assert_close(replayed, torch.stack(expected), rtol=1e-4, atol=1e-5)
+    many = draw_views(300, (1, 32, 32), 10, 3, torch.Generator().manual_seed(0), ViewStyle(padding=4, mix="mixup"))
+    shifts = (many.crops[..., :2] * 32).round()
+    assert shifts.unique().tolist() == list(range(-4, 5))
+    assert float(many.shares.var()) == pytest.approx(0.25 / 2.6, rel=0.06)  # of Beta(a, a): 1 / (4 (2 a + 1))
+    assert not many.pastes.any()
+
+
+def test_views_without_mixture_are_crops_alone():
+    views = views_of(images_of(), style=ViewStyle(mix="none"))
+    assert not views.pastes.any()
+    assert sorted(views.state_dict()) == ["crops", "flips", "logits", "partners", "pastes"]
+
+
+def test_tiles_are_shuffled_column_by_column_and_row_by_row():
+    """As RDED's ShufflePatches: for 2 x 2 tiles four arrangements, each as often as any other."""
+    image = torch.tensor([[0.0, 1.0], [2.0, 3.0]]).repeat_interleave(4, 0).repeat_interleave(4, 1)
+    views = draw_views(
+        400, (1, 8, 8), 1, 3, torch.Generator().manual_seed(0), ViewStyle(1.0, mix="none", tiles=2), False
+    )
+    shown = views.look(image.view(1, 1, 8, 8), torch.arange(400), torch.zeros(400, dtype=torch.long))
+    corners = shown[:, 0, ::4, ::4].flatten(1).int().tolist()
+    counts = [corners.count(order) for order in ([0, 1, 2, 3], [1, 0, 3, 2], [2, 3, 0, 1], [3, 2, 1, 0])]
+    assert sum(counts) == 400
+    assert min(counts) > 70
+    orders = torch.tensor([[[2, 0, 1], [0, 1, 2]]])
+    assert shuffle_tiles(torch.arange(6.0).expand(1, 1, 6, 6), orders)[0, 0, 0].tolist() == [4, 5, 0, 1, 2, 3]
+    with pytest.raises(UserError, match=r"labels.tiles=3 do not divide images of \(8, 8\) pixels"):
+        draw_views(1, (1, 8, 8), 1, 3, torch.Generator(), ViewStyle(tiles=3))
+
+
+@pytest.mark.parametrize("style", [ViewStyle(padding=2, mix="mixup"), ViewStyle(0.5, tiles=2)], ids=str)
+def test_every_kind_of_view_makes_the_round_trip(style, tmp_path):
+    soft = soft_set()
+    soft = replace(soft, views=views_of(soft.images, style=style))
+    state = DistilledSet.load(soft.save(tmp_path / "set.safetensors")).views.state_dict()
+    assert state.keys() == soft.views.state_dict().keys()
+    assert all(torch.equal(value, state[name]) for name, value in soft.views.state_dict().items())
+
+
 def test_views_depend_on_the_generator_alone():
     images = images_of()
     first, again = views_of(images), views_of(images)
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in first.state_dict().items())
-    assert labelled_views(committee_of(teacher()), images, 0, 0.2, True, torch.Generator()) is None
+    assert labelled_views(committee_of(teacher()), images, 0, ViewStyle(0.2), True, torch.Generator()) is None
 
 
 # ---- the file ----------------------------------------------------------------------------------------------------

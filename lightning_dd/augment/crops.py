@@ -50,13 +50,14 @@ def draw_crops(
     return boxes / torch.tensor([width, height, width, height])
 
 
-def resample(images: Tensor, crops: Tensor, flips: Tensor) -> Tensor:
+def resample(images: Tensor, crops: Tensor, flips: Tensor, outside: Tensor | None = None) -> Tensor:
     """Bring crops of images back to full size (bilinear) and mirror some; every row by itself, whatever the batch.
 
     Args:
         images: ``(N, C, H, W)``.
         crops: ``(N, 4)``: left, top, width, height as shares of the sides.
         flips: ``(N,)`` bool.
+        outside: ``(C,)``: values beyond the border of an image; ``None`` repeats its edge.
 
     Returns:
         ``(N, C, H, W)``; the whole image as crop gives the image. As in torchvision nothing outside a crop is seen.
@@ -66,7 +67,10 @@ def resample(images: Tensor, crops: Tensor, flips: Tensor) -> Tensor:
     down = _places(crops[:, 1], crops[:, 3], images.shape[2], torch.ones_like(crops[:, 1]))
     grid = torch.stack([across[:, None, :].expand(shape), down[:, :, None].expand(shape)], 3)
     with torch.autocast(images.device.type, enabled=False):
-        return F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False)
+        if outside is None:
+            return F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False)
+        ground = outside.view(-1, 1, 1)
+        return F.grid_sample(images.float() - ground, grid, padding_mode="zeros", align_corners=False) + ground
 
 
 def _places(start: Tensor, share: Tensor, side: int, direction: Tensor) -> Tensor:

@@ -133,12 +133,20 @@ def _united_data(sets: Sequence[DistilledSet]) -> dict[str, Any]:
 def _united_views(views: Sequence[SoftViews], logits: Sequence[Tensor]) -> SoftViews:
     """Put the views of all rows side by side; mixtures stay within a set."""
     before = accumulate((len(view) for view in views), initial=0)
+
+    def joined(name: str) -> Tensor | None:
+        parts = [getattr(view, name) for view in views]
+        return None if parts[0] is None else torch.cat(parts, 1)
+
     return SoftViews(
         crops=torch.cat([view.crops for view in views], 1),
         flips=torch.cat([view.flips for view in views], 1),
         partners=torch.cat([view.partners + rows for view, rows in zip(views, before, strict=False)], 1),
         pastes=torch.cat([view.pastes for view in views], 1),
         logits=torch.cat([rows.half() for rows in logits], 1),
+        shares=joined("shares"),
+        tiles=joined("tiles"),
+        outside=views[0].outside,
     )
 
 
@@ -169,4 +177,5 @@ def _common(part: DistilledSet) -> dict[str, Any]:
         "forms of labels": part.label_kind,
         "temperatures": part.temperature,
         "numbers of stored views": part.views.epochs if part.views is not None else 0,
+        "kinds of views": sorted(part.views.state_dict()) if part.views is not None else [],
     }

@@ -8,13 +8,14 @@ numbers that make it, so the student's batch size is free and any machine can ma
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from lightning_dd.augment.crops import draw_crops, resample
 from lightning_dd.data.sampling import ShuffledStream
-from lightning_dd.utils.errors import UserError
+from lightning_dd.utils.errors import UserError, check_range, unknown_name
 from lightning_dd.utils.seeding import make_generator
 
 _DTYPES = {
@@ -23,7 +24,39 @@ _DTYPES = {
     "partners": torch.int32,
     "pastes": torch.int16,
     "logits": torch.float16,
+    "shares": torch.float32,
+    "tiles": torch.int8,
+    "outside": torch.float32,
 }
+_OPTIONAL = ("shares", "tiles", "outside")
+_MIXUP_ALPHA = 0.8
+
+
+@dataclass(frozen=True)
+class ViewStyle:
+    """How views are drawn. The defaults are SRe2L's for ImageNet-1K.
+
+    Args:
+        min_scale: smallest area of a random resized crop as a share of the image's.
+        padding: pixels of black on every side, from which a crop of the image's size is cut, in place of a resized one.
+        mix: ``cutmix`` with alpha 1, ``mixup`` with alpha 0.8, or ``none``: what is done with another image's view.
+        tiles: along a side, whose columns and then rows are shuffled before the crop (RDED).
+
+    Raises:
+        UserError: a setting is out of range or unknown.
+    """
+
+    min_scale: float = 0.08
+    padding: int = 0
+    mix: str = "cutmix"
+    tiles: int = 1
+
+    def __post_init__(self) -> None:
+        check_range("in (0, 1]", "labels.", min_scale=self.min_scale)
+        check_range("at least 0", "labels.", padding=self.padding)
+        check_range("at least 1", "labels.", tiles=self.tiles)
+        if self.mix not in (known := ("cutmix", "mixup", "none")):
+            raise unknown_name("labels.mix", self.mix, known)
 
 
 @dataclass(frozen=True)
@@ -31,7 +64,7 @@ class SoftViews:
     """E epochs of views of n images, and the teacher's logits of each.
 
     A view is a crop brought back to full size, perhaps mirrored, with a box of another image's view pasted in
-    (CutMix, Yun et al. 2019). Views are made in normalised space.
+    (CutMix, Yun et al. 2019) or blended with it (mixup, Zhang et al. 2018). Views are made in normalised space.
 
     Args:
         crops: ``(E, n, 4)`` float32: left, top, width, height as shares of the sides.
@@ -40,6 +73,9 @@ class SoftViews:
         pastes: ``(E, n, 4)`` int16: left, top, right, bottom of the box in pixels, the last two excluded; nothing is
             pasted where the box is empty.
         logits: ``(E, n, num_classes)`` float16: the teacher's answers.
+        shares: ``(E, n)`` float32: how much of the own view is in a blend with the partner's; ``None`` blends nothing.
+        tiles: ``(E, n, 2, f)`` int8: the order of f columns, and that of f rows, before the crop; ``None`` keeps it.
+        outside: ``(C,)`` float32: normalised values beyond the border of an image; ``None`` where no crop goes there.
 
     Raises:
         UserError: shapes or types disagree, or a number is not finite or out of range.
@@ -50,6 +86,9 @@ class SoftViews:
     partners: Tensor
     pastes: Tensor
     logits: Tensor
+    shares: Tensor | None = None
+    tiles: Tensor | None = None
+    outside: Tensor | None = None
 
     def __post_init__(self) -> None:
         crops, logits = self.crops, self.logits
@@ -57,14 +96,20 @@ class SoftViews:
             raise UserError(f"views: shapes disagree: crops {tuple(crops.shape)}, logits {tuple(logits.shape)}")
         place = tuple(crops.shape[:2])
         rest = {"crops": (4,), "pastes": (4,), "logits": logits.shape[2:]}
+        if self.tiles is not None:
+            rest["tiles"] = (2, self.tiles.shape[-1])
         for name, value in self.state_dict().items():
             shape, dtype = (*place, *rest.get(name, ())), _DTYPES[name]
+            shape = value.shape[:1] if name == "outside" else shape
             if value.shape != shape or value.dtype != dtype:
                 raise UserError(f"views: {name} must be {shape} {dtype}, got {tuple(value.shape)} {value.dtype}")
         if not bool(torch.isfinite(crops).all() and torch.isfinite(logits).all()):
             raise UserError("views: crops or logits hold NaN or infinite values")
-        if bool((crops < 0).any() or (crops[..., 2:] <= 0).any() or (crops[..., :2] + crops[..., 2:] > 1.001).any()):
+        inside = not bool((crops[..., :2] < 0).any() or (crops[..., :2] + crops[..., 2:] > 1.001).any())
+        if bool((crops[..., 2:] <= 0).any()) or not (inside or self.outside is not None):
             raise UserError("views: a crop lies outside its image")
+        if self.tiles is not None and bool((self.tiles.sort(-1).values != torch.arange(rest["tiles"][1])).any()):
+            raise UserError("views: an order of tiles is no permutation")
         if bool((self.partners < 0).any() or (self.partners >= place[1]).any()):
             raise UserError(f"views: a partner is none of the {place[1]} rows")
 
@@ -94,28 +139,33 @@ class SoftViews:
         """Make views ``(B, C, H, W)`` again; arguments as for :meth:`replay`."""
         epoch = epoch % self.epochs
         others = self.partners[epoch, rows].long()
-        own, pasted = (
-            resample(images[index], self.crops[epoch, index], self.flips[epoch, index]) for index in (rows, others)
-        )
+        own, pasted = self._cut(images, epoch, rows), self._cut(images, epoch, others)
+        if self.shares is not None:
+            return torch.lerp(pasted, own, self.shares[epoch, rows].view(-1, 1, 1, 1))
         left, top, right, bottom = (side.view(-1, 1, 1) for side in self.pastes[epoch, rows].unbind(1))
         down = torch.arange(images.shape[2], device=images.device)[:, None]
         across = torch.arange(images.shape[3], device=images.device)
         inside = (across >= left) & (across < right) & (down >= top) & (down < bottom)
         return torch.where(inside[:, None], pasted, own)
 
+    def _cut(self, images: Tensor, epoch: int | Tensor, rows: Tensor) -> Tensor:
+        """Return shuffled, cropped and mirrored images, not yet mixed."""
+        shown = images[rows] if self.tiles is None else shuffle_tiles(images[rows], self.tiles[epoch, rows].long())
+        return resample(shown, self.crops[epoch, rows], self.flips[epoch, rows], self.outside)
+
     def to(self, device: torch.device | str) -> "SoftViews":
         """Return the views on a device."""
         return SoftViews(**{name: value.to(device) for name, value in self.state_dict().items()})
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the tensors by name."""
-        return {item.name: getattr(self, item.name) for item in fields(self)}
+        """Return the tensors by name, without those that are not there."""
+        return {item.name: value for item in fields(self) if (value := getattr(self, item.name)) is not None}
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Tensor]) -> "SoftViews":
         """Rebuild from :meth:`state_dict`."""
-        names = {item.name for item in fields(cls)}
-        if set(state) != names:
+        names = {item.name for item in fields(cls)} - {*_OPTIONAL}
+        if set(state) - {*_OPTIONAL} != names:
             raise UserError(f"views: expected the tensors {', '.join(sorted(names))}, got {', '.join(sorted(state))}")
         return cls(**dict(state))
 
@@ -126,13 +176,15 @@ def draw_views(
     rows: int,
     num_classes: int,
     generator: torch.Generator,
-    min_scale: float = 0.08,
+    style: ViewStyle = ViewStyle(),
     flip: bool = True,
+    outside: Tensor | None = None,
 ) -> SoftViews:
     """Draw views whose logits are still zeros.
 
-    Every image gets a random resized crop and is mixed with another one by CutMix; its box covers a share of the
-    image that is uniform in [0, 1] before it is cut off at the border (alpha = 1).
+    Every image is cropped and mixed with another one. The box of CutMix covers a share of the image that is uniform in
+    [0, 1] before it is cut off at the border; the share of a mixup is from its Beta distribution. Official code draws
+    both once per batch; stored views belong to no batch, and every image has its own.
 
     Args:
         epochs: E.
@@ -140,27 +192,75 @@ def draw_views(
         rows: n.
         num_classes: logits per view.
         generator: CPU generator.
-        min_scale: smallest area of a crop as a share of the image's.
+        style: of crops and mixtures.
         flip: mirror with probability 1/2.
+        outside: ``(C,)``, normalised black, which images are padded with; ``None`` pads with their mean, 0.
+
+    Raises:
+        UserError: the tiles do not divide the image.
     """
     height, width = image_shape[1:]
-    crops = draw_crops(epochs * rows, (height, width), min_scale, generator).view(epochs, rows, 4)
+    if height % style.tiles or width % style.tiles:
+        raise UserError(f"labels.tiles={style.tiles} do not divide images of {(height, width)} pixels")
+    if style.padding:
+        places = torch.randint(-style.padding, style.padding + 1, (epochs, rows, 2), generator=generator)
+        crops = torch.cat([places / torch.tensor([width, height]), torch.ones(epochs, rows, 2)], 2)
+    else:
+        crops = draw_crops(epochs * rows, (height, width), style.min_scale, generator).view(epochs, rows, 4)
     flips = torch.rand(epochs, rows, generator=generator) < (0.5 if flip else 0.0)
     partners = torch.rand(epochs, rows, generator=generator).argsort(1)  # a permutation of the rows in each epoch
-    share = torch.rand(epochs, rows, generator=generator).sqrt()
-    sides = []
-    for side in (width, height):
-        half = (share * side).int() // 2
-        centre = (torch.rand(epochs, rows, generator=generator) * side).int()
-        sides.append(((centre - half).clamp(min=0), (centre + half).clamp(max=side)))
-    (left, right), (top, bottom) = sides
+    pastes, shares = torch.zeros(epochs, rows, 4, dtype=torch.int16), None
+    if style.mix == "cutmix":
+        pastes = _boxes(height, width, (epochs, rows), generator)
+    if style.mix == "mixup":
+        seeded = np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))
+        shares = torch.from_numpy(seeded.beta(_MIXUP_ALPHA, _MIXUP_ALPHA, (epochs, rows))).float()
+    orders = None
+    if style.tiles > 1:
+        orders = torch.rand(epochs, rows, 2, style.tiles, generator=generator).argsort(-1).to(torch.int8)
     return SoftViews(
         crops=crops,
         flips=flips,
         partners=partners.int(),
-        pastes=torch.stack([left, top, right, bottom], 2).to(torch.int16),
+        pastes=pastes,
         logits=torch.zeros(epochs, rows, num_classes, dtype=torch.float16),
+        shares=shares,
+        tiles=orders,
+        outside=(torch.zeros(image_shape[0]) if outside is None else outside) if style.padding else None,
     )
+
+
+def _boxes(height: int, width: int, shape: tuple[int, int], generator: torch.Generator) -> Tensor:
+    """Draw the boxes of CutMix, ``(*shape, 4)`` int16."""
+    share = torch.rand(shape, generator=generator).sqrt()
+    sides = []
+    for side in (width, height):
+        half = (share * side).int() // 2
+        centre = (torch.rand(shape, generator=generator) * side).int()
+        sides.append(((centre - half).clamp(min=0), (centre + half).clamp(max=side)))
+    (left, right), (top, bottom) = sides
+    return torch.stack([left, top, right, bottom], 2).to(torch.int16)
+
+
+def shuffle_tiles(images: Tensor, orders: Tensor) -> Tensor:
+    """Put columns and then rows of tiles into another order, as RDED's ``ShufflePatches`` does.
+
+    Args:
+        images: ``(N, C, H, W)``.
+        orders: ``(N, 2, f)`` int64: which column, and which row, stands at each place.
+
+    Example:
+        >>> shuffle_tiles(torch.arange(4.0).view(1, 1, 2, 2), torch.tensor([[[1, 0], [0, 1]]]))
+        tensor([[[[1., 0.],
+                  [3., 2.]]]])
+    """
+    for axis, order in ((3, orders[:, 0]), (2, orders[:, 1])):
+        side = images.shape[axis] // order.shape[1]
+        places = (order[:, :, None] * side + torch.arange(side, device=images.device)).flatten(1)
+        shape = [len(images), 1, 1, 1]
+        shape[axis] = -1
+        images = images.gather(axis, places.view(shape).expand_as(images))
+    return images
 
 
 class SyntheticBatches(IterableDataset[tuple[Tensor, Tensor]]):

@@ -10,6 +10,7 @@ from lightning_dd.augment.crops import draw_crops, resample
 from lightning_dd.data.images import Split
 from lightning_dd.distillers.selection import SelectionDistiller
 from lightning_dd.synthetic.labels import Labels, TeacherLabels
+from lightning_dd.utils.arguments import revive
 from lightning_dd.utils.errors import UserError, check_range
 from lightning_dd.utils.seeding import make_generator
 
@@ -23,15 +24,13 @@ class RDED(SelectionDistiller):
     normalised afterwards, so whitened data is whitened as whole images. All of it happens once, and the teacher's soft
     labels follow.
 
-    The paper's students also shuffle the tiles of an image at each step. Stored views do not: a view is a crop and a
-    CutMix of the image as it is.
-
     Args:
         candidates: real images drawn of every class, at most all it has.
         crops: random crops of each.
         patches: tiles along a side of an image: 1 for small images, 2 for large ones.
         crop_min_scale: smallest area of a crop as a share of the image's.
-        labels: ``soft`` for the teacher's, with views that are cropped to no less than a tile; ``hard`` or ``centred``.
+        labels: ``soft`` for the teacher's, whose views shuffle the tiles and keep a ``1 / patches`` of the
+            area at least; ``hard`` or ``centred``.
         **kwargs: see :class:`TeacherDistiller`.
 
     Raises:
@@ -49,8 +48,12 @@ class RDED(SelectionDistiller):
     ) -> None:
         check_range("at least 1", candidates=candidates, crops=crops, patches=patches)
         check_range("in (0, 1]", crop_min_scale=crop_min_scale)
-        # The published views are whole images of one tile, crops of at least a tile of others.
-        super().__init__(labels=TeacherLabels(min_scale=1 / patches) if labels == "soft" else labels, **kwargs)
+        labels = TeacherLabels() if labels == "soft" else revive(labels)
+        if isinstance(labels, TeacherLabels):
+            # validation/main.py: RandomResizedCrop(scale=(1 / factor, 1)), which is the whole image where it is one
+            # tile, after ShufflePatches(factor).
+            labels = TeacherLabels(**({"min_scale": 1 / patches, "tiles": patches} | labels.init_args))
+        super().__init__(labels=labels, **kwargs)
         self.candidates, self.crops, self.patches, self.crop_min_scale = candidates, crops, patches, crop_min_scale
 
     def select(self, train: Split) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_dd.data.base import RealData
 from lightning_dd.distilled.datamodule import check_match
 from lightning_dd.distilled.set import DistilledSet
-from lightning_dd.distilled.views import SoftViews, draw_views
+from lightning_dd.distilled.views import SoftViews, ViewStyle, draw_views
 from lightning_dd.pretrained.classifier import Committee, Teacher
 from lightning_dd.pretrained.task import Task
 from lightning_dd.utils.arguments import RemembersArguments, plain_values
@@ -65,35 +65,42 @@ class TeacherLabels(Labels):
     """Labels by a teacher or a committee: logits of the images, and of stored views of them for students to replay.
 
     After SRe2L (Yin et al. 2023, arXiv 2306.13092) and FKD (Shen & Xing 2022, arXiv 2112.01528). A view is a random
-    resized crop, mirrored where images may be, mixed with another one by CutMix.
+    resized crop, mirrored where images may be, mixed with another one by CutMix. With ``padding`` and ``mix`` it is
+    what SRe2L trains on for CIFAR (a crop of the padded image, mixup) and for Tiny ImageNet (no mixture).
 
     Args:
         teacher: the networks that are asked; ``None`` takes the distiller's own teacher, or one of its architecture.
         epochs: epochs of views that are labelled and stored; 0 labels the images only, and students then augment as
             usual.
-        min_scale: smallest area of a view's crop as a share of the image's.
+        min_scale: smallest area of a view's crop as a share of the image's; ``None`` takes the method's own, or 0.08.
         temperature: of the students' softmax.
         while_distilling: ``learned``, ``centred`` or ``hard``: the labels outer steps work with; ``None`` takes the
             method's own.
+        padding: pixels of black around an image, from which a crop of its size is cut in place of a resized one.
+        mix: ``cutmix``, ``mixup`` or ``none``.
+        tiles: along a side of an image, shuffled in every view; ``None`` takes the method's own, or 1 for none.
 
     Raises:
-        UserError: a number is out of range.
+        UserError: a number is out of range, or a name is unknown.
     """
 
     def __init__(
         self,
         teacher: Teacher | None = None,
         epochs: int = 300,
-        min_scale: float = 0.08,
+        min_scale: float | None = None,
         temperature: float = 20.0,
         while_distilling: str | None = None,
+        padding: int = 0,
+        mix: str = "cutmix",
+        tiles: int | None = None,
     ) -> None:
         super().__init__(while_distilling)
         check_range("at least 0", "labels.", epochs=epochs)
-        check_range("in (0, 1]", "labels.", min_scale=min_scale)
         check_range("positive", "labels.", temperature=temperature)
         self.teacher = Teacher(**teacher) if isinstance(teacher, dict) else teacher
-        self.epochs, self.min_scale, self.temperature = epochs, min_scale, temperature
+        self.epochs, self.temperature = epochs, temperature
+        self.style = ViewStyle(0.08 if min_scale is None else min_scale, padding, mix, 1 if tiles is None else tiles)
         self._committee: Committee | None = None
         self._done: tuple[Tensor, DistilledSet] | None = None
 
@@ -111,7 +118,8 @@ class TeacherLabels(Labels):
             return replace(self._done[1], training=distilled.training)
         with torch.inference_mode(mode=False):  # for a student may be trained on them
             committee = self._committee or teachers(self.teacher)
-            drawn = (self.epochs if views else 0, self.min_scale, distilled.mirror, make_generator(seed, "views"))
+            black = distilled.preprocessing(torch.zeros_like(distilled.images[:1])).mean((0, 2, 3))
+            drawn = (self.epochs if views else 0, self.style, distilled.mirror, make_generator(seed, "views"), black)
             labelled = labelled_views(committee, distilled.images, *drawn)
             labels = committee.logits(distilled.images).cpu()
         done = replace(distilled, labels=labels, label_kind="soft", temperature=self.temperature, views=labelled)
@@ -145,7 +153,13 @@ def relabel(distilled: DistilledSet, labels: Labels, real: RealData, otherwise: 
 
 
 def labelled_views(
-    committee: Committee, images: Tensor, epochs: int, min_scale: float, mirror: bool, generator: torch.Generator
+    committee: Committee,
+    images: Tensor,
+    epochs: int,
+    style: ViewStyle,
+    mirror: bool,
+    generator: torch.Generator,
+    black: Tensor | None = None,
 ) -> SoftViews | None:
     """Draw views of a set and have teachers label each.
 
@@ -153,9 +167,10 @@ def labelled_views(
         committee: the teachers.
         images: all images ``(n, C, H, W)``, normalised.
         epochs: how often every image is seen.
-        min_scale: smallest area of a crop as a share of the image's.
+        style: of crops and mixtures.
         mirror: whether views may be mirrored.
         generator: CPU generator.
+        black: ``(C,)``, normalised, for a style that pads.
 
     Returns:
         The views on the CPU; ``None`` for 0 epochs.
@@ -167,7 +182,7 @@ def labelled_views(
         return None
     count, channels, height, width = images.shape
     shape, classes = (channels, height, width), committee.main.num_classes
-    views = draw_views(epochs, shape, count, classes, generator, min_scale, mirror)
+    views = draw_views(epochs, shape, count, classes, generator, style, mirror, black)
     shown, here = images.to(committee.device), views.to(committee.device)
     logits = [  # a forward pass goes across epochs: a small set fills it
         committee.logits(here.look(shown, places // count, places % count)).half()
