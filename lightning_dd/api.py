@@ -10,7 +10,7 @@ from pytorch_lightning.loggers import TensorBoardLogger
 
 from lightning_dd.callbacks import DistillationProgress, ExportDistilledSet, SyntheticImages
 from lightning_dd.data import RealData
-from lightning_dd.data.registry import DataChoice
+from lightning_dd.data.parts import DataChoice
 from lightning_dd.distilled.set import DistilledSet
 from lightning_dd.distillers.base import Distiller
 from lightning_dd.evaluators.evaluate import evaluate_files

@@ -23,7 +23,7 @@ def write_results(
     markdown: str,
     figure: Figure,
     flat: Sequence[Mapping[str, Any]] | None = None,
-) -> dict[str, Path]:
+) -> None:
     """Write ``results.json``, ``results.csv``, ``results.md`` and ``results.png``, each atomically.
 
     Args:
@@ -32,21 +32,16 @@ def write_results(
         markdown: the table for readers.
         figure: the picture.
         flat: the records without nested values, where a spreadsheet cannot hold them.
-
-    Returns:
-        The paths by suffix.
     """
     lines = records if flat is None else flat
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(lines[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(lines)
-    return {
-        "json": write_text(folder / "results.json", json.dumps(records, indent=1) + "\n"),
-        "csv": write_text(folder / "results.csv", text.getvalue()),
-        "md": write_text(folder / "results.md", markdown),
-        "png": write_atomically(folder / "results.png", lambda path: figure.savefig(path, dpi=120)),
-    }
+    write_text(folder / "results.json", json.dumps(records, indent=1) + "\n")
+    write_text(folder / "results.csv", text.getvalue())
+    write_text(folder / "results.md", markdown)
+    write_atomically(folder / "results.png", lambda path: figure.savefig(path, dpi=120))
 
 
 def draw_bars(axes: Axes, bars: Sequence[tuple[str, Mapping[str, Score], str | None]], places: Sequence[str]) -> None:

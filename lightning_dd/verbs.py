@@ -37,8 +37,8 @@ class _Data:
     root: str | None = option("folder of the real data on this machine", None)
 
     def choice(self) -> Any:
-        """Return it as a :class:`~lightning_dd.data.registry.DataChoice`."""
-        from lightning_dd.data.registry import DataChoice
+        """Return it as a :class:`~lightning_dd.data.parts.DataChoice`."""
+        from lightning_dd.data.parts import DataChoice
 
         return DataChoice(self.data, self.data_args, self.root)
 

@@ -15,9 +15,17 @@ from helpers import TinyData, make_distilled
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_dd.applications import Continual, continual
-from lightning_dd.applications.continual import Lesson, fill_memory, rows_of, run_continual, score_student
+from lightning_dd.applications.continual import (
+    Course,
+    Lesson,
+    class_order,
+    fill_memory,
+    rows_of,
+    run_continual,
+    score_student,
+    split_classes,
+)
 from lightning_dd.applications.continual_report import curves, forgetting, markdown
-from lightning_dd.applications.course import Course, class_order, split_classes
 from lightning_dd.cli import main
 from lightning_dd.data import DATA_SETS, ClassSubset, RawSplit
 from lightning_dd.data.parts import load_preprocessing, save_preprocessing
@@ -97,9 +105,8 @@ def experiment(methods, output, **changes):
     return Continual(methods=methods, output=str(output), **(settings | changes))
 
 
-def course(order=0, folder=Path("x"), **data_args):
-    source = {"source": "FourKinds", "source_args": data_args}
-    return Course(source, order, split_classes(class_order(4, order), 2), folder)
+def course(order=0, folder=Path("x"), methods=None, **data_args):
+    return Course(experiment(methods or {"a": "mnist5k/random"}, folder, data_args=data_args), order, 4)
 
 
 # ---- class subsets -----------------------------------------------------------------------------------------------
@@ -470,19 +477,18 @@ def test_a_later_class_leaves_no_trace_in_an_earlier_step(methods, tmp_path, mon
     sets = []
     for cls in (FourKinds, Poisoned):
         monkeypatch.setitem(DATA_SETS, "FourKinds", cls)
-        own = experiment(methods, tmp_path, data_args={"preprocessing": "zca"})
-        fill_memory(own.distillers["frepo"], own, course(order, tmp_path / cls.__name__, preprocessing="zca"), 0)
-        sets.append(DistilledSet.load(tmp_path / cls.__name__ / "frepo/step1/last.safetensors"))
+        own = course(order, tmp_path / cls.__name__, methods, preprocessing="zca")
+        fill_memory(own, own.experiment.distillers["frepo"], 0)
+        sets.append(DistilledSet.load(own.folder / "frepo/step1/last.safetensors"))
     assert torch.equal(sets[0].images, sets[1].images)
     assert torch.equal(sets[0].labels, sets[1].labels)
     assert torch.equal(sets[0].preprocessing.zca_whiten, sets[1].preprocessing.zca_whiten)
 
 
 def test_all_steps_of_a_course_share_the_first_ones_whitening(methods, tmp_path):
-    own = experiment(methods, tmp_path, data_args={"preprocessing": "zca"})
-    first_order = course(0, tmp_path / "order0", preprocessing="zca")
+    first_order = course(0, tmp_path, methods, preprocessing="zca")
     for step in range(2):
-        fill_memory(own.distillers["random"], own, first_order, step)
+        fill_memory(first_order, first_order.experiment.distillers["random"], step)
     memory = DistilledSet.load(first_order.memory_file("random", 1))
     first = ClassSubset("FourKinds", class_order(4, 0)[:2], {"preprocessing": "zca"})
     first.setup("fit")

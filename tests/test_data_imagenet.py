@@ -158,7 +158,7 @@ def test_an_archive_of_ten_classes_agrees_with_the_group_of_imagenet(tmp_path, c
     assert train.images[train.labels.argsort(), 0, 0, 0].tolist() == [index % 251 for index in order]
     assert data.read(train=False).class_names == train.class_names
     assert DATA_SETS[cls.__name__](**data.spec()).spec() == data.spec()  # found without a path
-    assert data.folders()[0] == slug
+    assert data.archives[0] == slug
     assert cls(image_size=200).folders() == [slug.replace("160", "320"), slug.removesuffix("-160")]
     data.prepare_data()  # nothing is downloaded
     (tmp_path / slug / "train" / "n99999999").mkdir()

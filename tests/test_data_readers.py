@@ -22,8 +22,8 @@ from torchvision.transforms import CenterCrop, Compose, Resize
 from lightning_dd.data import DATA_SETS, ImageFolder, MNIST5k, ParquetImages, RawSplit, RealData
 from lightning_dd.data import cache as cache_module
 from lightning_dd.data.cache import cache_folder, cached_split, content_key
+from lightning_dd.data.parts import build_data
 from lightning_dd.data.readers import CachedData, decode_images
-from lightning_dd.data.registry import build_data
 from lightning_dd.utils.errors import UserError
 
 REAL_DATA = os.environ.get("LIGHTNING_DD_DATA")  # read before the fixture below hides it

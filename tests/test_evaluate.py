@@ -17,8 +17,8 @@ from toy_jobs import Launched
 from lightning_dd import jobs
 from lightning_dd.cli import main
 from lightning_dd.data import DATA_SETS, MNIST5k
+from lightning_dd.data.parts import DataChoice
 from lightning_dd.data.preprocess import Preprocessing
-from lightning_dd.data.registry import DataChoice
 from lightning_dd.distilled import DistilledData
 from lightning_dd.distilled.datamodule import real_data_of
 from lightning_dd.distilled.set import DistilledSet

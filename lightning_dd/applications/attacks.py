@@ -1,14 +1,9 @@
 """Membership-inference attacks on the outputs of any classifier: numpy, scipy and scikit-learn alone.
 
-An attacker is shown what a victim answers for a sample and guesses whether the victim learned from it. All attacks
-return a membership score per sample, judged by the ROC curve over members and non-members: its area (0.5 means that
-nothing leaks), and the true-positive rate at a very low false-positive rate, which Carlini et al. (2022,
-arXiv 2112.03570) show to be the honest measure: an attack that is right about a few people and silent on the others
-has an area near 0.5.
-
-The learned attackers follow the idea of Shokri et al. (2017, arXiv 1610.05820) in the strong form FRePo's experiment
-uses: the attacker knows some true members and non-members and is tested on others. LiRA (Carlini et al.) compares the
-victim's answer with those of shadow models, trained like the victim on random halves of a pool.
+An attacker is shown what a victim answers for a sample and guesses whether the victim learned from it. Attacks are
+judged by the ROC curve of their scores: by its area (0.5 means that nothing leaks), and by the true-positive rate at a
+very low false-positive rate, which Carlini et al. (2022, arXiv 2112.03570) show to be the honest measure: an attack
+that is right about a few people and silent on the others has an area near 0.5.
 """
 
 from collections.abc import Sequence
@@ -91,10 +86,11 @@ def learned_attack(
 ) -> AttackResult:
     """Let a classifier learn from some samples who is a member, and judge it on the others.
 
-    As many samples are drawn from either side. Every one is scored by a classifier that has not seen it (stratified
-    K-fold, predictions of all folds judged together, which reads a shade below 0.5 where there is nothing to find); in
-    each fold the setting of :data:`GRIDS` is the one with the best area on a quarter of the fold's training part, and
-    is then trained on all of that part.
+    This is the idea of Shokri et al. (2017, arXiv 1610.05820) in the strong form FRePo's experiment uses: the attacker
+    knows some true members and non-members. As many samples are drawn from either side. Every one is scored by a
+    classifier that has not seen it (stratified K-fold, predictions of all folds judged together, which reads a shade
+    below 0.5 where there is nothing to find); in each fold the setting of :data:`GRIDS` is the one with the best area
+    on a quarter of the fold's training part, and is then trained on all of that part.
 
     Args:
         kind: ``logistic``, ``mlp``, ``forest`` or ``neighbours``.
@@ -174,10 +170,11 @@ def lira(
     mode: str = "online",
     pooled_variance: bool | None = None,
 ) -> Array:
-    """Return LiRA's membership score per sample, larger meaning "member".
+    """Return LiRA's membership score per sample, larger meaning "member" (Carlini et al. 2022, arXiv 2112.03570).
 
-    For every sample there are shadow models that learned from it (IN) and others that did not (OUT). ``online`` is the
-    log-likelihood ratio ``log N(phi; mu_in, s_in) - log N(phi; mu_out, s_out)``. ``offline`` looks at OUT models alone:
+    Shadow models are trained like the victim on random halves of a pool, so for every sample there are some that
+    learned from it (IN) and others that did not (OUT). ``online`` is the log-likelihood ratio
+    ``log N(phi; mu_in, s_in) - log N(phi; mu_out, s_out)``. ``offline`` looks at OUT models alone:
     ``(phi - mu_out) / s_out``, monotone in the paper's one-sided probability.
 
     Args:

@@ -1,10 +1,13 @@
 """Class-incremental learning with distilled sets as the memory; an experiment can be resumed at every step."""
 
+import hashlib
+import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
-from itertools import product
+from functools import cached_property, partial
+from itertools import chain, product, starmap
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,11 +15,10 @@ import torch
 
 from lightning_dd.applications import JOINT, Continual
 from lightning_dd.applications.continual_report import Row, forgetting, markdown, write_report
-from lightning_dd.applications.course import Course, class_order, split_classes
-from lightning_dd.data import RealData
-from lightning_dd.data.registry import build_data
+from lightning_dd.data import ClassSubset, RealData
+from lightning_dd.data.parts import build_data, save_preprocessing
 from lightning_dd.data.sampling import EvalBatches, draw_per_class
-from lightning_dd.distilled.datamodule import check_match
+from lightning_dd.distilled.datamodule import check_match, real_set
 from lightning_dd.distilled.set import DistilledSet, library_versions
 from lightning_dd.distilled.union import union
 from lightning_dd.experiment import Method, digests, distil_stage
@@ -25,8 +27,9 @@ from lightning_dd.models.factory import build_network
 from lightning_dd.report import grouped
 from lightning_dd.students.loop import train_student
 from lightning_dd.students.recipe import Recipe, protocol
+from lightning_dd.utils.errors import UserError
 from lightning_dd.utils.files import require_writable
-from lightning_dd.utils.seeding import make_generator
+from lightning_dd.utils.seeding import derive_seed, make_generator
 from lightning_dd.utils.silence import quiet_trainers
 
 
@@ -39,6 +42,103 @@ class Lesson:
     step: int
     architecture: str
     number: int
+
+
+@dataclass(frozen=True)
+class Course:
+    """A class order: which classes each step brings, and the real images to distil, to score and to compare with.
+
+    Preprocessing is that of the first step's classes for the whole course, as a learner who does not know later classes
+    has to do it: published channel statistics where the data set has them, else statistics (and whitening matrices)
+    fitted on the first step's training images.
+    """
+
+    experiment: Continual
+    number: int
+    """Of the order, which is its seed."""
+    num_classes: int
+
+    @cached_property
+    def steps(self) -> list[list[int]]:
+        """The classes that come at each step."""
+        return split_classes(class_order(self.num_classes, self.number), self.experiment.steps)
+
+    @property
+    def folder(self) -> Path:
+        """Where the files of this order go."""
+        return Path(self.experiment.output) / f"order{self.number}"
+
+    def seed(self, *names: str | int) -> int:
+        """Return a seed for a purpose within this order, below 2^31."""
+        return derive_seed(self.number, "continual", *names) % 2**31
+
+    def memory_file(self, method: str, step: int) -> Path:
+        """Return where the united memory of a method lies after ``step`` (from 0)."""
+        return self.folder / method / f"step{step + 1}" / "memory.safetensors"
+
+    def data_of(self, step: int) -> dict[str, Any]:
+        """Return the configuration of a step's data: its own classes only."""
+        return {"class_path": "lightning_dd.data.ClassSubset", "init_args": self._subset(self.steps[step])}
+
+    def seen_data(self, step: int) -> ClassSubset:
+        """Return the real data of all classes seen after ``step``, for scoring and the upper line alone."""
+        return ClassSubset(**self._subset(list(chain(*self.steps[: step + 1]))))
+
+    def joint_set(self, step: int) -> DistilledSet:
+        """Return all real training images of the classes seen after ``step``, with hard labels."""
+        data = self.seen_data(step)
+        data.setup("fit")
+        assert data.train is not None
+        return real_set(data, *data.train.everything(), "hard", JOINT)
+
+    def _subset(self, classes: list[int]) -> dict[str, Any]:
+        return {**self.experiment.source, "classes": classes, "preprocessing_file": str(self._preprocessing_file)}
+
+    @cached_property
+    def _preprocessing_file(self) -> Path:
+        """The map of the first step, written once."""
+        source = self.experiment.source
+        spec = [source["source"], source["source_args"], self.steps[0]]
+        key = hashlib.blake2b(json.dumps(spec, sort_keys=True).encode(), digest_size=8).hexdigest()
+        path = self.folder / f"preprocessing-{key}.safetensors"
+        if not path.is_file():
+            first = ClassSubset(classes=self.steps[0], **source)
+            first.setup("fit")
+            assert first.preprocessing is not None
+            save_preprocessing(first.preprocessing, path)
+        return path
+
+
+def class_order(num_classes: int, seed: int) -> list[int]:
+    """Return the order in which classes arrive: numpy's legacy ``RandomState(seed).permutation``.
+
+    These are the orders of FRePo's and DM's published code, the same on every machine and version of numpy.
+
+    Example:
+        >>> class_order(10, 0)
+        [2, 8, 4, 9, 1, 6, 7, 3, 0, 5]
+    """
+    return [int(label) for label in np.random.RandomState(seed).permutation(num_classes)]
+
+
+def split_classes(order: Sequence[int], steps: int) -> list[list[int]]:
+    """Cut a class order into ``steps`` parts of as many classes each.
+
+    Raises:
+        UserError: the classes cannot be divided so, or a part would hold fewer than 2.
+
+    Example:
+        >>> split_classes([3, 1, 0, 2], 2)
+        [[3, 1], [0, 2]]
+    """
+    count = len(order)
+    fitting = [number for number in range(1, count // 2 + 1) if count % number == 0]
+    if steps not in fitting:
+        raise UserError(
+            f"steps must divide the {count} classes into parts of at least 2 classes: "
+            f"{', '.join(map(str, fitting))}; got {steps}"
+        )
+    return np.reshape(order, (steps, -1)).tolist()
 
 
 @quiet_trainers()
@@ -65,13 +165,12 @@ def run_continual(experiment: Continual) -> list[Row]:
     num_classes = _check_data(experiment)
     ledger, rows = Ledger(folder / "students"), list[Row]()
     for order in range(experiment.orders):
-        steps = split_classes(class_order(num_classes, order), experiment.steps)
-        course = Course(experiment.source, order, steps, folder / f"order{order}")
+        course = Course(experiment, order, num_classes)
         for method in experiment.distillers.values():
             for step in range(experiment.steps):
-                fill_memory(method, experiment, course, step)
-        jobs, work = _jobs(experiment, course), partial(_score, experiment, course)
-        if not run_jobs(jobs, work, ledger, experiment.workers, unit="step"):
+                fill_memory(course, method, step)
+        jobs = _jobs(course)
+        if not run_jobs(jobs, partial(_score, course), ledger, experiment.workers, unit="step"):
             continue
         new = rows_of(order, {job.task: ledger.need(job.identity) for job in jobs})
         _print_accuracies(new)
@@ -83,13 +182,13 @@ def run_continual(experiment: Continual) -> list[Row]:
     return rows
 
 
-def fill_memory(method: Method, experiment: Continual, course: Course, step: int) -> None:
+def fill_memory(course: Course, method: Method, step: int) -> None:
     """Distil a step's classes, and unite them with those of the steps before, where that is not done yet."""
     path, start = course.memory_file(method.name, step), time.perf_counter()
-    accelerator = experiment.accelerator
+    accelerator = course.experiment.accelerator
     overrides = [
         f"--seed_everything={course.seed('distil', step)}",
-        f"--model.init_args.ipc={experiment.ipc}",
+        f"--model.init_args.ipc={course.experiment.ipc}",
         "--trainer.enable_progress_bar=false",
         "--trainer.enable_model_summary=false",
         "--trainer.limit_val_batches=0",  # the last outer step's set is taken, so no probe need be trained
@@ -107,17 +206,10 @@ def fill_memory(method: Method, experiment: Continual, course: Course, step: int
 def score_student(
     architecture: str, memory: DistilledSet, real: RealData, recipe: Recipe, seed: int, device: torch.device
 ) -> Record:
-    """Train one student from scratch on a memory and test it on the classes the memory holds.
+    """Train one student from scratch on a memory and test it on real data of the same classes, not set up yet.
 
-    The student has one output per class seen, so it cannot name a class that has not come yet.
-
-    Args:
-        architecture: a name of the factory.
-        memory: what it learns from; all classes seen so far.
-        real: real data of the same classes, not set up yet.
-        recipe: how it is trained.
-        seed: of weights, batches, augmentation and dropout.
-        device: where.
+    The student has one output per class seen, so it cannot name a class that has not come yet. The seed is that of
+    weights, batches, augmentation and dropout.
 
     Returns:
         ``accuracy`` on all test images and ``class_accuracy``, one per class; in [0, 1].
@@ -193,37 +285,37 @@ def _lines(experiment: Continual) -> list[str]:
     return [*experiment.distillers, *([JOINT] if experiment.joint else [])]
 
 
-def _jobs(experiment: Continual, course: Course) -> list[Job]:
+def _jobs(course: Course) -> list[Job]:
     """Return all students of a class order as jobs, each with everything its scores depend on."""
-    jobs = []
-    versions, axes = library_versions(), (experiment.architectures, range(experiment.students))
-    for line, step, architecture, number in product(_lines(experiment), range(experiment.steps), *axes):
-        recipe, method = recipe_on(experiment, line), experiment.distillers.get(line)
-        classes = course.steps[: step + 1]
+    experiment, jobs, versions = course.experiment, [], library_versions()
+    axes = (_lines(experiment), range(experiment.steps), experiment.architectures, range(experiment.students))
+    for lesson in starmap(Lesson, product(*axes)):
+        recipe, method = recipe_on(experiment, lesson.line), experiment.distillers.get(lesson.line)
+        classes = course.steps[: lesson.step + 1]
         identity = {
             "data": [experiment.data, dict(experiment.data_args)],
             "classes": classes,
             "order": course.number,
             "method": [digests(method.configs), list(method.options), experiment.ipc] if method else JOINT,
-            "architecture": architecture,
-            "student": number,
+            "architecture": lesson.architecture,
+            "student": lesson.number,
             "recipe": asdict(recipe),
             "versions": versions,
         }
-        name = f"order {course.number} {line} step {step + 1} {architecture} {number}"
+        name = f"order {course.number} {lesson.line} step {lesson.step + 1} {lesson.architecture} {lesson.number}"
         cost = recipe.steps_for(experiment.ipc * sum(map(len, classes)))
-        jobs.append(Job(name, identity, Lesson(line, step, architecture, number), cost))
+        jobs.append(Job(name, identity, lesson, cost))
     return jobs
 
 
-def _score(experiment: Continual, course: Course, lesson: Lesson, tick: Tick) -> Record:
+def _score(course: Course, lesson: Lesson, tick: Tick) -> Record:
     if lesson.line == JOINT:
         memory = course.joint_set(lesson.step)
     else:
         memory = DistilledSet.load(course.memory_file(lesson.line, lesson.step))
     real, seed = course.seen_data(lesson.step), course.seed("student", lesson.number)
-    device = device_of(experiment.accelerator)
-    scores = score_student(lesson.architecture, memory, real, recipe_on(experiment, lesson.line), seed, device)
+    recipe, device = recipe_on(course.experiment, lesson.line), device_of(course.experiment.accelerator)
+    scores = score_student(lesson.architecture, memory, real, recipe, seed, device)
     return {"images": len(memory), "class_names": list(memory.class_names), **scores}
 
 

@@ -98,11 +98,7 @@ def distilled_file(experiment: Membership, method: str, seed: int, half: int | N
 
 
 def distil_members(experiment: Membership, method: str, seed: int, half: int | None = None) -> DistilledSet:
-    """Distil members, or a half of the pool, or find it done; check what a file was made from.
-
-    Raises:
-        UserError: see :func:`~lightning_dd.experiment.distil_stage`; or the file was distilled from other images.
-    """
+    """Distil members, or a half of the pool, or find it done; refuse a file that was made from other images."""
     chosen, path = experiment.distillers[method], distilled_file(experiment, method, seed, half)
     if not chosen.files:
         own = seed if half is None else derive_seed(seed, "shadow", half) % 2**31
@@ -157,20 +153,18 @@ def train_network(experiment: Membership, network: Network, tick: Tick) -> Recor
     data, train = part(experiment, network.seed, network.half), training_set(experiment, network)
     pool, recipe = data.pool(), recipe_on(experiment, network.source)
     device, split = device_of(experiment.accelerator), Split(pool.images, pool.labels, train.preprocessing)
-    logits, losses = score_victim(
-        train, split, experiment.architecture, recipe, experiment.lengths, network.own_seed, device
+    lengths = experiment.lengths
+    logits, losses = score_victim(train, split, experiment.architecture, recipe, lengths, network.own_seed, device)
+    scores = PoolScores(
+        lengths=np.array(lengths),
+        logits=logits,
+        losses=losses,
+        labels=pool.labels.numpy(),
+        inside=data.trained_on(pool.labels).numpy(),
+        held_out=np.arange(len(pool.labels)) >= experiment.members,
+        images=np.array([len(train)]),
     )
-    return vars(
-        PoolScores(
-            lengths=np.array(experiment.lengths),
-            logits=logits,
-            losses=losses,
-            labels=pool.labels.numpy(),
-            inside=data.trained_on(pool.labels).numpy(),
-            held_out=np.arange(len(pool.labels)) >= experiment.members,
-            images=np.array([len(train)]),
-        )
-    )
+    return vars(scores)
 
 
 def training_set(experiment: Membership, network: Network) -> DistilledSet:
@@ -186,11 +180,7 @@ def training_set(experiment: Membership, network: Network) -> DistilledSet:
 
 
 def real_rows(experiment: Membership, network: Network) -> Tensor:
-    """Return the places in the pool of the images a network of a real source is trained on.
-
-    Raises:
-        UserError: a class has too few members for the random ones.
-    """
+    """Return the places in the pool of the images a network of a real source is trained on."""
     data = part(experiment, network.seed, network.half)
     pool = data.pool()
     rows = data.trained_on(pool.labels).nonzero().flatten()
@@ -211,18 +201,9 @@ def score_victim(
     seed: int,
     device: torch.device,
 ) -> tuple[Array, Array]:
-    """Train a fresh network on a set once and ask it about a pool after each length.
+    """Train a fresh network on a set once and ask it about a pool of P images after each of L increasing lengths.
 
     A shorter length is a stop on the way to the longer ones, so the recipe's learning rate should be constant.
-
-    Args:
-        train: what the victim learns from.
-        pool: P images, normalised as the set is, a few at a time.
-        architecture: a name of the factory.
-        recipe: how; its steps are the last length.
-        lengths: training steps, increasing.
-        seed: of weights, batch order, augmentation and dropout.
-        device: where.
 
     Returns:
         Logits ``(L, P, num_classes)`` and losses ``(L, P)``, float32.
@@ -246,17 +227,9 @@ def score_victim(
 
 
 def true_losses(logits: Tensor, labels: Tensor, label_kind: str) -> Tensor:
-    """Return each sample's loss on its true class, of the kind the victim was trained with.
+    """Return the loss ``(L, P)`` of logits ``(L, P, C)`` on true classes ``(P,)``, as the victim was trained with.
 
     Half the squared error to FRePo's centred target for regression labels, cross-entropy for hard and soft ones.
-
-    Args:
-        logits: ``(L, P, C)``.
-        labels: ``(P,)`` true classes.
-        label_kind: form of the labels the victim was trained on.
-
-    Returns:
-        ``(L, P)``.
     """
     if label_kind in ("hard", "soft"):
         return F.cross_entropy(logits.movedim(-1, 1), labels.expand(len(logits), -1), reduction="none")

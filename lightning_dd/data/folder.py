@@ -63,11 +63,7 @@ class ImageFolder(EncodedImages):
         return RawSplit(images, torch.tensor([label for _, label in listed]), self._names())
 
     def all_class_names(self) -> tuple[str, ...]:
-        """Return the names of all classes there are, before any are chosen.
-
-        Raises:
-            UserError: there is no folder ``train``.
-        """
+        """Return the sorted names of the folders in ``train``."""
         return tuple(_subfolders(self._train_folder()))
 
     def _train_folder(self) -> Path:

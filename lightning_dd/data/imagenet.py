@@ -4,7 +4,6 @@ They are looked for as folders per class or as parquet shards, and read the same
 WordNet ids. Channel statistics are FRePo's (Zhou et al. 2022, arXiv 2206.00719) where it has some.
 """
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,7 +13,7 @@ from lightning_dd.data.folder import ImageFolder
 from lightning_dd.data.images import RawSplit
 from lightning_dd.data.readers import CLASS_GROUPS, Classes, EncodedImages, choose_classes
 from lightning_dd.data.standard_sets import from_torchvision
-from lightning_dd.data.tables import ParquetImages
+from lightning_dd.data.tables import ParquetImages, where_to_look
 from lightning_dd.utils.errors import UserError
 
 
@@ -26,8 +25,8 @@ class _FromImageNet(EncodedImages):
 
     parquet: ClassVar[str]
     """Start of the names of its parquet files: ``<parquet>-train*.parquet`` and ``<parquet>-val*.parquet``."""
-    archives: ClassVar[tuple[str, ...]] = ()
-    """Names its folder may have; it holds ``train`` and ``val``."""
+    archives: Sequence[str]
+    """Names its folder may have, the best one first; it holds ``train`` and ``val``."""
     among_imagenet: Sequence[int] = range(1000)
     """Places of its classes among ImageNet's."""
     reader: ClassVar[type[ImageFolder]] = ImageFolder
@@ -36,16 +35,8 @@ class _FromImageNet(EncodedImages):
     def __init__(self, image_size: int, classes: Classes = None, **kwargs: Any) -> None:
         super().__init__(image_size=image_size, channels=None, classes=classes, **kwargs)
 
-    def folders(self) -> Sequence[str]:
-        """Return the names its folder may have, the best one first."""
-        return self.archives
-
     def named(self, found: Sequence[str]) -> Sequence[str]:
-        """Return the names of all classes in label order, whatever the files call them: torchvision's.
-
-        Raises:
-            UserError: these are not the classes of this set.
-        """
+        """Return the names of all classes in label order, whatever the files call them: torchvision's."""
         if len(found) != len(self.among_imagenet):
             raise UserError(
                 f"{self.name} has {len(self.among_imagenet):,} classes and {len(found)} were found; "
@@ -81,15 +72,14 @@ class _FromImageNet(EncodedImages):
         return self._found
 
     def _find(self) -> ImageFolder | ParquetImages:
-        elsewhere = os.environ.get("LIGHTNING_DD_DATA")
-        places = [".", "data", *([elsewhere] if elsewhere else [])] if self.root is None else [self.root]
+        places = where_to_look(self.root, ".", "data")
         shards = [(f"{self.parquet}-train*.parquet", f"{self.parquet}-val*.parquet")]
         if self.root is not None:  # the hub's names say nothing of the set: only where the folder is given
             shards += [(f"{inside}train-*.parquet", f"{inside}val*.parquet") for inside in ("", "data/")]
         settings: dict[str, Any] = {"image_size": self.image_size, "channels": 3, "on_disk": self.on_disk}
         for place in places:
             home = Path(place).expanduser()
-            for folder in [home / name for name in self.folders()] + ([home] if self.root is not None else []):
+            for folder in [home / name for name in self.archives] + ([home] if self.root is not None else []):
                 if (folder / "train").is_dir():
                     return self.reader(str(folder), **settings)
             for train, test in shards:
@@ -97,7 +87,7 @@ class _FromImageNet(EncodedImages):
                     return ParquetImages(train, test, root=str(home), **settings)
         where = " or ".join(f"'{place}'" for place in places)
         raise UserError(
-            f"{self.name} was found neither as '{self.folders()[0]}/train' nor as '{shards[0][0]}' in {where}; set "
+            f"{self.name} was found neither as '{self.archives[0]}/train' nor as '{shards[0][0]}' in {where}; set "
             "data.root (or LIGHTNING_DD_DATA) to the folder that holds it"
         )
 
@@ -194,15 +184,12 @@ class _TenClasses(_FromImageNet):
         self.among_imagenet = sorted(group)  # in the archive: as the WordNet ids sort, so do the places
         published: Classes = [self.among_imagenet.index(place) for place in group]
         super().__init__(image_size=image_size, classes=published, **kwargs)
+        sizes = [f"-{side}" for side in (160, 320) if image_size <= side]  # large enough, smallest first
+        self.archives = [f"{self.parquet}2{size}" for size in [*sizes, ""]]
 
     def spec(self) -> dict[str, Any]:
         """Arguments another machine needs to rebuild this data, all but ``root``."""
         return {key: value for key, value in super().spec().items() if key != "classes"}
-
-    def folders(self) -> Sequence[str]:
-        """Return the archives whose images are large enough, smallest first."""
-        sizes = [f"-{side}" for side in (160, 320) if self.image_size is not None and self.image_size <= side]
-        return [f"{self.parquet}2{size}" for size in [*sizes, ""]]
 
 
 class ImageNette(_TenClasses):
@@ -217,15 +204,11 @@ class ImageNette(_TenClasses):
     channel_std: Sequence[float] | None = (0.2790, 0.2745, 0.2973)
 
     def prepare_data(self) -> None:
-        """Download the smallest archive that is large enough, if there is none.
-
-        Raises:
-            UserError: the download failed.
-        """
+        """Download the smallest archive that is large enough, if there is none."""
         try:
             self._find()
         except UserError:
-            size = self.folders()[0].partition("-")[2]
+            size = self.archives[0].partition("-")[2]
             from_torchvision(self.name, self.root or "data", True, "Imagenette", size=f"{size}px" if size else "full")
         super().prepare_data()
 

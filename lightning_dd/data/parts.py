@@ -1,5 +1,7 @@
-"""Parts of a data set as data sets of their own: some rows, or some classes."""
+"""Real data by name, and parts of it as data sets of their own: some rows, or some classes."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,36 @@ from lightning_dd.data.base import RealData
 from lightning_dd.data.images import RawSplit
 from lightning_dd.data.preprocess import Preprocessing
 from lightning_dd.data.readers import relabel
-from lightning_dd.data.registry import build_data
+from lightning_dd.utils.arguments import find_class
 from lightning_dd.utils.errors import UserError
 from lightning_dd.utils.files import write_atomically
 from lightning_dd.utils.seeding import make_generator
+
+
+@dataclass(frozen=True)
+class DataChoice:
+    """Real data as a user names it. Everything left out is taken from where a distilled set says it came from."""
+
+    name: str | None = None
+    """Class name of a data set, or the class path of any other :class:`~lightning_dd.data.RealData`."""
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    """Its arguments other than ``root``."""
+    root: str | None = None
+    """Its folder on this machine; ``None`` is its default."""
+
+
+def build_data(name: str, arguments: Mapping[str, Any] | None = None, root: str | None = None) -> RealData:
+    """Build real data as the user named it: see :class:`DataChoice`.
+
+    Raises:
+        UserError: there is no such data set, or the arguments do not fit it.
+    """
+    cls: type[RealData] = find_class(name, RealData, "data set")  # type: ignore[type-abstract]
+    place: dict[str, Any] = {} if root is None else {"root": root}
+    try:
+        return cls(**{**(arguments or {}), **place})
+    except TypeError as error:
+        raise UserError(f"the arguments do not fit data set '{name}': {error}") from None
 
 
 class _Part(RealData):
@@ -78,11 +106,7 @@ class RealRows(_Part):
         self.rows, self.chunk, self.held_out, self.half, self.rows_seed = rows, chunk, held_out, half, rows_seed
 
     def pool(self) -> RawSplit:
-        """Return the pool: the chunk's ``rows`` images and then the held-out ones, as the source reads them.
-
-        Raises:
-            UserError: the source has too few images.
-        """
+        """Return the pool: the chunk's ``rows`` images and then the held-out ones, as the source reads them."""
         train = self.source.read(train=True)
         chunk, held_out = self._cut(len(train.labels))
         if self.held_out:
@@ -93,14 +117,8 @@ class RealRows(_Part):
         )
 
     def read(self, *, train: bool) -> RawSplit:
-        """Return the chunk (or half of the pool), or the held-out images.
-
-        Held-out images are not even read for the chunk.
-
-        Raises:
-            UserError: the source has too few images.
-        """
-        if train and self.half is None:
+        """Return the chunk (or half of the pool), or the held-out images."""
+        if train and self.half is None:  # held-out images are not even read
             whole = self.source.read(train=True)
             return whole.take(self._cut(len(whole.labels))[0])
         pool = self.pool()
@@ -108,11 +126,7 @@ class RealRows(_Part):
         return pool.take(self._training_rows(size) if train else torch.arange(self.rows, size))
 
     def trained_on(self, labels: Tensor) -> Tensor:
-        """Return which images of the pool are training data, once validation images are cut off: ``(P,)`` bool.
-
-        Args:
-            labels: the pool's classes ``(P,)``.
-        """
+        """Return which images of a pool of classes ``(P,)`` are trained on, without those for validation: ``(P,)``."""
         rows = self._training_rows(len(labels))
         kept, _ = self._split(labels[rows])
         inside = torch.zeros(len(labels), dtype=torch.bool)
@@ -126,11 +140,7 @@ class RealRows(_Part):
             **own,
             "part": type(self).__name__,
             "source": self.name,
-            "rows": self.rows,
-            "chunk": self.chunk,
-            "held_out": self.held_out,
-            "half": self.half,
-            "rows_seed": self.rows_seed,
+            **{name: getattr(self, name) for name in ("rows", "chunk", "held_out", "half", "rows_seed")},
             "source_args": {key: value for key, value in self.source.spec().items() if key not in own},
         }
 
@@ -197,11 +207,7 @@ class ClassSubset(_Part):
             self.use_preprocessing(load_preprocessing(preprocessing_file))
 
     def read(self, *, train: bool) -> RawSplit:
-        """Return the images of the chosen classes, in the source's order.
-
-        Raises:
-            UserError: the source cannot be read, or has no such class.
-        """
+        """Return the images of the chosen classes, in the source's order."""
         images, labels, names = self.source.read(train=train)
         if max(self.classes) >= len(names):
             raise UserError(f"classes must be below {len(names)} for {self.name}, got {max(self.classes)}")

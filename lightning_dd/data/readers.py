@@ -58,22 +58,13 @@ class CachedData(RealData):
 
     @abstractmethod
     def source_key(self, *, train: bool) -> str:
-        """Return the :func:`~lightning_dd.data.cache.content_key` of all that :meth:`decode` depends on.
-
-        Raises:
-            UserError: the files are missing.
-        """
+        """Return the :func:`~lightning_dd.data.cache.content_key` of all that :meth:`decode` depends on."""
 
     @abstractmethod
     def decode(self, *, train: bool, allocate: Allocate = new_pixels) -> RawSplit:
         """Decode the train or the test split from its source, uint8 ``(N, C, H, W)``.
 
-        Args:
-            train: which split.
-            allocate: makes the array for the pixels; without its use the split has to fit in memory once.
-
-        Raises:
-            UserError: the files are missing or not what this class reads.
+        ``allocate`` makes the array for the pixels; without its use the split has to fit in memory once.
         """
 
     def read(self, *, train: bool) -> RawSplit:
@@ -134,11 +125,7 @@ class EncodedImages(CachedData):
 
     @abstractmethod
     def all_class_names(self) -> tuple[str, ...]:
-        """Return the names of all classes there are, before any are chosen.
-
-        Raises:
-            UserError: the files are missing or disagree.
-        """
+        """Return the names of all classes there are, before any are chosen."""
 
     def spec(self) -> dict[str, Any]:
         """Arguments another machine needs to rebuild this data (never a path)."""
@@ -203,13 +190,8 @@ def decode_images(
 ) -> Tensor:
     """Decode encoded images in a pool of threads.
 
-    Args:
-        sources: for each image, how an error should call it, and its bytes or its file.
-        count: how many there are, at least 1.
-        image_size: side of the result (short side resized, centre cropped); ``None`` keeps the size, which must
-            then be the same throughout.
-        channels: 1 or 3; ``None`` gives 1 if all images are grayscale, else 3.
-        allocate: called once, with the shape of the result, for the array to decode into.
+    ``image_size`` and ``channels`` are those of :class:`EncodedImages`; ``allocate`` is called once, with the shape of
+    the result, for the array to decode into.
 
     Returns:
         uint8 ``(count, channels, H, W)``, in the order of ``sources``.

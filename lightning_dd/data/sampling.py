@@ -73,13 +73,7 @@ class ShuffledStream:
 
 
 def next_batch(split: Split, stream: ShuffledStream, device: torch.device | str) -> Batch:
-    """Return the stream's next batch of a split on ``device``; threads begin to read the one after.
-
-    Args:
-        split: the images and their classes.
-        stream: of rows of the split, on the labels' device.
-        device: where the batch shall be.
-    """
+    """Return the stream's next batch of a split on ``device``; threads begin to read the one after."""
     batch = split.take(stream.next(), device)
     if split.threads:
         split.read_ahead(stream.peek())
@@ -111,28 +105,17 @@ class ClassBlocks:
         """Rows of every class in their order, ``(C, largest)``; those beyond a class's size mean nothing."""
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
-        """Draw ``min(count, smallest)`` rows of every class: int64 indices in blocks by class.
-
-        Args:
-            count: rows per class.
-            generator: on the labels' device.
-        """
+        """Draw ``min(count, smallest)`` rows of every class: int64 indices in blocks by class."""
         keys = torch.rand(self.rows.shape, generator=generator, device=self.rows.device)
         chosen = keys.masked_fill_(self._beyond, 2.0).topk(min(count, self.smallest), largest=False).indices
         return self.rows.gather(1, chosen).flatten()
 
 
 def draw_per_class(labels: Tensor, count: int, num_classes: int, generator: torch.Generator) -> Tensor:
-    """Draw ``count`` row indices of every class without replacement, in blocks by class.
-
-    Args:
-        labels: classes ``(N,)`` on any device.
-        count: rows per class.
-        num_classes: number of classes.
-        generator: CPU generator.
+    """Draw ``count`` rows of every class without replacement, by a CPU generator.
 
     Returns:
-        ``(num_classes * count,)`` int64 indices on the CPU.
+        ``(num_classes * count,)`` int64 indices on the CPU, in blocks by class.
 
     Raises:
         UserError: a class has fewer than ``count`` rows.
@@ -169,12 +152,6 @@ class EvalBatches(IterableDataset[Batch]):
 
     A ``DistributedSampler`` pads the last round with repeated samples, which biases accuracy; here rank r of w
     sees samples r, r + w, r + 2w, ... and nothing is repeated.
-
-    Args:
-        split: images and classes.
-        batch_size: samples per batch.
-        rank: this process.
-        world_size: number of processes.
     """
 
     def __init__(self, split: Split, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
@@ -191,11 +168,7 @@ class EvalBatches(IterableDataset[Batch]):
 
 
 class StepCounter(IterableDataset[int]):
-    """The train loader of a module that draws its own batches: it only counts steps.
-
-    Args:
-        steps: length of an epoch in steps.
-    """
+    """The train loader of a module that draws its own batches: it only counts the steps of an epoch."""
 
     def __init__(self, steps: int) -> None:
         self.steps = steps

@@ -136,18 +136,7 @@ class SVHN(_TorchvisionData):
 
 
 def from_torchvision(name: str, root: str, download: bool, dataset: str | None = None, **which: Any) -> Any:
-    """Open a set of ``torchvision.datasets``.
-
-    Args:
-        name: how errors call it.
-        root: its folder.
-        download: get it where it is missing.
-        dataset: torchvision's name, if it is another.
-        **which: the arguments by which torchvision tells train from test, and one size from another.
-
-    Raises:
-        UserError: the files are not in ``root``, or the download failed.
-    """
+    """Open a set of ``torchvision.datasets``: its class is ``dataset``, if it is not called ``name``."""
     from torchvision import datasets  # a second of importing, only for those who use these sets
 
     try:

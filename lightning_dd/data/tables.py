@@ -57,11 +57,7 @@ class ImageTable(EncodedImages):
         return tuple(str(label) for label in range(int(labels.max()) + 1 if len(labels) else 0))
 
     def check_columns(self, where: str, present: Sequence[str]) -> None:
-        """Refuse a table that lacks one of the two columns.
-
-        Raises:
-            UserError: it does.
-        """
+        """Refuse a table that lacks one of the two columns."""
         for argument in ("image_column", "label_column"):
             if (column := getattr(self, argument)) not in present:
                 raise UserError(
@@ -138,11 +134,7 @@ class ParquetImages(ImageTable):
         return content_key("parquet", self.image_size, columns, self.all_class_names(), *chosen, *content)
 
     def read(self, *, train: bool) -> RawSplit:
-        """Return the train or the test split, from the cache where it is there; both have one shape.
-
-        Raises:
-            UserError: files, columns or images are not usable, or the splits do not match.
-        """
+        """Return the train or the test split, from the cache where it is there; both have one shape."""
         split = super().read(train=train)
         if train:
             self._train_shape = split.images.shape[1:]
@@ -159,11 +151,7 @@ class ParquetImages(ImageTable):
         return split._replace(images=images)
 
     def declared_class_names(self) -> tuple[str, ...] | None:
-        """Return the names all files agree on: label 3 means the same in train and test.
-
-        Raises:
-            UserError: files are missing or disagree.
-        """
+        """Return the names all files agree on: label 3 means the same in train and test."""
         train, test = self._files(True), self._files(False)
         if both := {file.resolve() for file in train} & {file.resolve() for file in test}:
             raise UserError(f"'{min(both)}' is in data.train_files and in data.test_files")
@@ -215,12 +203,10 @@ class ParquetImages(ImageTable):
         return list(unique.values())
 
     def _find(self, pattern: str, argument: str) -> list[Path]:
-        elsewhere = os.environ.get("LIGHTNING_DD_DATA")
-        defaults = [".", elsewhere] if elsewhere else ["."]
-        folders = defaults if self.root is None else [self.root]
+        folders = where_to_look(self.root, ".")
         name = str(Path(pattern).expanduser())
-        for folder in map(Path, folders):
-            home = folder.expanduser()
+        for folder in folders:
+            home = Path(folder).expanduser()
             # Path.glob refuses absolute patterns. A name with brackets that exists is a name, not a pattern.
             found = [name] if (home / name).is_file() else glob(name, root_dir=home, recursive=True)  # noqa: PTH207
             if files := [home / item for item in sorted(found) if (home / item).is_file()]:
@@ -262,6 +248,12 @@ def _opened(file: Path) -> Iterator[Any]:
             yield parquet
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"cannot read '{file}' as parquet: {first_line(error)}") from error
+
+
+def where_to_look(root: str | None, *defaults: str) -> list[str]:
+    """Return the root, or else the defaults and the folder that ``LIGHTNING_DD_DATA`` names."""
+    elsewhere = os.environ.get("LIGHTNING_DD_DATA")
+    return [root] if root is not None else [*defaults, *([elsewhere] if elsewhere else [])]
 
 
 def portable(name: str) -> str:

@@ -16,8 +16,8 @@ from torch.nn.functional import one_hot
 
 from lightning_dd.data.base import RealData
 from lightning_dd.data.images import DataFacts
+from lightning_dd.data.parts import build_data
 from lightning_dd.data.preprocess import KINDS, to_unit
-from lightning_dd.data.registry import build_data
 from lightning_dd.distilled.foreign import LAYOUTS, ForeignSet
 from lightning_dd.distilled.set import DistilledSet, library_versions
 from lightning_dd.utils.errors import UserError, unknown_name

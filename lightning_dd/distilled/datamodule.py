@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 
 from lightning_dd.data import DATA_PARTS, DATA_SETS, RealData
 from lightning_dd.data.cache import recall
-from lightning_dd.data.registry import DataChoice, build_data
+from lightning_dd.data.parts import DataChoice, build_data
 from lightning_dd.data.sampling import pass_through
 from lightning_dd.distilled.set import DistilledSet
 from lightning_dd.distilled.views import SyntheticBatches

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_dd.data.base import RealData
-from lightning_dd.data.registry import DataChoice
+from lightning_dd.data.parts import DataChoice
 from lightning_dd.distilled.datamodule import check_match, real_data_of
 from lightning_dd.distilled.set import DistilledSet, library_versions
 from lightning_dd.evaluators.matrix import ALL_REAL, DISTILLED, RANDOM_REAL, Cell, Hardware, Row, run_cell
@@ -43,23 +43,11 @@ def evaluate_files(
     Everything that can be wrong is looked at before the first student is trained. A finished student is kept in
     ``output/cells``: running the same command again trains only what is missing. Processes started by torchrun or SLURM
     share the students out between them and meet in that folder, unless ``hardware`` asks for several devices per
-    student.
-
-    Args:
-        files: distilled-set files; a set is named by its file, without the suffix.
-        architectures: names of the factory, or of groups (:mod:`lightning_dd.models.zoo`).
-        output: folder of the report.
-        seeds: students per architecture and source, at least 1.
-        recipe: how students are trained; several by name make a matrix of sets by protocols.
-        data: the real data; what is left out is taken from where a set says it came from.
-        hardware: where students are trained.
-        workers: processes of this machine that train students side by side, at least 1; ``auto`` for one per core.
+    student. Arguments are those of :func:`lightning_dd.evaluate`; several recipes by name make a matrix of sets by
+    protocols.
 
     Returns:
         One row per student; nothing on processes that do not write the report.
-
-    Raises:
-        UserError: a file, an architecture, the data or the folder is unusable.
     """
     names, folder = check_asked(files, architectures, output, seeds, workers)
     recipes = {"": recipe} if isinstance(recipe, Recipe) else dict(recipe)
@@ -84,22 +72,14 @@ def evaluate_files(
 
 @dataclass
 class Bench:
-    """The sets and their real data, each read once; sent to another process, it is made anew there.
-
-    Args:
-        files: distilled-set files by set name.
-        recipes: how students are trained, by name of the protocol.
-        folder: of the ledger (``cells``) and of the students' TensorBoard logs.
-        data: the real data, as far as the user names it.
-        hardware: where students are trained.
-
-    Raises:
-        UserError: a file or the data is unusable.
-    """
+    """The sets and their real data, each read once; sent to another process, it is made anew there."""
 
     files: Mapping[str, str]
+    """By set name."""
     recipes: Mapping[str, Recipe]
+    """By name of the protocol."""
     folder: Path
+    """Of the ledger (``cells``) and of the students' TensorBoard logs."""
     data: DataChoice
     hardware: Hardware
 
@@ -120,11 +100,7 @@ class Bench:
         return Bench, (self.files, self.recipes, self.folder, self.data, self.hardware)
 
     def architectures(self, asked: Sequence[str]) -> list[str]:
-        """Replace groups by their members, and build every network once for every set.
-
-        Raises:
-            UserError: a name is unknown, or a network cannot take a set's images.
-        """
+        """Replace groups by their members, and refuse networks that cannot take a set's images: each is built once."""
         found = expand(asked, min(distilled.image_shape for distilled in self.sets.values()))
         for distilled in self.sets.values():
             for architecture in found:
@@ -167,12 +143,11 @@ class Bench:
         real data depends on no set.
         """
         distilled, real = self.sets[cell.set_name], self.reals[cell.set_name]
-        if cell.source == ALL_REAL:
-            own: dict[str, Any] = {"label_kind": "hard"}
-        elif cell.source == RANDOM_REAL:
-            own = {"ipc": distilled.ipc, "label_kind": distilled.label_kind}
-        else:
-            own = {"set": self._digests[cell.set_name], "label_kind": distilled.label_kind}
+        own: dict[str, Any] = {"label_kind": "hard" if cell.source == ALL_REAL else distilled.label_kind}
+        if cell.source == RANDOM_REAL:
+            own["ipc"] = distilled.ipc
+        elif cell.source != ALL_REAL:
+            own["set"] = self._digests[cell.set_name]
         if self.data.name is not None:  # its test images may be others than those the sets remember
             own["chosen"] = [self.data.name, dict(self.data.arguments)]
         return {
@@ -204,13 +179,7 @@ class Bench:
 def check_asked(
     files: Sequence[str], architectures: Sequence[str], output: str, seeds: int, workers: int | str
 ) -> tuple[dict[str, str], Path]:
-    """Refuse to evaluate nothing; return the files by name, and the folder of the report.
-
-    A file's name is its stem, or folder and stem where stems repeat.
-
-    Raises:
-        UserError: there is no file, architecture, seed or worker, two files have one name, or the folder is unusable.
-    """
+    """Refuse to evaluate nothing; return the files by name (stem, or folder and stem), and the folder of the report."""
     check_range("at least 1", seeds=seeds)
     check_workers(workers)
     if not files or not architectures:

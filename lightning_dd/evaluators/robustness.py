@@ -17,7 +17,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from lightning_dd.data.registry import DataChoice
+from lightning_dd.data.parts import DataChoice
 from lightning_dd.distilled.set import DistilledSet
 from lightning_dd.evaluators.evaluate import Bench, check_asked
 from lightning_dd.evaluators.matrix import (
@@ -37,6 +37,15 @@ from lightning_dd.utils.errors import UserError
 from lightning_dd.utils.silence import quiet_trainers
 
 _OWN, _PLAIN, _FULL, _CONTROL = "own", "plain", "full", "control"
+_SCORES = {"label_robust": "label-robust score", "augmentation_robust": "augmentation-robust score"}
+_ACCURACIES = {
+    "own": "own labels",
+    "hard": "hard labels",
+    "random": "random real, same labels",
+    "plain": "not augmented",
+    "random_plain": "random real, same labels, not augmented",
+    "all_real": "all real",
+}
 
 
 def robust_score(difference: float) -> float:
@@ -51,23 +60,17 @@ def robust_score(difference: float) -> float:
 
 @dataclass(frozen=True)
 class Robustness:
-    """Accuracies in [0, 1] of the students of one seed, and the scores made of them."""
+    """Accuracies in [0, 1] of the students of one seed, by what they learned from, and the scores made of them."""
 
     set: str
     architecture: str
     seed: int
     own: float
-    """The set as it is."""
     hard: float
-    """Its images with one-hot labels."""
     random: float
-    """Random real images with the same labels."""
     plain: float
-    """The set as it is, without augmentation."""
     random_plain: float
-    """Random real images with the same labels, without augmentation."""
     all_real: float
-    """The whole real training split."""
 
     def label_robust(self, weight: float = 0.5) -> float:
         """Return the label-robust score."""
@@ -76,18 +79,6 @@ class Robustness:
     def augmentation_robust(self, weight: float = 0.5) -> float:
         """Return the augmentation-robust score."""
         return robust_score(weight * (self.own - self.random) + (1 - weight) * (self.plain - self.random_plain))
-
-
-# What a record holds, and how the table calls it.
-_SCORES = {"label_robust": "label-robust score", "augmentation_robust": "augmentation-robust score"}
-_ACCURACIES = {
-    "own": "own labels",
-    "hard": "hard labels",
-    "random": "random real, same labels",
-    "plain": "not augmented",
-    "random_plain": "random real, same labels, not augmented",
-    "all_real": "all real",
-}
 
 
 @quiet_trainers()
@@ -105,23 +96,12 @@ def score_files(
 ) -> list[Robustness]:
     """Train the students that both scores need, and write the report; finished students are not trained again.
 
-    Args:
-        files: distilled-set files.
-        architectures: names of the factory, or of groups (:mod:`lightning_dd.models.zoo`).
-        output: folder of results.json, results.csv, results.md and results.png.
-        seeds: students per architecture and accuracy.
-        recipe: of students on a distilled set or on random real images.
-        full: of students on the whole real training split; has ``steps``.
-        control: file of random real images with soft labels of the same teacher; needed for sets with soft labels.
-        data: the real data; what is left out is taken from where a set says it came from.
-        hardware: where students are trained.
-        workers: processes of this machine that train students side by side, at least 1; ``auto`` for one per core.
+    The arguments are those of :func:`~lightning_dd.evaluators.evaluate.evaluate_files` and two more: ``full``, how
+    students learn from the whole real training split (it has ``steps``), and ``control``, a file of random real images
+    with soft labels of the same teacher, which sets with soft labels need.
 
     Returns:
         One record per set, architecture and seed; nothing on processes that do not write the report.
-
-    Raises:
-        UserError: a file, an architecture, the data or the folder is unusable, or a control is missing.
     """
     names, folder = check_asked(files, architectures, output, seeds, workers)
     if _CONTROL in names:
