@@ -23,6 +23,7 @@ def write_results(
     markdown: str,
     figure: Figure,
     flat: Sequence[Mapping[str, Any]] | None = None,
+    show: bool = True,
 ) -> None:
     """Write ``results.json``, ``results.csv``, ``results.md`` and ``results.png``, each atomically.
 
@@ -32,6 +33,7 @@ def write_results(
         markdown: the table for readers.
         figure: the picture.
         flat: the records without nested values, where a spreadsheet cannot hold them.
+        show: print the table as well, and where the files are.
     """
     lines = records if flat is None else flat
     text = io.StringIO()
@@ -42,6 +44,8 @@ def write_results(
     write_text(folder / "results.csv", text.getvalue())
     write_text(folder / "results.md", markdown)
     write_atomically(folder / "results.png", lambda path: figure.savefig(path, dpi=120))
+    if show:
+        print(f"\n{markdown}\nreport: {folder}/results.md, .json, .csv; figure: {folder}/results.png")
 
 
 def draw_bars(axes: Axes, bars: Sequence[tuple[str, Mapping[str, Score], str | None]], places: Sequence[str]) -> None:

@@ -159,7 +159,7 @@ def test_an_archive_of_ten_classes_agrees_with_the_group_of_imagenet(tmp_path, c
     assert data.read(train=False).class_names == train.class_names
     assert DATA_SETS[cls.__name__](**data.spec()).spec() == data.spec()  # found without a path
     assert data.archives[0] == slug
-    assert cls(image_size=200).folders() == [slug.replace("160", "320"), slug.removesuffix("-160")]
+    assert cls(image_size=200).archives == [slug.replace("160", "320"), slug.removesuffix("-160")]
     data.prepare_data()  # nothing is downloaded
     (tmp_path / slug / "train" / "n99999999").mkdir()
     with pytest.raises(UserError, match=f"{cls.__name__} has 10 classes and 11 were found"):

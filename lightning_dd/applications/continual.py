@@ -14,10 +14,10 @@ import numpy as np
 import torch
 
 from lightning_dd.applications import JOINT, Continual
-from lightning_dd.applications.continual_report import Row, forgetting, markdown, write_report
+from lightning_dd.applications.continual_report import Row, forgetting, write_report
 from lightning_dd.data import ClassSubset, RealData
 from lightning_dd.data.parts import build_data, save_preprocessing
-from lightning_dd.data.sampling import EvalBatches, draw_per_class
+from lightning_dd.data.sampling import answers, draw_per_class
 from lightning_dd.distilled.datamodule import check_match, real_set
 from lightning_dd.distilled.set import DistilledSet, library_versions
 from lightning_dd.distilled.union import union
@@ -175,9 +175,8 @@ def run_continual(experiment: Continual) -> list[Row]:
         new = rows_of(order, {job.task: ledger.need(job.identity) for job in jobs})
         _print_accuracies(new)
         rows += new
-        write_report(rows, folder)
+        write_report(rows, folder, show=order + 1 == experiment.orders)
     if rows:
-        print(f"\n{markdown(rows)}\nreport: {folder}/results.md, .json, .csv; figure: {folder}/results.png")
         print(f"curves: tensorboard --logdir {folder / 'tensorboard'}")
     return rows
 
@@ -221,10 +220,8 @@ def score_student(
     recipe = recipe.suited_to(architecture, memory.training.get("step_size"))
     network = build_network(architecture, memory.num_classes, memory.image_shape, seed).to(device)
     train_student(network, memory, recipe, seed)
-    with torch.no_grad():
-        answers = [network(images.to(device)).argmax(1).cpu() for images, _ in EvalBatches(real.test, 500)]
-    labels = real.test.labels.cpu()
-    right = torch.bincount(labels[torch.cat(answers) == labels], minlength=memory.num_classes).double()
+    labels, found = real.test.labels.cpu(), answers(network, real.test, device).argmax(1)
+    right = torch.bincount(labels[found == labels], minlength=memory.num_classes).double()
     total = torch.bincount(labels, minlength=memory.num_classes).double()
     return {"accuracy": float(right.sum() / total.sum()), "class_accuracy": (right / total.clamp(min=1)).tolist()}
 

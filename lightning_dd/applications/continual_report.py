@@ -113,14 +113,13 @@ def markdown(rows: Sequence[Row]) -> str:
     return f"{markdown_table(table)}\n\n{note}\n"
 
 
-def write_report(rows: Sequence[Row], folder: Path) -> None:
-    """Write ``results.json``, ``.csv``, ``.md`` and ``.png``, each atomically, and one TensorBoard run per curve."""
-    records = [asdict(row) for row in rows]
+def write_report(rows: Sequence[Row], folder: Path, show: bool = True) -> None:
+    """Write the four files of an experiment, and one TensorBoard run per curve."""
+    records, lines = [asdict(row) for row in rows], curves(rows)
     flat = [{**record, "students": " ".join(map(str, record["students"]))} for record in records]
     for record in flat:
         del record["class_accuracy"]
-    lines = curves(rows)
-    write_results(folder, records, markdown(rows), curve_figure(lines), flat)
+    write_results(folder, records, markdown(rows), curve_figure(lines), flat, show)
     for line in lines:
         _write_events(line, folder / "tensorboard" / line.label.replace("/", "-"))
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from lightning_dd.applications import Membership, attacks
 from lightning_dd.applications.attacks import GRIDS, Array, AttackResult
-from lightning_dd.applications.membership_report import Row, markdown, write_report
+from lightning_dd.applications.membership_report import Row, markdown, privacy_figure
 from lightning_dd.applications.victims import (
     RANDOM,
     REAL,
@@ -25,6 +25,7 @@ from lightning_dd.applications.victims import (
 )
 from lightning_dd.jobs import ArrayLedger, Job, Ledger, Record, Tick, check_workers, run_jobs
 from lightning_dd.models.factory import build_network
+from lightning_dd.report import write_results
 from lightning_dd.utils.errors import UserError
 from lightning_dd.utils.files import require_writable
 from lightning_dd.utils.seeding import derive_seed
@@ -74,9 +75,8 @@ def run_membership(experiment: Membership) -> list[Row]:
     if not run_jobs(targets, partial(attack_victim, experiment), ledger, workers, unit="victim"):
         return []
     rows = [Row(**record) for job in targets for record in ledger.need(job.identity)["rows"]]
-    notes = _notes(rows, experiment)
-    write_report(rows, folder, notes)
-    print(f"\n{markdown(rows, notes)}\nreport: {folder}/results.md, .json, .csv; figure: {folder}/results.png")
+    table = markdown(rows, _notes(rows, experiment))
+    write_results(folder, [asdict(row) for row in rows], table, privacy_figure(rows))
     return rows
 
 

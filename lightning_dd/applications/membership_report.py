@@ -1,15 +1,14 @@
 """The report of a membership experiment: one table as JSON, CSV and Markdown, and the accuracy-privacy figure."""
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lightning_dd.applications import ATTACKS
 from lightning_dd.applications.attacks import GRIDS
-from lightning_dd.report import grouped, markdown_table, write_results
+from lightning_dd.report import grouped, markdown_table
 from lightning_dd.statistics import Score, nested_score
 
 
@@ -61,11 +60,6 @@ def markdown(rows: Sequence[Row], notes: Sequence[str] = ()) -> str:
         for label, name in (("0.1 %", "tpr_at_01_percent"), ("1 %", "tpr_at_1_percent")):
             rates.append([source, label, *(_cell(last.get(attack, []), name) for attack in attacks)])
     return f"{markdown_table(table)}\n\n{_explanation(rows, notes)}\n\n{markdown_table(rates)}\n\n{_resolution(rows)}\n"
-
-
-def write_report(rows: Sequence[Row], folder: Path, notes: Sequence[str] = ()) -> None:
-    """Write ``results.json``, ``results.csv``, ``results.md`` and ``results.png``, each atomically."""
-    write_results(folder, [asdict(row) for row in rows], markdown(rows, notes), privacy_figure(rows))
 
 
 def privacy_figure(rows: Sequence[Row]) -> Figure:

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_dd.applications import Membership
 from lightning_dd.applications.attacks import Array
 from lightning_dd.data import RealRows, Split
-from lightning_dd.data.sampling import EvalBatches, draw_per_class
+from lightning_dd.data.sampling import answers, draw_per_class
 from lightning_dd.distilled import DistilledSet
 from lightning_dd.distilled.datamodule import check_match, real_set
 from lightning_dd.distilled.set import library_versions
@@ -211,16 +211,11 @@ def score_victim(
     Raises:
         UserError: the loss became NaN or infinite.
     """
-    answers: list[Tensor] = []
-
-    @torch.no_grad()
-    def ask(network: nn.Module) -> None:
-        parts = [network(images.to(device)).float().cpu() for images, _ in EvalBatches(pool, 500)]
-        answers.append(torch.cat(parts))
-
+    found: list[Tensor] = []
     network = build_network(architecture, train.num_classes, train.image_shape, seed).to(device)
-    train_student(network, train, replace(recipe, steps=lengths[-1]), seed, lengths, ask)
-    logits = torch.stack(answers)
+    recipe = replace(recipe, steps=lengths[-1])
+    train_student(network, train, recipe, seed, lengths, lambda asked: found.append(answers(asked, pool, device)))
+    logits = torch.stack(found)
     if not bool(torch.isfinite(logits).all()):
         raise UserError(f"a victim's training diverged; lower lr (now {recipe.lr}) or the training lengths")
     return logits.numpy(), true_losses(logits, pool.labels.cpu(), train.label_kind).numpy()

@@ -38,15 +38,12 @@ def new_pixels(shape: tuple[int, ...]) -> PixelArray:
 
 
 def cache_folder() -> Path:
-    """Return the cache folder: ``$LIGHTNING_DD_CACHE``, else ``lightning_dd`` in the user's cache folder.
+    """Return ``$LIGHTNING_DD_CACHE``, else ``lightning_dd`` in ``$XDG_CACHE_HOME`` or ``~/.cache``.
 
-    The user's cache folder is ``$XDG_CACHE_HOME`` or ``~/.cache``. It may be deleted at any time.
+    The folder may be deleted at any time.
     """
-    own = os.environ.get("LIGHTNING_DD_CACHE")
-    if own:
-        return Path(own).expanduser()
-    general = os.environ.get("XDG_CACHE_HOME")
-    return (Path(general) if general else Path.home() / ".cache") / "lightning_dd"
+    own, general = (os.environ.get(name) for name in ("LIGHTNING_DD_CACHE", "XDG_CACHE_HOME"))
+    return Path(own).expanduser() if own else Path(general or "~/.cache").expanduser() / "lightning_dd"
 
 
 def content_key(*parts: object) -> str:
@@ -76,8 +73,8 @@ def content_key(*parts: object) -> str:
 def cached_tensors(kind: str, key: str, make: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Return the tensors stored under ``key``, or make them and store them.
 
-    A damaged file is made again and replaced. A folder that cannot be written costs a warning, nothing else. Files
-    appear whole or not at all, so processes may share the folder.
+    A folder that cannot be written costs a warning, nothing else. Files appear whole or not at all, so processes may
+    share the folder.
 
     Args:
         kind: what they are, the name of their folder in the cache.
@@ -129,12 +126,7 @@ def cached_split(key: str, decode: Callable[[Allocate], RawSplit], on_disk: bool
 
 
 def load_split(path: Path, check: bool = True) -> RawSplit | None:
-    """Read a stored split, ``None`` where there is none or a damaged one (with a warning).
-
-    Args:
-        path: of the pixels.
-        check: read them all once and compare the checksum.
-    """
+    """Read a stored split, ``None`` where there is none or a damaged one; ``check`` reads all pixels for that."""
 
     def load() -> RawSplit:
         images = torch.from_numpy(open_memmap(path, "c"))
@@ -226,12 +218,9 @@ def _checksum(*tensors: Tensor) -> str:
 def remember(fingerprint: str, recipe: Mapping[str, Any]) -> None:
     """Note on this machine how data was made, by its fingerprint, so that a distilled set finds it again.
 
-    The note lies in the cache folder and not in the distilled set, so that no path in a file from somebody else is ever
-    opened. Arguments that are no plain values, and a folder that cannot be written, leave nothing behind.
-
-    Args:
-        fingerprint: of the training images.
-        recipe: ``class_path`` and ``init_args`` of the data; a relative ``root`` is kept as an absolute one.
+    The note (``class_path`` and ``init_args``, with an absolute ``root``) lies in the cache folder and not in the
+    distilled set, so that no path in a file from somebody else is ever opened. Arguments that are no plain values, and
+    a folder that cannot be written, leave nothing behind.
     """
     arguments = dict(recipe["init_args"])
     if isinstance(arguments.get("root"), str):
@@ -246,7 +235,7 @@ def remember(fingerprint: str, recipe: Mapping[str, Any]) -> None:
 
 
 def recall(fingerprint: str) -> dict[str, Any] | None:
-    """Return what :func:`remember` kept of this data, as ``class_path`` and ``init_args``; ``None`` for nothing."""
+    """Return what :func:`remember` kept of this data, if anything."""
     try:
         note = json.loads(_note(fingerprint).read_text(encoding="utf-8"))
     except (OSError, ValueError):

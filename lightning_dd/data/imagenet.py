@@ -5,6 +5,7 @@ WordNet ids. Channel statistics are FRePo's (Zhou et al. 2022, arXiv 2206.00719)
 """
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -30,7 +31,6 @@ class _FromImageNet(EncodedImages):
     among_imagenet: Sequence[int] = range(1000)
     """Places of its classes among ImageNet's."""
     reader: ClassVar[type[ImageFolder]] = ImageFolder
-    _found: ImageFolder | ParquetImages | None = None
 
     def __init__(self, image_size: int, classes: Classes = None, **kwargs: Any) -> None:
         super().__init__(image_size=image_size, channels=None, classes=classes, **kwargs)
@@ -47,16 +47,15 @@ class _FromImageNet(EncodedImages):
 
     def all_class_names(self) -> tuple[str, ...]:
         """Return the names of all classes in label order."""
-        self._found = self._found or self._find()
-        return tuple(self.named(self._found.all_class_names()))
+        return tuple(self.named(self._reader.all_class_names()))
 
     def source_key(self, *, train: bool) -> str:
         """Return the key of the files that were found."""
-        return self._reader().source_key(train=train)
+        return self._reader.source_key(train=train)
 
     def decode(self, *, train: bool, allocate: Allocate = new_pixels) -> RawSplit:
         """Decode the files that were found, uint8 ``(N, 3, image_size, image_size)``."""
-        return self._reader().decode(train=train, allocate=allocate)
+        return self._reader.decode(train=train, allocate=allocate)
 
     def read(self, *, train: bool) -> RawSplit:
         """Return the train or the test split, from the cache where it is there."""
@@ -64,12 +63,13 @@ class _FromImageNet(EncodedImages):
         chosen = tuple(names[place] for place in choose_classes(self.classes, names))
         return super().read(train=train)._replace(class_names=chosen)
 
+    @cached_property
     def _reader(self) -> ImageFolder | ParquetImages:
-        """Return what reads the files that were found."""
-        names = self.all_class_names()
-        assert self._found is not None
-        self._found.classes = None if self.classes is None else list(choose_classes(self.classes, names))
-        return self._found
+        """What reads the files that were found."""
+        found = self._find()
+        names = self.named(found.all_class_names())
+        found.classes = None if self.classes is None else list(choose_classes(self.classes, names))
+        return found
 
     def _find(self) -> ImageFolder | ParquetImages:
         places = where_to_look(self.root, ".", "data")

@@ -73,9 +73,8 @@ class Batch(NamedTuple):
 class Split:
     """One split of a real data set: pixels and classes. Images are normalised when their rows are drawn.
 
-    Wherever the pixels lie (on the accelerator, in main memory, in a memory-mapped file), rows are drawn the same way,
-    and on a CPU standardised images come out the same bit for bit. Reading has no random numbers and no order of its
-    own, so results do not depend on the number of threads.
+    Wherever the pixels lie (on the accelerator, in main memory, in a memory-mapped file), rows are drawn the same way.
+    Reading has no random numbers and no order of its own, so results do not depend on the number of threads.
 
     Args:
         source: pixels ``(M, C, H, W)``, uint8 or float in [0, 1]; may lie in a memory-mapped file.
@@ -124,12 +123,7 @@ class Split:
         return channels, height, width
 
     def take(self, rows: Rows, device: torch.device | str | None = None) -> Batch:
-        """Return these rows normalised.
-
-        Args:
-            rows: indices ``(B,)``, a mask ``(N,)`` or a slice.
-            device: where the batch shall be; ``None`` is the split's own.
-        """
+        """Return these rows normalised, on the split's own device unless another is named."""
         target = self.device if device is None else torch.device(device)
         images = self._normalise(self.pixels(rows)) if self._kept is None else _at(self._kept, rows)
         return Batch(images.to(target), _at(self.labels, rows).to(target))

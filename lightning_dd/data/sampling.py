@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 
 import torch
 from sklearn.model_selection import train_test_split
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_dd.data.images import Batch, Split
@@ -165,6 +165,12 @@ class EvalBatches(IterableDataset[Batch]):
             if place < len(self._batches):
                 self.split.read_ahead(self._batches[place])
             yield batch
+
+
+@torch.no_grad()
+def answers(network: nn.Module, split: Split, device: torch.device) -> Tensor:
+    """Return a network's logits on a whole split, ``(N, num_classes)`` float32 on the CPU."""
+    return torch.cat([network(images.to(device)).float().cpu() for images, _ in EvalBatches(split, 500)])
 
 
 class StepCounter(IterableDataset[int]):

@@ -15,11 +15,11 @@ from lightning_dd.data.parts import DataChoice
 from lightning_dd.distilled.datamodule import check_match, real_data_of
 from lightning_dd.distilled.set import DistilledSet, library_versions
 from lightning_dd.evaluators.matrix import ALL_REAL, DISTILLED, RANDOM_REAL, Cell, Hardware, Row, run_cell
-from lightning_dd.evaluators.report import markdown, write_report
+from lightning_dd.evaluators.report import bar_figure, markdown, summarise
 from lightning_dd.jobs import Job, Ledger, Tick, check_workers, device_of, place, run_jobs, tensor_digest
 from lightning_dd.models.factory import build_network
 from lightning_dd.models.zoo import expand
-from lightning_dd.report import grouped
+from lightning_dd.report import grouped, write_results
 from lightning_dd.students.recipe import Recipe
 from lightning_dd.utils.arguments import public_settings
 from lightning_dd.utils.errors import UserError, check_range
@@ -64,8 +64,7 @@ def evaluate_files(
     if not bench.train(cells, workers):
         return []
     rows = _in_groups([bench.row(cell) for cell in cells], bench.sets)
-    write_report(rows, folder)
-    print(f"\n{markdown(rows)}\nreport: {folder}/results.md, .json, .csv; figure: {folder}/results.png")
+    write_results(folder, [asdict(row) for row in rows], markdown(rows), bar_figure(summarise(rows)))
     print(f"student curves: tensorboard --logdir {folder / 'tensorboard'}")
     return rows
 

@@ -3,16 +3,15 @@
 import re
 import statistics
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import cycle
-from pathlib import Path
 
 import matplotlib
 import matplotlib.colors
 from matplotlib.figure import Figure
 
 from lightning_dd.evaluators.matrix import DISTILLED, RANDOM_REAL, Row
-from lightning_dd.report import draw_bars, grouped, markdown_table, write_results
+from lightning_dd.report import draw_bars, grouped, markdown_table
 from lightning_dd.statistics import Difference, Nested, Score, gain_interval, nested_score, paired_difference
 
 
@@ -155,11 +154,6 @@ def _nested(rows: Iterable[Row], field: str = "accuracy") -> Nested:
     """Collect accuracies by distilled set; random-real ones count as one set, for each is drawn anew."""
     by_set = grouped(rows, lambda row: row.set if row.source == DISTILLED else row.source)
     return {name: [getattr(row, field) for row in own] for name, own in by_set.items()}
-
-
-def write_report(rows: Sequence[Row], folder: Path) -> None:
-    """Write ``results.json``, ``results.csv``, ``results.md`` and ``results.png``, each atomically."""
-    write_results(folder, [asdict(row) for row in rows], markdown(rows), bar_figure(summarise(rows)))
 
 
 _COLOURS = [f"C{index}" for index in range(10) if index != 7] + [  # without the grey, which is random real

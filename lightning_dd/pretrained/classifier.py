@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_dd.augment.frepo import Augmentation
-from lightning_dd.data.sampling import EvalBatches, next_batch
+from lightning_dd.data.sampling import answers, next_batch
 from lightning_dd.models.factory import Architectures, NetworkMixture, build_network
 from lightning_dd.models.interface import Network
 from lightning_dd.models.pool import rest
@@ -115,12 +115,8 @@ def _fit(architecture: str, network: Network, task: Task, recipe: ClassifierReci
     )
     fit(task, network, adamw, loss_at, f"training {architecture}")
     network.eval()
-    with torch.no_grad():
-        correct = [
-            network(images.to(task.device)).argmax(1) == labels.to(task.device)
-            for images, labels in EvalBatches(task.validation, 500)
-        ]
-    return float(torch.cat(correct).float().mean())
+    correct = answers(network, task.validation, task.device).argmax(1) == task.validation.labels.cpu()
+    return float(correct.float().mean())
 
 
 @dataclass(frozen=True)
