@@ -123,7 +123,6 @@ def score_files(
         Robustness(*key, *(bench.row(cells[name]).accuracy for name in _ACCURACIES)) for key, cells in asked.items()
     ]
     write_results(folder, [_as_row(record) for record in records], markdown(records), _figure(records))
-
     return records
 
 
