@@ -22,30 +22,32 @@ def write_results(
     records: Sequence[Mapping[str, Any]],
     markdown: str,
     figure: Figure,
-    flat: Sequence[Mapping[str, Any]] | None = None,
     show: bool = True,
 ) -> None:
     """Write ``results.json``, ``results.csv``, ``results.md`` and ``results.png``, each atomically.
 
     Args:
         folder: made where it is missing.
-        records: at least one, all with the same names.
+        records: at least one, all with the same names; a spreadsheet holds no dictionaries among their values.
         markdown: the table for readers.
         figure: the picture.
-        flat: the records without nested values, where a spreadsheet cannot hold them.
         show: print the table as well, and where the files are.
     """
-    lines = records if flat is None else flat
+    columns = [name for name, value in records[0].items() if not isinstance(value, dict)]
     text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(lines[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows([_in_a_cell(record[name]) for name in columns] for record in records)
     write_text(folder / "results.json", json.dumps(records, indent=1) + "\n")
     write_text(folder / "results.csv", text.getvalue())
     write_text(folder / "results.md", markdown)
     write_atomically(folder / "results.png", lambda path: figure.savefig(path, dpi=120))
     if show:
         print(f"\n{markdown}\nreport: {folder}/results.md, .json, .csv; figure: {folder}/results.png")
+
+
+def _in_a_cell(value: object) -> object:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else value
 
 
 def draw_bars(axes: Axes, bars: Sequence[tuple[str, Mapping[str, Score], str | None]], places: Sequence[str]) -> None:

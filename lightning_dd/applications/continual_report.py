@@ -115,11 +115,8 @@ def markdown(rows: Sequence[Row]) -> str:
 
 def write_report(rows: Sequence[Row], folder: Path, show: bool = True) -> None:
     """Write the four files of an experiment, and one TensorBoard run per curve."""
-    records, lines = [asdict(row) for row in rows], curves(rows)
-    flat = [{**record, "students": " ".join(map(str, record["students"]))} for record in records]
-    for record in flat:
-        del record["class_accuracy"]
-    write_results(folder, records, markdown(rows), curve_figure(lines), flat, show)
+    lines = curves(rows)
+    write_results(folder, [asdict(row) for row in rows], markdown(rows), curve_figure(lines), show)
     for line in lines:
         _write_events(line, folder / "tensorboard" / line.label.replace("/", "-"))
 

@@ -15,7 +15,7 @@ from lightning_dd.data.images import RawSplit
 from lightning_dd.data.preprocess import Preprocessing
 from lightning_dd.data.readers import relabel
 from lightning_dd.utils.arguments import find_class
-from lightning_dd.utils.errors import UserError
+from lightning_dd.utils.errors import UserError, check_range
 from lightning_dd.utils.files import write_atomically
 from lightning_dd.utils.seeding import make_generator
 
@@ -97,11 +97,8 @@ class RealRows(_Part):
         root: str | None = None,
         **kwargs: Any,
     ) -> None:
-        if rows < 1 or chunk < 0 or held_out < 0 or (half is not None and half < 0):
-            raise UserError(
-                "a part of a data set needs rows >= 1 and chunk, held_out and half >= 0, got "
-                f"{rows}, {chunk}, {held_out} and {half}"
-            )
+        check_range("at least 1", "data.", rows=rows)
+        check_range("at least 0", "data.", chunk=chunk, held_out=held_out, half=half)
         super().__init__(source, build_data(source, source_args, root), root=root, **kwargs)
         self.rows, self.chunk, self.held_out, self.half, self.rows_seed = rows, chunk, held_out, half, rows_seed
 

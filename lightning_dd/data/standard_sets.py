@@ -6,7 +6,7 @@ repositories for CIFAR-10; SVHN has none there and is measured on the training s
 
 from collections.abc import Sequence
 from importlib.resources import as_file, files
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 
@@ -66,8 +66,6 @@ class _TorchvisionData(RealData):
         **kwargs: the other arguments of :class:`~lightning_dd.data.base.RealData`.
     """
 
-    layout: ClassVar[Literal["NHW", "NHWC", "NCHW"]] = "NHWC"
-    """Axes of the array that torchvision keeps."""
     class_names: ClassVar[tuple[str, ...] | None] = None
     """Name of each label; ``None`` for those torchvision gives."""
 
@@ -82,9 +80,11 @@ class _TorchvisionData(RealData):
     def read(self, *, train: bool) -> RawSplit:
         """Return the train or the test split, uint8 ``(N, C, H, W)``."""
         opened = self._open(train, download=False)
-        pixels = torch.as_tensor(opened.data)
-        if self.layout != "NCHW":
-            pixels = pixels.unsqueeze(1) if self.layout == "NHW" else pixels.permute(0, 3, 1, 2)
+        pixels = torch.as_tensor(opened.data)  # (N, H, W), (N, H, W, C) or (N, C, H, W)
+        if pixels.ndim == 3:
+            pixels = pixels.unsqueeze(1)
+        elif pixels.shape[-1] == 3:
+            pixels = pixels.permute(0, 3, 1, 2)
         labels = torch.as_tensor(opened.targets if hasattr(opened, "targets") else opened.labels, dtype=torch.int64)
         return RawSplit(pixels.contiguous(), labels, self.class_names or tuple(opened.classes))
 
@@ -95,7 +95,6 @@ class _TorchvisionData(RealData):
 class MNIST(_TorchvisionData):
     """Handwritten digits, ``(1, 28, 28)``, 60,000 + 10,000 (LeCun et al. 1998)."""
 
-    layout = "NHW"
     class_names = _DIGITS
     can_be_mirrored = False
     channel_mean: Sequence[float] | None = (0.1307,)
@@ -105,7 +104,6 @@ class MNIST(_TorchvisionData):
 class FashionMNIST(_TorchvisionData):
     """Clothes, ``(1, 28, 28)``, 60,000 + 10,000 (Xiao et al. 2017, arXiv 1708.07747)."""
 
-    layout = "NHW"
     channel_mean: Sequence[float] | None = (0.2861,)
     channel_std: Sequence[float] | None = (0.3530,)
 
@@ -127,7 +125,6 @@ class CIFAR100(_TorchvisionData):
 class SVHN(_TorchvisionData):
     """House numbers, ``(3, 32, 32)``, 73,257 + 26,032 without the extra images (Netzer et al. 2011)."""
 
-    layout = "NCHW"
     class_names = _DIGITS
     can_be_mirrored = False
 
