@@ -53,11 +53,7 @@ class Parser(OneLineErrors, LightningArgumentParser):
 
 
 class Cli(LightningCLI):
-    """LightningCLI in subclass mode for model and data, with one seed for both Lightning and the model.
-
-    Args:
-        arguments: the verb and its options.
-    """
+    """LightningCLI in subclass mode for model and data, with one seed for both Lightning and the model."""
 
     def __init__(self, arguments: Sequence[str]) -> None:
         self.arguments = with_paths(arguments)
@@ -111,10 +107,7 @@ class Cli(LightningCLI):
 
 
 def run_lightning(arguments: Sequence[str]) -> Cli:
-    """Run one of Lightning's verbs.
-
-    Args:
-        arguments: the verb and its options.
+    """Run one of Lightning's verbs, with its options.
 
     Raises:
         UserError: something the user can mend.

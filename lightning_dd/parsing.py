@@ -133,7 +133,7 @@ def user_error_in(error: BaseException) -> UserError | None:
 
 
 class Verb:
-    """A verb: its fields are its options, and its docstring's first line is its help."""
+    """A verb: a dataclass whose fields are its options, and the first line of whose docstring is its help."""
 
     def run(self) -> None:
         """Do it."""
@@ -159,17 +159,7 @@ def option(text: str, default: Any = MISSING, **kind: bool) -> Any:
 
 
 def parse_verb(name: str, verb: type[Any], arguments: Sequence[str]) -> Any:
-    """Return a verb with the options of a command line.
-
-    Args:
-        name: the verb's.
-        verb: a dataclass of :mod:`lightning_dd.verbs`.
-        arguments: what follows the name.
-
-    Raises:
-        UserError: a configuration does not exist.
-        SystemExit: the arguments could not be parsed (status 2, one line on stderr).
-    """
+    """Return a verb with the options of a command line; after a mistake, say it in one line and exit with status 2."""
     parser = OneLineErrors(prog=f"lightning-dd {name}", description=(verb.__doc__ or "").partition("\n")[0])
     parser.add_argument("--config", action=ActionConfigFile, help="a YAML file with any of these options")
     hints = get_type_hints(verb)

@@ -132,7 +132,7 @@ def write_picture(distilled: DistilledSet, path: Path | str) -> Path:
 
 
 def image_grid(pixels: Tensor, ipc: int) -> Tensor:
-    """Arrange images, enlarged to about 64 pixels, in a grid with one column per class, or one row for one image each.
+    """Arrange images, enlarged to about 64 pixels, in a grid: a column per class, or a row of one image per class.
 
     Args:
         pixels: ``(num_classes * ipc, C, H, W)`` in [0, 1], in blocks of ``ipc`` per class.
