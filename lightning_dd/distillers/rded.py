@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_dd.augment.crops import draw_crops, resample
+from lightning_dd.augment.crops import draw_crops
 from lightning_dd.data.images import Split
 from lightning_dd.distillers.selection import SelectionDistiller
 from lightning_dd.synthetic.labels import Labels, TeacherLabels
@@ -14,15 +14,21 @@ from lightning_dd.utils.arguments import revive
 from lightning_dd.utils.errors import UserError, check_range
 from lightning_dd.utils.seeding import make_generator
 
+_IMAGES = 64
+"""Candidates that are cropped at a time."""
+
 
 class RDED(SelectionDistiller):
     """Build images of the crops of real images that the teacher is surest of.
 
-    For every class, ``candidates`` real images are drawn, and ``crops`` square random crops of each are brought to full
-    size. The teacher's cross-entropy keeps the best crop of every image, and then the ``ipc * patches^2`` best of
-    these; every ``patches^2`` of them are made smaller and tiled into one image. Crops and tiles are made of pixels and
-    normalised afterwards, so whitened data is whitened as whole images. All of it happens once, and the teacher's soft
-    labels follow.
+    For every class, ``candidates`` real images are drawn, and ``crops`` square random crops of each are brought to the
+    size of a tile. The teacher, which sees each in the middle of the mean colour, keeps the crop of every image with
+    the least cross-entropy, and then the ``ipc * patches^2`` best of these; every ``patches^2`` of them are tiled into
+    one image. Crops and tiles are made of pixels and normalised afterwards, so whitened data is whitened as whole
+    images. All of it happens once, and the teacher's soft labels follow.
+
+    Crops are of images as the data set decodes them; the paper's are of the original files, whose sides are longer and
+    not cut off (``synthesize/utils.py``). At 32 and 64 pixels there is no difference.
 
     Args:
         candidates: real images drawn of every class, at most all it has.
@@ -72,47 +78,64 @@ class RDED(SelectionDistiller):
                     f"ipc={self.ipc} with patches={self.patches} needs {needed} candidates of every class, and class "
                     f"{label} has {len(order)}"
                 )
-            boxes = draw_crops(
-                len(order) * self.crops, facts.image_shape[1:], self.crop_min_scale, generator, ratio=1.0
-            )
+            height, width = facts.image_shape[1:]
+            boxes = draw_crops(len(order) * self.crops, (height, width), self.crop_min_scale, generator, ratio=1.0)
+            boxes = (boxes * torch.tensor([width, height, width, height])).round().int()
             pixels = train.pixels(rows[order.to(rows.device)]).to(self.task.device)
-            made.append(self.best_crops(pixels, boxes.to(pixels.device), label, needed))
+            made.append(self.best_crops(pixels, boxes, label, needed))
         tiled = torch.cat([tile(pixels, self.patches) for pixels in made])
         return self.task.preprocessing(tiled)
 
     def best_crops(self, pixels: Tensor, boxes: Tensor, label: int, count: int) -> Tensor:
-        """Return the ``count`` surest crops of one class as pixels ``(count, C, H, W)``, the surest first.
+        """Return the ``count`` surest crops of one class as pixels ``(count, C, H / patches, W / patches)``.
 
         Args:
             pixels: candidates ``(N, C, H, W)``.
-            boxes: ``(N * crops, 4)``, those of an image side by side.
+            boxes: ``(N * crops, 4)`` in pixels, those of an image side by side.
             label: their class.
             count: at most N.
         """
-        cut = resample(pixels.repeat_interleave(self.crops, 0), boxes, torch.zeros_like(boxes[:, 0], dtype=torch.bool))
-        logits = self.committee().logits(self.task.preprocessing(cut))
-        target = torch.full((len(cut),), label, device=cut.device)
-        losses = F.cross_entropy(logits, target, reduction="none").view(len(pixels), self.crops)
-        best = losses.min(1)
-        chosen = best.values.argsort(stable=True)[:count]
-        return cut[chosen * self.crops + best.indices[chosen]]
+        best, losses = [], []
+        for images, places in zip(torch.split(pixels, _IMAGES), torch.split(boxes, _IMAGES * self.crops), strict=True):
+            cut = self.cut(images, places)
+            logits = self.committee().logits(self.shown(cut))
+            target = torch.full((len(cut),), label, device=logits.device)
+            loss = F.cross_entropy(logits, target, reduction="none").view(len(images), self.crops).min(1)
+            first = self.crops * torch.arange(len(images), device=cut.device)
+            best.append(cut[first + loss.indices.to(cut.device)])
+            losses.append(loss.values)
+        chosen = torch.cat(losses).argsort(stable=True)[:count]  # the surest first
+        return torch.cat(best)[chosen.to(pixels.device)]
+
+    def cut(self, pixels: Tensor, boxes: Tensor) -> Tensor:
+        """Return crops at the size of a tile, resized as torchvision does; arguments as for :meth:`best_crops`."""
+        size = [side // self.patches for side in pixels.shape[2:]]
+        crops = [
+            pixels[place // self.crops, None, :, top : top + height, left : left + width]
+            for place, (left, top, width, height) in enumerate(boxes.tolist())
+        ]
+        return torch.cat([F.interpolate(crop, size, mode="bilinear", antialias=True) for crop in crops])
+
+    def shown(self, tiles: Tensor) -> Tensor:
+        """Return what the teacher sees of tiles: each, normalised, in the middle of zeros as large as an image."""
+        (height, width), (high, wide) = self.facts.image_shape[1:], tiles.shape[2:]
+        top, left = (height - high) // 2, (width - wide) // 2
+        mean = self.task.preprocessing.inverse(torch.zeros(1, *self.facts.image_shape, device=tiles.device))
+        canvas = mean.repeat(len(tiles), 1, 1, 1)
+        canvas[:, :, top : top + high, left : left + wide] = tiles
+        return self.task.preprocessing(canvas)
 
 
 def tile(pixels: Tensor, patches: int) -> Tensor:
-    """Make ``(n * patches^2, C, H, W)`` smaller and tile them into ``(n, C, H, W)``.
+    """Tile ``(n * patches^2, C, h, w)`` into ``(n, C, patches * h, patches * w)``.
 
     The i-th image takes those at i, n + i, 2n + i, ..., row by row, so that the best are spread over the images.
 
     Example:
-        >>> tile(torch.arange(4.0).view(4, 1, 1, 1).expand(4, 1, 2, 2), 2)
+        >>> tile(torch.arange(4.0).view(4, 1, 1, 1), 2)
         tensor([[[[0., 1.],
                   [2., 3.]]]])
     """
-    if patches == 1:
-        return pixels
     channels, height, width = pixels.shape[1:]
-    small = F.interpolate(
-        pixels, (height // patches, width // patches), mode="bilinear", align_corners=False, antialias=True
-    )
-    grid = small.view(patches, patches, -1, channels, height // patches, width // patches)
-    return grid.permute(2, 3, 0, 4, 1, 5).reshape(-1, channels, height, width)
+    grid = pixels.view(patches, patches, -1, channels, height, width)
+    return grid.permute(2, 3, 0, 4, 1, 5).reshape(-1, channels, patches * height, patches * width)
