@@ -212,7 +212,8 @@ def _listed(what: str) -> Iterator[tuple[str, str]]:
 
         for name, recipe in PROTOCOLS.items():
             length = f"{recipe.epochs} epochs" if recipe.epochs else "steps by the number of images"
-            yield name, f"{recipe.optimizer}, lr {recipe.lr:g}, {length}, batch {recipe.batch_size}, {recipe.schedule}"
+            batch = recipe.batch_size or "by ipc and classes"
+            yield name, f"{recipe.optimizer}, lr {recipe.lr:g}, {length}, batch {batch}, {recipe.schedule}"
     elif what in ("methods", "data"):
         from lightning_dd import data, distillers
         from lightning_dd.utils.arguments import subclasses

@@ -118,7 +118,14 @@ def test_batches_shuffle_cover_and_continue():
 
 
 def test_steps_follow_the_papers_table_and_numbers_are_checked():
-    assert [Recipe().steps_for(n) for n in (10, 100, 150, 500, 1000, 9999)] == [1000, 2000, 20000, 5000, 10000, 40000]
+    assert [Recipe().steps_for(n, 10) for n in (10, 100, 150, 500, 1000, 9999)] == [
+        1000,
+        2000,
+        20000,
+        5000,
+        10000,
+        40000,
+    ]
     for bad in ({"steps": 0}, {"lr": 0}, {"warmup": -1}, {"final_lr": 2}, {"batch_size": 0}, {"ema": 1.0}):
         with pytest.raises(UserError, match=f"recipe.{next(iter(bad))}"):
             Recipe(**bad)

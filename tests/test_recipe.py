@@ -9,7 +9,7 @@ from lightning_dd.data import DATA_SETS
 from lightning_dd.distilled import DistilledData
 from lightning_dd.evaluators.evaluate import evaluate_files
 from lightning_dd.students import Student
-from lightning_dd.students.recipe import PROTOCOLS, SCHEDULES, Recipe, protocol
+from lightning_dd.students.recipe import PROTOCOLS, SCHEDULES, Recipe, protocol, student_loss
 from lightning_dd.utils.errors import UserError
 
 SMALL = "conv:width=4,depth=2,norm=none"
@@ -25,12 +25,14 @@ SMALL = "conv:width=4,depth=2,norm=none"
         ("mtt", 300, 2002, torch.optim.SGD, 0.01, 0.001),
         ("glad", 10, 1000, torch.optim.SGD, 0.0, 0.0),
         ("sre2l", 2000, 600, torch.optim.AdamW, 1e-3, 0.0),
-        ("rded", 100, 300, torch.optim.AdamW, 1e-3, 0.5e-3),
+        ("sre2l_cifar", 5000, 16000, torch.optim.AdamW, 1e-3, 0.0),
+        ("sre2l_tiny", 10000, 4000, torch.optim.SGD, 0.0, 0.0),
+        ("rded", 100, 600, torch.optim.AdamW, 1e-3, 0.5e-3),
     ],
 )
 def test_published_lengths_optimizers_and_learning_rates(name, rows, steps, kind, first, last):
     recipe = protocol(name)
-    assert recipe.steps_for(rows) == steps
+    assert recipe.steps_for(rows, 10) == steps
     network = torch.nn.Linear(2, 2)
     optimizer = recipe.build_optimizer(network)
     assert type(optimizer) is kind
@@ -46,6 +48,40 @@ def test_published_lengths_optimizers_and_learning_rates(name, rows, steps, kind
         each = steps // recipe.epochs
         assert rates[:steps:each] == rates[each - 1 : steps : each]
     assert max(rates) == pytest.approx(recipe.lr, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("ipc", "classes", "batch", "steps"),
+    [
+        (1, 10, 10, 300),
+        (10, 10, 50, 600),
+        (50, 10, 100, 1500),
+        (1, 100, 20, 1500),
+        (50, 100, 200, 7500),
+        (1, 200, 100, 600),
+        (50, 200, 100, 30000),
+        (50, 1000, 200, 75000),
+        (1, 2, 2, 300),
+    ],
+)
+def test_rdeds_batches_follow_ipc_and_classes(ipc, classes, batch, steps):
+    """As argument.py of the official code; the largest set of few classes is one batch."""
+    recipe = protocol("rded")
+    assert recipe.batch_for(ipc * classes, classes) == batch
+    assert recipe.steps_for(ipc * classes, classes) == steps
+    assert protocol("rded", batch_size=7).batch_for(ipc * classes, classes) == 7
+
+
+def test_the_squared_temperature_is_a_setting_of_the_recipe():
+    logits, labels = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(0))
+    plain = student_loss(logits, labels, "soft", 20.0)
+    torch.testing.assert_close(student_loss(logits, labels, "soft", 20.0, temperature_squared=True), 400 * plain)
+    assert [name for name, recipe in PROTOCOLS.items() if recipe.temperature_squared] == ["sre2l_tiny"]
+
+
+def test_a_learning_rate_of_an_architecture_is_found_whatever_its_library():
+    recipe = protocol("rded")
+    assert recipe.suited_to("torchvision/mobilenet_v2").lr == recipe.suited_to("mobilenetv2_100").lr == 2.5e-3
 
 
 def test_schedules_at_their_middle():

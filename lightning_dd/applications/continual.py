@@ -300,7 +300,8 @@ def _jobs(course: Course) -> list[Job]:
             "versions": versions,
         }
         name = f"order {course.number} {lesson.line} step {lesson.step + 1} {lesson.architecture} {lesson.number}"
-        cost = recipe.steps_for(experiment.ipc * sum(map(len, classes)))
+        known = sum(map(len, classes))
+        cost = recipe.steps_for(experiment.ipc * known, known)
         jobs.append(Job(name, identity, lesson, cost))
     return jobs
 

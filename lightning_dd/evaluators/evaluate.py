@@ -114,7 +114,7 @@ class Bench:
                 f"{cell.architecture} {cell.source} {cell.seed}",
                 self._identity(cell),
                 cell,
-                cost=self.recipes[cell.protocol].steps_for(len(self.sets[cell.set_name])),
+                cost=self.recipes[cell.protocol].steps_for(len(found := self.sets[cell.set_name]), found.num_classes),
             )
             for cell in cells
         ]

@@ -93,7 +93,7 @@ def run_cell(
     source = SOURCES[cell.source](distilled, real, cell.seed)
     data = DistilledData.from_set(source, real)
     student = Student.with_recipe(cell.architecture, recipe, cell.seed)
-    steps = recipe.steps_for(len(distilled))
+    steps = recipe.steps_for(len(distilled), distilled.num_classes)
     best = BestWeights()
     trainer = _trainer(cell, steps, hardware, log_dir, [LambdaCallback(on_train_batch_end=lambda *_: on_step()), best])
     logger = trainer.loggers[0]

@@ -55,7 +55,8 @@ def _train(generator: Generator, recipe: Recipe, width: int, seed: int, task: Ta
     """
     with seeded(derive_seed(seed, "encoder")):
         encoder = ImageEncoder(task.facts.num_classes, task.facts.image_shape, width, generator.latent_size)
-    stream, steps = task.stream(recipe.batch_size, seed), recipe.steps_for(len(task.train))
+    size = len(task.train), task.facts.num_classes
+    stream, steps = task.stream(recipe.batch_for(*size), seed), recipe.steps_for(*size)
 
     def loss_at(step: int) -> Tensor:
         rows = stream.next()

@@ -127,7 +127,7 @@ def fit(task: Task, module: nn.Module, recipe: Recipe, loss_at: Callable[[int], 
         loss_at: the loss of a step, counted from 0; it draws its own batch.
         title: of the progress bar.
     """
-    steps = recipe.steps_for(len(task.train))
+    steps = recipe.steps_for(len(task.train), task.facts.num_classes)
     taken = take_steps(module.to(task.device), recipe, steps, loss_at)
     hidden = task.trainer is not None and task.trainer.progress_bar_callback is None
     with tqdm(taken, title, steps, disable=hidden) as bar:

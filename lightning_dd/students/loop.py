@@ -26,6 +26,7 @@ class StudentStep:
 
     label_kind: str
     temperature: float
+    temperature_squared: bool
     augmentation: Augmentation
     seed: int
 
@@ -33,7 +34,7 @@ class StudentStep:
     def on(cls, distilled: DistilledSet, recipe: Recipe, seed: int, mirror: bool) -> "StudentStep":
         """Return the step for a set; views stored with a set are its augmentation, and there is no other then."""
         augmentation = Augmentation("none") if distilled.views is not None else recipe.augmentation(mirror)
-        return cls(distilled.label_kind, distilled.temperature, augmentation, seed)
+        return cls(distilled.label_kind, distilled.temperature, recipe.temperature_squared, augmentation, seed)
 
     def loss(self, network: nn.Module, images: Tensor, labels: Tensor, step: int, rank: int = 0) -> Tensor:
         """Augment a batch and return its loss.
@@ -47,7 +48,7 @@ class StudentStep:
         """
         images = self.augmentation(images, make_generator(self.seed, "augment", rank, step))
         with seeded(derive_seed(self.seed, "dropout", rank, step)):
-            return student_loss(network(images), labels, self.label_kind, self.temperature)
+            return student_loss(network(images), labels, self.label_kind, self.temperature, self.temperature_squared)
 
 
 def take_steps(module: nn.Module, recipe: Recipe, steps: int, loss_at: Callable[[int], Tensor]) -> Iterator[Tensor]:
@@ -93,13 +94,15 @@ def train_student(
     device = next(network.parameters()).device
     network.to(memory_format=torch.channels_last)  # pooling is several times faster so on a CPU
     network.train().requires_grad_(True)
-    steps, one_step = recipe.steps_for(len(distilled)), StudentStep.on(distilled, recipe, seed, distilled.mirror)
+    steps = recipe.steps_for(len(distilled), distilled.num_classes)
+    batch_size = recipe.batch_for(len(distilled), distilled.num_classes)
+    one_step = StudentStep.on(distilled, recipe, seed, distilled.mirror)
     average = None
     if recipe.ema:
         average = AveragedModel(network, avg_fn=get_ema_avg_fn(recipe.ema), use_buffers=True)  # type: ignore[no-untyped-call]
     images, labels = distilled.images.to(device), distilled.labels.to(device)
     views = distilled.views and distilled.views.to(device)
-    batches = iter(SyntheticBatches(images, labels, recipe.batch_size, steps, seed, views=views))
+    batches = iter(SyntheticBatches(images, labels, batch_size, steps, seed, views=views))
     taken = take_steps(network, recipe, steps, lambda step: one_step.loss(network, *next(batches), step))
     for count, _ in enumerate(taken, start=1):
         if average is not None:

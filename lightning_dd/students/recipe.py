@@ -36,7 +36,7 @@ class Recipe:
         lr: peak learning rate.
         warmup: steps spent warming up.
         final_lr: last learning rate of the cosine relative to the peak.
-        batch_size: images per step, at most the whole set.
+        batch_size: images per step, at most the whole set; ``None`` takes RDED's table by ipc and classes.
         augment: a strategy of :class:`~lightning_dd.augment.frepo.Augmentation`; ``auto`` is FRePo's family for the
             data, ``siamese`` that of DSA, ``digits`` that of DC for MNIST, ``none`` is none.
         ema: decay of an exponential moving average of the weights that is tested instead; 0 for none.
@@ -48,6 +48,7 @@ class Recipe:
         schedule: ``cosine`` to ``final_lr``, ``half_cosine`` (RDED's, ends at a half), ``step`` for a tenth from about
             half of the run on, or ``constant``.
         lr_of: other peak learning rates, by the start of an architecture's name: ``(("vgg", 1e-4),)``.
+        temperature_squared: multiply the divergence from soft labels by T^2.
         learned_lr: take the learning rate a method learned with the set, where there is one (MTT's step size).
 
     Raises:
@@ -58,7 +59,7 @@ class Recipe:
     lr: float = 3e-4
     warmup: int = 500
     final_lr: float = 0.01
-    batch_size: int = 500
+    batch_size: int | None = 500
     augment: str = "auto"
     ema: float = 0.0
     epochs: int | None = None
@@ -69,6 +70,7 @@ class Recipe:
     schedule: str = "cosine"
     lr_of: tuple[tuple[str, float], ...] = ()
     learned_lr: bool = False
+    temperature_squared: bool = False
 
     def __post_init__(self) -> None:
         for name, known in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
@@ -80,19 +82,36 @@ class Recipe:
         check_range("in [0, 1)", "recipe.", ema=self.ema, momentum=self.momentum)
         check_range("in [0, 1]", "recipe.", final_lr=self.final_lr)
 
-    def steps_for(self, rows: int) -> int:
+    def batch_for(self, rows: int, num_classes: int) -> int:
+        """Images per step for a set of ``rows`` images: ``batch_size``, or RDED's table (``argument.py``).
+
+        It has 100 for ipc 50, 50 for 10 and 10 for 1, twice as many for 100 and 1,000 classes, 100 for the 200 of
+        Tiny-ImageNet, and at most all images. An ipc between two entries takes that of the lower one.
+
+        Example:
+            >>> rded = protocol("rded")
+            >>> rded.batch_for(100, 10), rded.batch_for(100, 100), rded.batch_for(50_000, 1000)
+            (50, 20, 200)
+        """
+        if self.batch_size is not None:
+            return self.batch_size
+        ipc = rows // num_classes
+        batch = 100 if ipc >= 50 else 50 if ipc >= 10 else 10
+        return min(rows, 100 if num_classes == 200 else 2 * batch if num_classes >= 100 else batch)
+
+    def steps_for(self, rows: int, num_classes: int) -> int:
         """Training steps for a set of ``rows`` images: ``steps``, ``epochs``, or FRePo's table (next larger entry).
 
         Example:
-            >>> Recipe().steps_for(10), Recipe().steps_for(90), Recipe(steps=7).steps_for(10)
+            >>> Recipe().steps_for(10, 10), Recipe().steps_for(90, 10), Recipe(steps=7).steps_for(10, 10)
             (1000, 2000, 7)
-            >>> Recipe(epochs=300, batch_size=256).steps_for(500)
+            >>> Recipe(epochs=300, batch_size=256).steps_for(500, 10)
             600
         """
         if self.steps is not None:
             return self.steps
         if self.epochs is not None:
-            return self.epochs * math.ceil(rows / self.batch_size)
+            return self.epochs * math.ceil(rows / self.batch_for(rows, num_classes))
         return _FREPO_STEPS[min((n for n in _FREPO_STEPS if n >= rows), default=max(_FREPO_STEPS))]
 
     def suited_to(self, architecture: str, learned_lr: float | None = None) -> "Recipe":
@@ -103,7 +122,8 @@ class Recipe:
             >>> recipe.suited_to("vgg11:width=16").lr, recipe.suited_to("resnet18").lr
             (0.0001, 0.001)
         """
-        lr = next((rate for start, rate in self.lr_of if architecture.startswith(start)), self.lr)
+        name = architecture.removeprefix("timm/").removeprefix("torchvision/")
+        lr = next((rate for start, rate in self.lr_of if name.startswith(start)), self.lr)
         return replace(self, lr=learned_lr if self.learned_lr and learned_lr else lr)
 
     def augmentation(self, mirror: bool) -> Augmentation:
@@ -188,18 +208,21 @@ SCHEDULES: dict[str, Callable[[int, int, int, float], float]] = {
 }
 
 
-def student_loss(logits: Tensor, labels: Tensor, label_kind: str, temperature: float = 1.0) -> Tensor:
+def student_loss(
+    logits: Tensor, labels: Tensor, label_kind: str, temperature: float = 1.0, temperature_squared: bool = False
+) -> Tensor:
     """Loss of a student: half squared error for regression labels, cross-entropy for hard ones, KL for soft ones.
 
     Soft labels are a teacher's logits: the loss is the mean over rows of
     ``KL(softmax(labels / T) || softmax(logits / T))``, *without* the factor ``T^2`` of Hinton et al. (2015), as
-    SRe2L and RDED train their students.
+    SRe2L and RDED train their students, unless it is asked for (SRe2L does for Tiny ImageNet).
 
     Args:
         logits: ``(N, C)``.
         labels: ``(N, C)`` in the form named by ``label_kind``.
         label_kind: ``learned``, ``centred``, ``hard`` or ``soft``.
         temperature: T, for soft labels.
+        temperature_squared: multiply by ``T^2``, for soft labels.
 
     Example:
         >>> student_loss(torch.zeros(1, 2), torch.tensor([[3.0, 3.0]]), "soft", temperature=20.0)
@@ -209,7 +232,8 @@ def student_loss(logits: Tensor, labels: Tensor, label_kind: str, temperature: f
         return F.cross_entropy(logits.float(), labels)
     if label_kind == "soft":
         own, target = (F.log_softmax(rows.float() / temperature, dim=1) for rows in (logits, labels))
-        return F.kl_div(own, target, reduction="batchmean", log_target=True)
+        scale = temperature**2 if temperature_squared else 1.0
+        return scale * F.kl_div(own, target, reduction="batchmean", log_target=True)
     return half_squared_error(logits, labels)
 
 
@@ -264,8 +288,24 @@ PROTOCOLS: dict[str, Recipe] = {
     ),
     # Yin et al. 2023, arXiv 2306.13092: AdamW and a cosine on replayed views.
     "sre2l": replace(_ADAMW, final_lr=0.0, batch_size=1024),
+    # The same for CIFAR (relabel_cifar.py and .sh): smaller batches, more epochs, and decay of every parameter.
+    "sre2l_cifar": replace(_ADAMW, epochs=400, final_lr=0.0, batch_size=128, decay_biases=True),
+    # The same for Tiny ImageNet (zeyuanyin/tiny-imagenet, train_kd.py and .sh): SGD, five epochs of warm-up, and T^2.
+    # Theirs warms up from 1 % of the learning rate, ours from 0.
+    "sre2l_tiny": Recipe(
+        epochs=100,
+        lr=0.2,
+        warmup=5,
+        final_lr=0.0,
+        batch_size=256,
+        augment="none",
+        optimizer="sgd",
+        momentum=0.9,
+        weight_decay=1e-4,
+        temperature_squared=True,
+    ),
     # Sun et al. 2024, arXiv 2312.03526: AdamW by architecture, half a cosine, on replayed views.
-    "rded": replace(_ADAMW, batch_size=100, schedule="half_cosine", lr_of=_RDED_RATES),
+    "rded": replace(_ADAMW, batch_size=None, schedule="half_cosine", lr_of=_RDED_RATES),
 }
 """Published evaluation protocols by name.
 
@@ -287,7 +327,7 @@ def protocol(name: str, **changes: Any) -> Recipe:
         UserError: the name is unknown, or a setting is out of range.
 
     Example:
-        >>> protocol("dsa").steps_for(10), protocol("frepo").steps_for(10)
+        >>> protocol("dsa").steps_for(10, 10), protocol("frepo").steps_for(10, 10)
         (1001, 1000)
         >>> protocol("dsa", lr=0.1, warmup=None) == replace(protocol("dsa"), lr=0.1)
         True

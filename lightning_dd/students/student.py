@@ -89,9 +89,10 @@ class Student(ScoredModule):
         learned: float | None = data.distilled.training.get("step_size")
         self.recipe = self.recipe.suited_to(self.architecture, learned)
         self.one_step = StudentStep.on(data.distilled, self.recipe, self.seed, data.real.mirror)
-        data.suit(self.recipe.batch_size, self.seed)
+        size = len(data.distilled), data.distilled.num_classes
+        data.suit(self.recipe.batch_for(*size), self.seed)
         if stage == "fit" and self.trainer.max_steps == -1:
-            self.trainer.fit_loop.epoch_loop.max_steps = self.recipe.steps_for(len(data.distilled))
+            self.trainer.fit_loop.epoch_loop.max_steps = self.recipe.steps_for(*size)
 
     def forward(self, images: Tensor) -> Tensor:
         """Map normalised images ``(N, C, H, W)`` to logits ``(N, num_classes)``."""
