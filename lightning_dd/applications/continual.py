@@ -76,13 +76,14 @@ class Course:
         """Return where the united memory of a method lies after ``step`` (from 0)."""
         return self.folder / method / f"step{step + 1}" / "memory.safetensors"
 
-    def data_of(self, step: int) -> dict[str, Any]:
-        """Return the configuration of a step's data: its own classes only."""
-        return {"class_path": "lightning_dd.data.ClassSubset", "init_args": self._subset(self.steps[step])}
+    def data_of(self, classes: list[int]) -> ClassSubset:
+        """Return the real data of some classes."""
+        file = str(self._preprocessing_file)
+        return ClassSubset(classes=classes, preprocessing_file=file, **self.experiment.source)
 
     def seen_data(self, step: int) -> ClassSubset:
         """Return the real data of all classes seen after ``step``, for scoring and the upper line alone."""
-        return ClassSubset(**self._subset(list(chain(*self.steps[: step + 1]))))
+        return self.data_of(list(chain(*self.steps[: step + 1])))
 
     def joint_set(self, step: int) -> DistilledSet:
         """Return all real training images of the classes seen after ``step``, with hard labels."""
@@ -90,9 +91,6 @@ class Course:
         data.setup("fit")
         assert data.train is not None
         return real_set(data, *data.train.everything(), "hard", JOINT)
-
-    def _subset(self, classes: list[int]) -> dict[str, Any]:
-        return {**self.experiment.source, "classes": classes, "preprocessing_file": str(self._preprocessing_file)}
 
     @cached_property
     def _preprocessing_file(self) -> Path:
@@ -194,7 +192,7 @@ def fill_memory(course: Course, method: Method, step: int) -> None:
         *([] if accelerator == "auto" else [f"--trainer.accelerator={accelerator}"]),
         *method.options,
     ]
-    distil_stage(method.configs, course.data_of(step), path.parent, overrides)
+    distil_stage(method.configs, course.data_of(course.steps[step]).recipe(), path.parent, overrides)
     if not path.is_file():
         parts = [course.memory_file(method.name, number).with_name("last.safetensors") for number in range(step + 1)]
         union([DistilledSet.load(part) for part in parts]).save(path)

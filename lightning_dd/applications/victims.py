@@ -72,20 +72,16 @@ class PoolScores:
     """``(1,)`` how many images the network learned from."""
 
 
-def part_args(experiment: Membership, seed: int, half: int | None = None) -> dict[str, Any]:
-    """Return the arguments of the ``RealRows`` that holds a seed's members, or a half of its pool."""
-    return experiment.source | {
-        "rows": experiment.members,
-        "chunk": seed,
-        "held_out": experiment.held_out,
-        "half": half,
-        "val_fraction": experiment.val_fraction,
-    }
-
-
 def part(experiment: Membership, seed: int, half: int | None = None) -> RealRows:
     """Return a seed's members, or a half of its pool."""
-    return RealRows(**part_args(experiment, seed, half))
+    return RealRows(
+        rows=experiment.members,
+        chunk=seed,
+        held_out=experiment.held_out,
+        half=half,
+        val_fraction=experiment.val_fraction,
+        **experiment.source,
+    )
 
 
 def distilled_file(experiment: Membership, method: str, seed: int, half: int | None = None) -> Path:
@@ -100,12 +96,12 @@ def distilled_file(experiment: Membership, method: str, seed: int, half: int | N
 def distil_members(experiment: Membership, method: str, seed: int, half: int | None = None) -> DistilledSet:
     """Distil members, or a half of the pool, or find it done; refuse a file that was made from other images."""
     chosen, path = experiment.distillers[method], distilled_file(experiment, method, seed, half)
+    data = part(experiment, seed, half)
     if not chosen.files:
         own = seed if half is None else derive_seed(seed, "shadow", half) % 2**31
         overrides = [f"--seed_everything={own}", f"--trainer.accelerator={experiment.accelerator}", *chosen.options]
-        spec = {"class_path": RealRows.__name__, "init_args": part_args(experiment, seed, half)}
-        distil_stage(chosen.configs, spec, path.parent, overrides)
-    distilled, data = DistilledSet.load(path), part(experiment, seed, half)
+        distil_stage(chosen.configs, data.recipe(), path.parent, overrides)
+    distilled = DistilledSet.load(path)
     data.setup("fit")
     check_match(distilled, data)
     if distilled.data.get("fingerprint") != data.facts.fingerprint:

@@ -1,6 +1,6 @@
 """Images in one folder per class."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -106,11 +106,7 @@ def _subfolders(folder: Path) -> list[str]:
     return sorted(item.name for item in folder.iterdir() if item.is_dir() and not item.name.startswith("."))
 
 
-def _images(folder: Path) -> Iterator[Path]:
-    """Yield the image files below a folder, sorted by their relative name; hidden files are not images."""
-    found = {
-        file.relative_to(folder).as_posix(): file
-        for file in folder.rglob("*")
-        if file.suffix.lower() in EXTENSIONS and not file.name.startswith(".") and file.is_file()
-    }
-    return (found[name] for name in sorted(found))
+def _images(folder: Path) -> list[Path]:
+    """Return the image files below a folder, sorted by their relative name; hidden files are not images."""
+    kept = (file for file in folder.rglob("*") if file.suffix.lower() in EXTENSIONS and not file.name.startswith("."))
+    return sorted(filter(Path.is_file, kept), key=lambda file: file.relative_to(folder).as_posix())
