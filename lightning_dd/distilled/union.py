@@ -8,6 +8,7 @@ what it says, on average, of a wrong class of its own step (:func:`embed_labels`
 import hashlib
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
@@ -133,21 +134,10 @@ def _united_data(sets: Sequence[DistilledSet]) -> dict[str, Any]:
 def _united_views(views: Sequence[SoftViews], logits: Sequence[Tensor]) -> SoftViews:
     """Put the views of all rows side by side; mixtures stay within a set."""
     before = accumulate((len(view) for view in views), initial=0)
-
-    def joined(name: str) -> Tensor | None:
-        parts = [getattr(view, name) for view in views]
-        return None if parts[0] is None else torch.cat(parts, 1)
-
-    return SoftViews(
-        crops=torch.cat([view.crops for view in views], 1),
-        flips=torch.cat([view.flips for view in views], 1),
-        partners=torch.cat([view.partners + rows for view, rows in zip(views, before, strict=False)], 1),
-        pastes=torch.cat([view.pastes for view in views], 1),
-        logits=torch.cat([rows.half() for rows in logits], 1),
-        shares=joined("shares"),
-        tiles=joined("tiles"),
-        outside=views[0].outside,
-    )
+    parts = {name: [getattr(view, name) for view in views] for name in views[0].state_dict() if name != "outside"}
+    parts["partners"] = [view.partners + rows for view, rows in zip(views, before, strict=False)]
+    parts["logits"] = [rows.half() for rows in logits]
+    return replace(views[0], **{name: torch.cat(tensors, 1) for name, tensors in parts.items()})
 
 
 def _check_alike(sets: Sequence[DistilledSet], names: Sequence[str]) -> None:

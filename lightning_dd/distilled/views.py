@@ -108,8 +108,10 @@ class SoftViews:
         inside = not bool((crops[..., :2] < 0).any() or (crops[..., :2] + crops[..., 2:] > 1.001).any())
         if bool((crops[..., 2:] <= 0).any()) or not (inside or self.outside is not None):
             raise UserError("views: a crop lies outside its image")
-        if self.tiles is not None and bool((self.tiles.sort(-1).values != torch.arange(rest["tiles"][1])).any()):
-            raise UserError("views: an order of tiles is no permutation")
+        if self.tiles is not None:
+            every = torch.arange(self.tiles.shape[-1], device=self.tiles.device)
+            if bool((self.tiles.sort(-1).values != every).any()):
+                raise UserError("views: an order of tiles is no permutation")
         if bool((self.partners < 0).any() or (self.partners >= place[1]).any()):
             raise UserError(f"views: a partner is none of the {place[1]} rows")
 
