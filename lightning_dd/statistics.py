@@ -28,10 +28,6 @@ class Score:
     """Number of students."""
     sets: int = 1
     """Number of distilled sets."""
-    low: float = float("nan")
-    """Lower end of the 95 % interval of the mean (nested bootstrap)."""
-    high: float = float("nan")
-    """Upper end."""
 
     def __str__(self) -> str:
         return f"{100 * self.mean:.1f} ± {100 * self.std:.1f}"
@@ -65,15 +61,8 @@ def nested_score(values: Nested) -> Score:
     groups = [np.asarray(group, dtype=float) for group in values.values()]
     means = np.array([group.mean() for group in groups])
     spread = means if len(groups) > 1 else groups[0]
-    low, high = np.quantile(_resampled_means(groups, seed=0), [0.025, 0.975])
-    return Score(
-        mean=float(means.mean()),
-        std=float(spread.std(ddof=1)) if len(spread) > 1 else 0.0,
-        count=sum(map(len, groups)),
-        sets=len(groups),
-        low=float(low),
-        high=float(high),
-    )
+    std = float(spread.std(ddof=1)) if len(spread) > 1 else 0.0
+    return Score(float(means.mean()), std, count=sum(map(len, groups)), sets=len(groups))
 
 
 def gain_interval(left: Nested, right: Nested) -> tuple[float, float]:

@@ -9,6 +9,11 @@ from lightning_dd.evaluators.report import compare
 from lightning_dd.statistics import gain_interval, nested_score, paired_difference
 
 
+def interval(values):
+    """The interval of a mean, as of its gain over nothing."""
+    return gain_interval(values, {"nothing": [0.0]})
+
+
 def test_one_set_is_described_by_its_students():
     values = [0.5, 0.6, 0.9]
     score = nested_score({"a": values})
@@ -18,9 +23,8 @@ def test_one_set_is_described_by_its_students():
         3,
         1,
     )
-    low, high = stats.bootstrap((values,), np.mean, method="percentile", n_resamples=20000, rng=1).confidence_interval
-    assert score.low == pytest.approx(low, abs=0.02)
-    assert score.high == pytest.approx(high, abs=0.02)
+    expected = stats.bootstrap((values,), np.mean, method="percentile", n_resamples=20000, rng=1).confidence_interval
+    assert interval({"a": values}) == pytest.approx(tuple(expected), abs=0.02)
 
 
 def test_several_sets_are_described_by_the_spread_of_their_means():
@@ -33,25 +37,24 @@ def test_several_sets_are_described_by_the_spread_of_their_means():
 
 def test_the_interval_resamples_sets_and_students():
     # Students agree within a set, so all the spread is between sets: the interval is that of the three means ...
-    between = nested_score({"a": [0.5] * 9, "b": [0.7] * 9, "c": [0.9] * 9})
-    assert between.low == pytest.approx(0.5, abs=0.07)
-    assert between.high == pytest.approx(0.9, abs=0.07)
+    between = interval({"a": [0.5] * 9, "b": [0.7] * 9, "c": [0.9] * 9})
+    assert between == pytest.approx((0.5, 0.9), abs=0.07)
     # ... and not that of 27 students.
-    pooled = nested_score({"all": [0.5] * 9 + [0.7] * 9 + [0.9] * 9})
-    assert pooled.high - pooled.low < 0.5 * (between.high - between.low)
+    pooled = interval({"all": [0.5] * 9 + [0.7] * 9 + [0.9] * 9})
+    assert np.ptp(pooled) < 0.5 * np.ptp(between)
     generator = np.random.default_rng(0)
     sets = [generator.normal(0.5, 0.1, size=4) for _ in range(5)]
-    ours = nested_score({index: list(group) for index, group in enumerate(sets)})
+    ours = interval({index: list(group) for index, group in enumerate(sets)})
     slow = []
     for _ in range(4000):
         drawn = [sets[index] for index in generator.integers(5, size=5)]
         slow.append(np.mean([generator.choice(group, size=4).mean() for group in drawn]))
-    assert [ours.low, ours.high] == pytest.approx(np.quantile(slow, [0.025, 0.975]), abs=0.012)
+    assert ours == pytest.approx(np.quantile(slow, [0.025, 0.975]), abs=0.012)
 
 
 def test_one_value_has_no_spread():
-    score = nested_score({"a": [0.4]})
-    assert (score.std, score.low, score.high) == (0.0, pytest.approx(0.4), pytest.approx(0.4))
+    assert nested_score({"a": [0.4]}).std == 0.0
+    assert interval({"a": [0.4]}) == pytest.approx((0.4, 0.4))
 
 
 def test_the_gain_of_equal_groups_includes_zero_and_of_distant_ones_does_not():
