@@ -138,26 +138,25 @@ def test_the_logistic_attack_equals_a_loop_written_out():
     assert result.auc == pytest.approx(roc_auc_score(truth, scores), abs=1e-12)
 
 
-def test_lira_equals_scipy_sample_by_sample():
+@pytest.mark.parametrize("models", [6, 64])  # few share one variance, many have one a sample
+def test_lira_equals_scipy_sample_by_sample(models):
     random = np.random.default_rng(4)
-    shadows, victim = random.normal(size=(6, 5)) * 2, random.normal(size=5)
-    inside = np.stack([random.permutation([True, True, True, False, False, False]) for _ in range(5)], axis=1)
+    shadows, victim = random.normal(size=(models, 5)) * 2, random.normal(size=5)
+    inside = np.stack([random.permutation(np.arange(models) % 2 == 0) for _ in range(5)], axis=1)
     residuals = {True: [], False: []}
     for sample in range(5):
         for side in (True, False):
             values = shadows[inside[:, sample] == side, sample]
             residuals[side] += list(values - values.mean())
     pooled = {side: np.sqrt(np.square(values).sum() / (len(values) - 5)) for side, values in residuals.items()}
-    for pool in (True, False):
-        online = lira(victim, shadows, inside, pooled_variance=pool)
-        offline = lira(victim, shadows, inside, mode="offline", pooled_variance=pool)
-        for sample in range(5):
-            parts = {side: shadows[inside[:, sample] == side, sample] for side in (True, False)}
-            stds = pooled if pool else {side: values.std(ddof=1) for side, values in parts.items()}
-            likely = {side: norm(values.mean(), stds[side]).pdf(victim[sample]) for side, values in parts.items()}
-            assert np.exp(online[sample]) == pytest.approx(likely[True] / likely[False])
-            below = norm(parts[False].mean(), stds[False]).cdf(victim[sample])
-            assert norm.cdf(offline[sample]) == pytest.approx(below)
+    online, offline = (lira(victim, shadows, inside, mode) for mode in ("online", "offline"))
+    for sample in range(5):
+        parts = {side: shadows[inside[:, sample] == side, sample] for side in (True, False)}
+        stds = pooled if models == 6 else {side: values.std(ddof=1) for side, values in parts.items()}
+        likely = {side: norm(values.mean(), stds[side]).pdf(victim[sample]) for side, values in parts.items()}
+        assert np.exp(online[sample]) == pytest.approx(likely[True] / likely[False])
+        below = norm(parts[False].mean(), stds[False]).cdf(victim[sample])
+        assert norm.cdf(offline[sample]) == pytest.approx(below)
 
 
 def test_the_scaled_confidence_is_the_log_odds_of_the_true_class():

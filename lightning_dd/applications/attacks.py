@@ -163,27 +163,20 @@ def scaled_confidence(logits: Array, labels: Array) -> Array:
     return result
 
 
-def lira(
-    victim: Array,
-    shadows: Array,
-    inside: NDArray[np.bool_],
-    mode: str = "online",
-    pooled_variance: bool | None = None,
-) -> Array:
+def lira(victim: Array, shadows: Array, inside: NDArray[np.bool_], mode: str = "online") -> Array:
     """Return LiRA's membership score per sample, larger meaning "member" (Carlini et al. 2022, arXiv 2112.03570).
 
     Shadow models are trained like the victim on random halves of a pool, so for every sample there are some that
     learned from it (IN) and others that did not (OUT). ``online`` is the log-likelihood ratio
     ``log N(phi; mu_in, s_in) - log N(phi; mu_out, s_out)``. ``offline`` looks at OUT models alone:
-    ``(phi - mu_out) / s_out``, monotone in the paper's one-sided probability.
+    ``(phi - mu_out) / s_out``, monotone in the paper's one-sided probability. With fewer than 64 shadow models there is
+    one variance within samples for IN and one for OUT, as the paper advises, instead of one per sample.
 
     Args:
         victim: phi of the victim ``(N,)``, see :func:`scaled_confidence`.
         shadows: phi of S shadow models ``(S, N)``.
         inside: ``(S, N)``, whether the shadow model learned from the sample.
         mode: ``online`` or ``offline``.
-        pooled_variance: one variance within samples for IN and one for OUT, instead of one per sample; ``None`` pools
-            below 64 shadow models, as the paper advises.
 
     Raises:
         UserError: shapes disagree, the mode is unknown, or a sample has too few IN or OUT models.
@@ -192,7 +185,7 @@ def lira(
         raise UserError(f"LiRA's mode must be one of {', '.join(MODES)}, got '{mode}'")
     if shadows.shape != inside.shape or shadows.shape[1:] != victim.shape:
         raise UserError(f"LiRA: shapes disagree: victim {victim.shape}, shadows {shadows.shape}, inside {inside.shape}")
-    pooled = len(shadows) < _FEW if pooled_variance is None else pooled_variance
+    pooled = len(shadows) < _FEW
     mean_out, std_out = _normals(shadows, ~inside, pooled, "OUT")
     if mode == "offline":
         result: Array = (victim - mean_out) / std_out
