@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import LinearNetwork, TinyData, tiny_trainer
+from helpers import LinearNetwork, TinyData, tiny_settings, tiny_trainer
 from pytorch_lightning import Callback
 from pytorch_lightning.callbacks import ModelCheckpoint
 from timm.optim import Lamb
@@ -10,13 +10,14 @@ from timm.optim import Lamb
 from lightning_dd.callbacks import ExportDistilledSet, PoolAlternation, SyntheticImages
 from lightning_dd.data import Batch, RawSplit
 from lightning_dd.distilled.set import DistilledSet
-from lightning_dd.distillers import FRePo
+from lightning_dd.distillers import DC, DM, DSA, MTT, RDED, FRePo, Random, SRe2L, TeacherDistiller, base
 from lightning_dd.distillers.base import Probe
 from lightning_dd.distillers.checkpoint import distilled_from_checkpoint
 from lightning_dd.models import build_network
 from lightning_dd.models.interface import features_in_slices
 from lightning_dd.models.pool import rest
-from lightning_dd.students.recipe import warmup_cosine
+from lightning_dd.pretrained import Teacher
+from lightning_dd.students.recipe import PROTOCOLS, protocol, warmup_cosine
 from lightning_dd.utils.errors import UserError
 
 TINY = {
@@ -362,3 +363,41 @@ def test_validate_test_and_predict_work_without_a_fit(tmp_path):
     batches = trainer.predict(model, data)
     assert sum(len(batch) for batch in batches) == 36
     torch.testing.assert_close(batches[0].sum(1), torch.ones(len(batches[0])))
+
+
+@pytest.mark.parametrize(
+    ("cls", "labels", "name"),
+    [
+        (FRePo, "learned", "frepo"),
+        (DC, "hard", "dc"),
+        (DSA, "hard", "dsa"),
+        (DM, "hard", "dsa"),
+        (MTT, "hard", "mtt"),
+        (Random, "hard", "dsa"),
+        (Random, "soft", "sre2l"),
+        (SRe2L, "soft", "sre2l"),
+        (RDED, "soft", "rded"),
+    ],
+)
+def test_the_score_that_chooses_the_best_set_is_trained_by_the_methods_own_protocol(
+    cls, labels, name, tmp_path, monkeypatch
+):
+    recipes = []
+    monkeypatch.setattr(base, "train_student", lambda network, distilled, recipe, seed: recipes.append(recipe))
+    settings = {"architecture": "convnet:width=4,depth=2", "labels": labels, "probe": Probe()}
+    if issubclass(cls, TeacherDistiller):
+        settings["teacher"] = Teacher("convnet:width=4,depth=2,norm=batch", steps=40, lr=0.02)
+    model = cls(**tiny_settings(cls) | settings | ({"step_size": 0.25} if cls is MTT else {}))
+    trainer = tiny_trainer(tmp_path, callbacks=[])
+    trainer.validate(model, TinyData(val_fraction=0.25), verbose=False)
+    model.probe = Probe(steps=9, lr=0.3)
+    trainer.validate(model, TinyData(val_fraction=0.25), verbose=False)
+    published = PROTOCOLS[name].suited_to("convnet", 0.25)  # MTT's learned step size
+    assert recipes == [published, protocol(name, steps=9, lr=0.3)]
+    assert (published.lr == 0.25) == (cls is MTT)
+
+
+def test_a_probe_names_a_published_protocol():
+    assert Probe(protocol="dc_digits").recipe("dc") == PROTOCOLS["dc_digits"]
+    with pytest.raises(UserError, match="unknown protocol 'krr'"):
+        Probe(protocol="krr")

@@ -104,6 +104,8 @@ def test_rates_by_architecture_and_learned_with_the_set():
     assert protocol("mtt").suited_to("convnet", learned_lr=0.02).lr == 0.02
     assert protocol("mtt").suited_to("convnet").lr == 0.01
     assert protocol("dsa").suited_to("convnet", learned_lr=0.02).lr == 0.01
+    for name in ("mtt", "rded"):  # what is given counts
+        assert protocol(name, lr=0.3).suited_to("vgg11", learned_lr=0.02).lr == 0.3
 
 
 @pytest.mark.parametrize(("name", "spared"), [("rded", True), ("sre2l", True), ("dsa", False)])

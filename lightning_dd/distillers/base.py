@@ -19,6 +19,7 @@ from lightning_dd.pretrained.classifier import Committee, Teacher
 from lightning_dd.pretrained.task import Task
 from lightning_dd.students.loop import train_student
 from lightning_dd.students.recipe import Recipe
+from lightning_dd.students.recipe import protocol as published
 from lightning_dd.synthetic.labels import Labels, TeacherLabels
 from lightning_dd.synthetic.parameterisation import Parameterisation, Pixels, SyntheticSet
 from lightning_dd.utils.arguments import plain_values, public_settings, revive
@@ -32,19 +33,24 @@ class Probe:
     """The student that is trained for each validation score of a run.
 
     Args:
-        steps: training steps; ``None`` takes FRePo's table by the number of images.
-        lr: peak learning rate.
+        steps: training steps; ``None`` takes the protocol's.
+        lr: peak learning rate, likewise.
+        protocol: a published recipe (:data:`~lightning_dd.students.recipe.PROTOCOLS`); ``None`` takes the method's own.
+
+    Raises:
+        UserError: the protocol is unknown, or a number is out of range.
     """
 
     steps: int | None = None
-    lr: float = 3e-4
+    lr: float | None = None
+    protocol: str | None = None
 
     def __post_init__(self) -> None:
-        self.recipe()
+        self.recipe("frepo")
 
-    def recipe(self) -> Recipe:
-        """Return how it is trained."""
-        return Recipe(steps=self.steps, lr=self.lr)
+    def recipe(self, own: str) -> Recipe:
+        """Return how it is trained where the method's own protocol has this name."""
+        return published(self.protocol or own, steps=self.steps, lr=self.lr)
 
 
 class Distiller(Resumable, ScoredModule):
@@ -68,7 +74,7 @@ class Distiller(Resumable, ScoredModule):
         init: ``real`` starts from random training images, ``noise`` from a standard normal; latents ignore it.
         parameterisation: what the images are learned through; ``None`` is :class:`~lightning_dd.synthetic.Pixels`.
         lr: outer learning rate.
-        probe: the student that is trained for each validation score.
+        probe: the student that is trained for each validation score, by the method's own protocol unless it names one.
         train_missing: train what the method builds on and the cache lacks (teachers, experts, generators); false
             refuses instead.
         seed: the run's one seed.
@@ -85,6 +91,10 @@ class Distiller(Resumable, ScoredModule):
     """The labels that outer steps of the method are defined for, its own first."""
     learns: ClassVar[bool] = True
     """Whether outer steps change the synthetic set; a method that selects real images only does not."""
+    protocol: ClassVar[str] = "frepo"
+    """The published recipe of the method's students."""
+    soft_protocol: ClassVar[str] = "sre2l"
+    """That of students which learn from a teacher's labels."""
 
     synthetic: SyntheticSet
     task: Task
@@ -121,7 +131,7 @@ class Distiller(Resumable, ScoredModule):
         self.architectures, self.networks = architecture, NetworkMixture.parse(architecture)
         self.architecture = self.networks.main
         self.ipc, self.label_kind, self.init, self.lr = ipc, kind, init, lr
-        self.probe_recipe = (Probe(**probe) if isinstance(probe, dict) else probe).recipe()
+        self.probe = Probe(**probe) if isinstance(probe, dict) else probe
         self.train_missing, self.seed = train_missing, seed
         self._watched: dict[str, Tensor] = {}
 
@@ -251,10 +261,12 @@ class Distiller(Resumable, ScoredModule):
 
         Every validation starts from the same weights and order, so scores of one run compare.
         """
-        seed = derive_seed(self.seed, "probe")
+        seed, distilled = derive_seed(self.seed, "probe"), self.distilled_set()
+        recipe = self.probe.recipe(self.soft_protocol if distilled.label_kind == "soft" else self.protocol)
+        recipe = recipe.suited_to(self.student_architecture, distilled.training.get("step_size"))
         with torch.inference_mode(mode=False):  # Lightning is in it already, and parameters made in it cannot learn
             probe = self.build_network(seed, self.student_architecture).to(self.device)
-            train_student(probe, self.distilled_set(), self.probe_recipe, seed)
+            train_student(probe, distilled, recipe, seed)
         self._probe = (probe,)  # in a tuple: a registered network would enter the checkpoint
 
     def scored_logits(self, images: Tensor) -> Tensor:

@@ -47,6 +47,7 @@ class DC(ClassMatching):
     """
 
     label_kinds: ClassVar[tuple[str, ...]] = ("hard", "centred", "learned")
+    protocol: ClassVar[str] = "dc"
 
     def __init__(
         self,
@@ -149,6 +150,8 @@ class DSA(DC):
         augment: see :class:`~lightning_dd.distillers.matching.ClassMatching`.
         **kwargs: see :class:`DC`.
     """
+
+    protocol: ClassVar[str] = "dsa"
 
     def __init__(self, init: str = "real", augment: str = "auto", **kwargs: Any) -> None:
         super().__init__(init=init, augment=augment, **kwargs)

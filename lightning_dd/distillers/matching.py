@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,8 @@ class ClassMatching(PoolDistiller):
         inner_batch_size: synthetic images per inner step.
         **kwargs: see :class:`PoolDistiller`.
     """
+
+    protocol: ClassVar[str] = "dsa"
 
     def __init__(
         self,

@@ -64,6 +64,7 @@ class MTT(Distiller):
     """
 
     label_kinds: ClassVar[tuple[str, ...]] = ("hard", "centred", "learned")
+    protocol: ClassVar[str] = "mtt"
 
     def __init__(
         self,

@@ -1,6 +1,6 @@
 """RDED: realistic, diverse and efficient sets without any optimisation (Sun et al. 2024, arXiv 2312.03526)."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -42,6 +42,8 @@ class RDED(SelectionDistiller):
     Raises:
         UserError: (also in ``setup``) there are too few candidates, or an image cannot be tiled.
     """
+
+    soft_protocol: ClassVar[str] = "rded"
 
     def __init__(
         self,

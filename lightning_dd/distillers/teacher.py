@@ -1,6 +1,6 @@
 """Distillers that need a teacher: networks trained on the real data before the first outer step."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 from lightning_dd.distillers.base import Distiller
 from lightning_dd.models.interface import Network
@@ -18,6 +18,8 @@ class TeacherDistiller(Distiller):
         teacher: one network, or a committee of several (:class:`~lightning_dd.pretrained.Teacher`).
         **kwargs: see :class:`Distiller`.
     """
+
+    protocol: ClassVar[str] = "dsa"
 
     def __init__(
         self,

@@ -321,7 +321,8 @@ def protocol(name: str, **changes: Any) -> Recipe:
 
     Args:
         name: of the recipe.
-        **changes: settings of :class:`Recipe`; ``None`` keeps the published value.
+        **changes: settings of :class:`Recipe`; ``None`` keeps the published value. A given learning rate is that of
+            every architecture, also where one was learned with the set.
 
     Raises:
         UserError: the name is unknown, or a setting is out of range.
@@ -334,4 +335,7 @@ def protocol(name: str, **changes: Any) -> Recipe:
     """
     if name not in PROTOCOLS:
         raise unknown_name("protocol", name, PROTOCOLS)
-    return replace(PROTOCOLS[name], **{key: value for key, value in changes.items() if value is not None})
+    given = {key: value for key, value in changes.items() if value is not None}
+    if "lr" in given:
+        given = {"lr_of": (), "learned_lr": False} | given
+    return replace(PROTOCOLS[name], **given)
