@@ -50,6 +50,22 @@ def draw_crops(
     return boxes / torch.tensor([width, height, width, height])
 
 
+def draw_padded(count: int, sides: tuple[int, int], padding: int, generator: torch.Generator) -> Tensor:
+    """Draw crops of an image's own size out of the padded image, as torchvision's ``RandomCrop`` does.
+
+    Args:
+        count: boxes N.
+        sides: height and width of the images in pixels.
+        padding: pixels on every side.
+        generator: CPU generator.
+
+    Returns:
+        ``(N, 4)``, as :func:`draw_crops`; they go over the border.
+    """
+    places = torch.randint(-padding, padding + 1, (count, 2), generator=generator)
+    return torch.cat([places / torch.tensor(sides[::-1]), torch.ones(count, 2)], 1)
+
+
 def resample(images: Tensor, crops: Tensor, flips: Tensor, outside: Tensor | None = None) -> Tensor:
     """Bring crops of images back to full size (bilinear) and mirror some; every row by itself, whatever the batch.
 

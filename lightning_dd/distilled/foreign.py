@@ -48,7 +48,7 @@ class ForeignSet(NamedTuple):
 def _read_frepo(images: Path, labels: Path | None, experiment: int, facts: DataFacts) -> ForeignSet:
     """FRePo: 'image' (n, H, W, C) and 'label' of an .npz file, or the checkpoint of its PyTorch branch."""
     torch_branch = images.suffix in (".pt", ".pth")
-    state = _entry(_load_torch(images), "syndata_state_dict", images) if torch_branch else _load_npz(images)
+    state = _entry(load_torch(images), "syndata_state_dict", images) if torch_branch else _load_npz(images)
     keys = ("x_syn", "y_syn") if torch_branch else ("image", "label")
     found, targets = (_entry(state, key, images) for key in keys)
     pictures = _tensor(found, keys[0], images, _IMAGES)
@@ -59,7 +59,7 @@ def _read_frepo(images: Path, labels: Path | None, experiment: int, facts: DataF
 
 def _read_dc(images: Path, labels: Path | None, experiment: int, facts: DataFacts) -> ForeignSet:
     """DC, DSA and DM: 'data' is a list with one pair of images and labels for each experiment."""
-    pairs = _entry(_load_torch(images), "data", images)
+    pairs = _entry(load_torch(images), "data", images)
     if not isinstance(pairs, list) or not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs):
         raise UserError(f"'{images}': 'data' must be a list of pairs of images and labels")
     if not 0 <= experiment < len(pairs):
@@ -71,7 +71,7 @@ def _read_dc(images: Path, labels: Path | None, experiment: int, facts: DataFact
 def _read_mtt(images: Path, labels: Path | None, experiment: int, facts: DataFacts) -> ForeignSet:
     """MTT, and DATM with logits for labels: a tensor in each of two files."""
     assert labels is not None
-    pictures, targets = _tensor(_load_torch(images), "images", images, _IMAGES), _load_torch(labels)
+    pictures, targets = _tensor(load_torch(images), "images", images, _IMAGES), load_torch(labels)
     if isinstance(targets, Tensor) and targets.ndim == 2:
         return ForeignSet(pictures, _tensor(targets, "labels", labels, _ROWS).float(), "soft")
     return ForeignSet(pictures, _classes(targets, labels), "hard")
@@ -106,7 +106,7 @@ def _classes_of_folders(folders: list[str], root: Path, facts: DataFacts) -> dic
     return numbers
 
 
-def _load_torch(file: Path) -> Any:
+def load_torch(file: Path) -> Any:
     """Load tensors, containers and numbers; refuse a file that holds anything else."""
     try:
         with torch.serialization.safe_globals(_SCORES):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from lightning_dd.augment.crops import draw_crops, resample
+from lightning_dd.augment.crops import draw_crops, draw_padded, resample
 from lightning_dd.data.sampling import ShuffledStream
 from lightning_dd.utils.errors import UserError, check_range, unknown_name
 from lightning_dd.utils.seeding import make_generator
@@ -205,10 +205,9 @@ def draw_views(
     if height % style.tiles or width % style.tiles:
         raise UserError(f"labels.tiles={style.tiles} do not divide images of {(height, width)} pixels")
     if style.padding:
-        places = torch.randint(-style.padding, style.padding + 1, (epochs, rows, 2), generator=generator)
-        crops = torch.cat([places / torch.tensor([width, height]), torch.ones(epochs, rows, 2)], 2)
+        crops = draw_padded(epochs * rows, (height, width), style.padding, generator)
     else:
-        crops = draw_crops(epochs * rows, (height, width), style.min_scale, generator).view(epochs, rows, 4)
+        crops = draw_crops(epochs * rows, (height, width), style.min_scale, generator)
     flips = torch.rand(epochs, rows, generator=generator) < (0.5 if flip else 0.0)
     partners = torch.rand(epochs, rows, generator=generator).argsort(1)  # a permutation of the rows in each epoch
     pastes, shares = torch.zeros(epochs, rows, 4, dtype=torch.int16), None
@@ -221,7 +220,7 @@ def draw_views(
     if style.tiles > 1:
         orders = torch.rand(epochs, rows, 2, style.tiles, generator=generator).argsort(-1).to(torch.int8)
     return SoftViews(
-        crops=crops,
+        crops=crops.view(epochs, rows, 4),
         flips=flips,
         partners=partners.int(),
         pastes=pastes,

@@ -1,31 +1,47 @@
 """Classifiers trained on the real data: teachers, committees of them, and the architectures that MetaDD compares."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_dd.augment.frepo import Augmentation
+from lightning_dd.augment.crops import draw_crops, draw_padded, resample
+from lightning_dd.augment.frepo import Augmentation, Operation
 from lightning_dd.data.sampling import answers, next_batch
 from lightning_dd.models.factory import Architectures, NetworkMixture, build_network
 from lightning_dd.models.interface import Network
 from lightning_dd.models.pool import rest
-from lightning_dd.pretrained.task import Made, Task, fit, read_trained, train_once
+from lightning_dd.pretrained.task import Made, Task, fit, is_trained, read_trained, train_once
+from lightning_dd.pretrained.weights import fetch_weights, fit_weights, read_weights
 from lightning_dd.students.recipe import Recipe
-from lightning_dd.utils.errors import UserError, check_range
+from lightning_dd.utils.errors import UserError, check_range, unknown_name
 from lightning_dd.utils.seeding import derive_seed, make_generator, seeded
 
 _ROWS = 512
 """Images in one forward pass of a teacher."""
 
+_SGD = Recipe(lr=0.1, warmup=0, final_lr=0.0, augment="none", optimizer="sgd", momentum=0.9, schedule="cosine")
+
+TRAININGS: dict[str, tuple[Recipe, int]] = {
+    # SRe2L's squeeze_cifar.py: 78.7 % on CIFAR-100 with ResNet-18. RDED trains its teachers after SRe2L.
+    "sre2l_cifar": (replace(_SGD, epochs=200, batch_size=128, weight_decay=5e-4), 4),
+    # zeyuanyin/tiny-imagenet, train.py and train_rn18.sh: 59.6 % with ResNet-18.
+    "sre2l_tiny": (replace(_SGD, epochs=50, lr=0.2, warmup=5, batch_size=256, weight_decay=1e-4), 0),
+}
+"""Published trainings on real data by name: how, and with how many pixels of black images are padded before a crop of
+their size is cut; 0 cuts random resized crops. Half of the images are mirrored where the data may be."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifierRecipe:
-    """How a network is trained on the real data.
+    """How a network is trained on the real data: by AdamW with FRePo's augmentation, or as published.
 
     Args:
+        protocol: a published training (:data:`TRAININGS`), which says all but its length; ``None`` takes what follows.
+        epochs: passes over the data in place of the published ones.
         steps: training steps.
         lr: peak learning rate of AdamW.
         weight_decay: of AdamW.
@@ -39,15 +55,63 @@ class ClassifierRecipe:
     lr: float = 2e-3
     weight_decay: float = 0.01
     batch_size: int = 128
+    protocol: str | None = None
+    epochs: int | None = None
 
     def __post_init__(self) -> None:
-        check_range("at least 1", "training on the real data: ", steps=self.steps, batch_size=self.batch_size)
+        if self.protocol is not None and self.protocol not in TRAININGS:
+            raise unknown_name("protocol of training on the real data", self.protocol, TRAININGS)
+        for name in ("steps", "lr", "weight_decay", "batch_size") if self.protocol else ("epochs",):
+            if getattr(self, name) != getattr(ClassifierRecipe, name):
+                raise UserError(
+                    f"training on the real data: {name} goes without a protocol, epochs with one of "
+                    f"{', '.join(TRAININGS)}"
+                )
+        counts = {"steps": self.steps, "batch_size": self.batch_size, "epochs": self.epochs}
+        check_range("at least 1", "training on the real data: ", **counts)
         check_range("positive", "training on the real data: ", lr=self.lr)
         check_range("at least 0", "training on the real data: ", weight_decay=self.weight_decay)
 
+    def recipe(self) -> Recipe:
+        """Return optimizer, schedule and length."""
+        if self.protocol is not None:
+            published = TRAININGS[self.protocol][0]
+            return published if self.epochs is None else replace(published, epochs=self.epochs)
+        numbers = {"steps": self.steps, "lr": self.lr, "weight_decay": self.weight_decay, "batch_size": self.batch_size}
+        return Recipe(**numbers, warmup=self.steps // 10, final_lr=0.0, optimizer="adamw")  # type: ignore[arg-type]
+
+    def identity(self) -> dict[str, Any]:
+        """Return what the trained weights depend on; settings that came later are left out where they are not used."""
+        given = {setting.name: getattr(self, setting.name) for setting in fields(ClassifierRecipe)}
+        return {name: value for name, value in given.items() if value is not None}
+
+    def augmentation(self, task: Task) -> Operation:
+        """Return what is done to a batch of normalised images, with a CPU generator."""
+        if self.protocol is None:
+            return Augmentation("auto", task.facts.mirror)
+        padding, mirrors = TRAININGS[self.protocol][1], 0.5 if task.facts.mirror else 0.0
+        channels, height, width = task.facts.image_shape
+        black = task.preprocessing(torch.zeros(1, channels, height, width)).mean((0, 2, 3)).to(task.device)
+
+        def cut(images: Tensor, generator: torch.Generator) -> Tensor:
+            count, sides = len(images), (height, width)
+            if padding:
+                boxes = draw_padded(count, sides, padding, generator)
+            else:
+                boxes = draw_crops(count, sides, 0.08, generator)
+            flips = torch.rand(count, generator=generator) < mirrors
+            return resample(images, boxes.to(images.device), flips.to(images.device), black if padding else None)
+
+        return cut
+
 
 def trained_classifier(
-    architecture: str, task: Task, recipe: ClassifierRecipe, seed: int, file: Path | str | None = None
+    architecture: str,
+    task: Task,
+    recipe: ClassifierRecipe,
+    seed: int,
+    file: Path | str | None = None,
+    weights: str | None = None,
 ) -> tuple[Network, float]:
     """Return a network trained on this data: from a given file, from the cache, or trained now.
 
@@ -56,7 +120,8 @@ def trained_classifier(
         task: the run's data.
         recipe: how it is trained.
         seed: of weights, batches and augmentation.
-        file: a file of the cache for the same data, to be used instead.
+        file: a file of the cache for the same data, or of a network's weights, to be used instead.
+        weights: those a library publishes, to be used instead (:func:`~lightning_dd.pretrained.weights.fetch_weights`).
 
     Returns:
         The network in inference mode, without parameter gradients, on the task's device, and its validation accuracy
@@ -68,20 +133,25 @@ def trained_classifier(
     """
 
     def make() -> Made:
-        accuracy = _fit(architecture, network, task, recipe, seed)
-        if accuracy < 1.5 / facts.num_classes:
-            raise UserError(
-                f"{what} is at chance on the validation split ({100 * accuracy:.1f} % of {facts.num_classes} classes): "
-                "train it longer or with another learning rate, or choose another"
-            )
-        return network.state_dict(), {"accuracy": accuracy}
+        _fit(architecture, network, task, recipe, seed)
+        return network.state_dict(), {"accuracy": _accuracy(network, task, what)}
 
     facts, what = task.facts, f"architecture '{architecture}'"
-    weights = derive_seed(seed, "architecture", architecture)
-    network = build_network(architecture, facts.num_classes, facts.image_shape, weights)
+    start = derive_seed(seed, "architecture", architecture)
+    network = build_network(architecture, facts.num_classes, facts.image_shape, start)
+    if weights is not None or (file is not None and not is_trained(Path(file))):
+        with task.first_process_first(what):  # one fetches, the others find it
+            state = (
+                read_weights(Path(str(file)))
+                if weights is None
+                else fetch_weights(architecture, weights, task.preprocessing)
+            )
+        fit_weights(network, state, facts, f"weights '{weights or file}' of {what}")
+        rest(network)
+        network = network.to(task.device)
+        return network, _accuracy(network, task, what) if task.images is not None else float("nan")
     if file is None:
-        settings = {setting.name: getattr(recipe, setting.name) for setting in fields(ClassifierRecipe)}
-        identity = {"architecture": architecture, "recipe": settings, "mirror": facts.mirror, "seed": seed}
+        identity = {"architecture": architecture, "recipe": recipe.identity(), "mirror": facts.mirror, "seed": seed}
         identity["augmentation"] = "edges repeat"  # those of earlier versions had learned from zeros outside of images
         trained = train_once("classifiers", identity, make, task, what)
     else:
@@ -94,10 +164,11 @@ def trained_classifier(
     return network.to(task.device), float(trained.facts["accuracy"])
 
 
-def _fit(architecture: str, network: Network, task: Task, recipe: ClassifierRecipe, seed: int) -> float:
-    """Train in place with cross-entropy; return the validation accuracy in [0, 1]."""
-    seed = derive_seed(seed, "classifier", architecture)
-    stream, augmentation = task.stream(recipe.batch_size, seed), Augmentation("auto", task.facts.mirror)
+def _fit(architecture: str, network: Network, task: Task, recipe: ClassifierRecipe, seed: int) -> None:
+    """Train in place with cross-entropy."""
+    seed, how = derive_seed(seed, "classifier", architecture), recipe.recipe()
+    stream = task.stream(how.batch_for(len(task.train), task.facts.num_classes), seed)
+    augmentation = recipe.augmentation(task)
 
     def loss_at(step: int) -> Tensor:
         images, labels = next_batch(task.train, stream, task.device)
@@ -105,18 +176,21 @@ def _fit(architecture: str, network: Network, task: Task, recipe: ClassifierReci
         with seeded(derive_seed(seed, "dropout", step)):
             return F.cross_entropy(network(images).float(), labels)
 
-    adamw = Recipe(
-        steps=recipe.steps,
-        lr=recipe.lr,
-        warmup=recipe.steps // 10,
-        final_lr=0.0,
-        optimizer="adamw",
-        weight_decay=recipe.weight_decay,
-    )
-    fit(task, network, adamw, loss_at, f"training {architecture}")
+    fit(task, network, how, loss_at, f"training {architecture}")
     network.eval()
+
+
+@torch.no_grad()
+def _accuracy(network: Network, task: Task, what: str) -> float:
+    """Return the accuracy on the validation split in [0, 1]; refuse a network at chance."""
     correct = answers(network, task.validation, task.device).argmax(1) == task.validation.labels.cpu()
-    return float(correct.float().mean())
+    accuracy, classes = float(correct.float().mean()), task.facts.num_classes
+    if accuracy < 1.5 / classes:
+        raise UserError(
+            f"{what} is at chance on the validation split ({100 * accuracy:.1f} % of {classes} classes): "
+            "train it longer or with another learning rate, or choose another"
+        )
+    return accuracy
 
 
 @dataclass(frozen=True)
@@ -127,7 +201,12 @@ class Teacher(ClassifierRecipe):
         architecture: a name of the factory; several names, or names with weights, are a committee. ``None`` takes the
             architecture of the distiller.
         seed: of weights and batches; kept apart from the run's seed, so that runs share teachers.
-        file: a trained teacher of your own instead (written by this project); of one architecture.
+        file: a trained teacher of your own instead, of one architecture: a file of this project's cache, or weights as
+            safetensors or as a PyTorch file of a state dict, by the names of the architecture's library.
+        weights: what timm or torchvision publishes for the architecture instead: ``default``, or a name as
+            ``IMAGENET1K_V1`` of torchvision and ``a1_in1k`` of timm. Of ImageNet's classes those of the data are kept.
+        protocol: a published training (:data:`TRAININGS`) in place of AdamW: ``sre2l_cifar`` or ``sre2l_tiny``.
+        epochs: passes over the data in place of the published ones.
         steps: training steps of each.
         lr: peak learning rate of AdamW.
         weight_decay: of AdamW.
@@ -140,9 +219,12 @@ class Teacher(ClassifierRecipe):
     architecture: Architectures | None = None
     seed: int = 0
     file: str | None = None
+    weights: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.file is not None and self.weights is not None:
+            raise UserError("teacher.file and teacher.weights exclude each other")
         if self.architecture is not None:
             NetworkMixture.parse(self.architecture)
 
@@ -164,7 +246,9 @@ class Teacher(ClassifierRecipe):
             UserError: one cannot be trained or read, or is at chance.
         """
         mixture = self.mixture(otherwise)
-        networks = [trained_classifier(name, task, self, self.seed, self.file)[0] for name in mixture.names]
+        networks = [
+            trained_classifier(name, task, self, self.seed, self.file, self.weights)[0] for name in mixture.names
+        ]
         return Committee(networks, mixture)
 
 

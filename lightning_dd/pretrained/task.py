@@ -187,6 +187,14 @@ def train_once(kind: str, identity: Mapping[str, Any], make: Callable[[], Made],
             return _find(path, identity) or _keep(path, identity, *make())
 
 
+def is_trained(path: Path) -> bool:
+    """Whether a file was written by :func:`train_once`."""
+    try:
+        return bool(_header(path))
+    except (SafetensorError, OSError, ValueError):
+        return False
+
+
 def read_trained(path: Path, what: str) -> Trained:
     """Read a file of :func:`train_once` that the user names; its identity is among the facts.
 

@@ -153,5 +153,8 @@ def public_settings(hparams: Any) -> dict[str, Any]:
 def refuse_other(what: str, saved: Mapping[str, Any], here: Mapping[str, Any]) -> None:
     """Refuse to continue a checkpoint of another configuration or of other data, naming the first difference."""
     for name, there in saved.items():  # a setting that came later has a default that changes nothing
-        if there != here.get(name):
+        now = here.get(name)
+        if isinstance(there, Mapping) and isinstance(now, Mapping):  # nor does one of an object's
+            now = {key: value for key, value in now.items() if key in there}
+        if there != now:
             raise UserError(f"the checkpoint is of {what}: {name} is {there!r} there and {here.get(name)!r} here")
