@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lightning_dd.callbacks import MetaDD
+from lightning_dd.callbacks.metadd import Look
 from lightning_dd.losses.metadd import MetaOptions
 from lightning_dd.pretrained import ClassifierRecipe
 
@@ -19,5 +20,6 @@ def metadd(flat: Mapping[str, Any]) -> MetaDD:
     own = {name: value for name, value in flat.items() if name not in (*LOSS, "relative", "steady", "train_steps")}
     loss = MetaOptions(**{name: flat[name] for name in LOSS if name in flat})
     relative, steady = flat.get("relative", True), flat.get("steady", True)
+    own["looks"] = {name: Look(**look) for name, look in flat.get("looks", {}).items()}
     own["scale"] = "absolute" if not relative else "steady" if steady else "norm"
     return MetaDD(loss=loss, training=ClassifierRecipe(steps=flat.get("train_steps", 1000)), **own)

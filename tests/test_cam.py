@@ -70,6 +70,22 @@ def test_rows_weigh_the_logits_and_indices_are_one_hot_rows():
     torch.testing.assert_close(by_index, class_activation_map(network, images, F.one_hot(classes, 10).float()).maps)
 
 
+def test_without_a_class_the_map_is_of_the_predicted_one():
+    network, images = frozen("conv:width=4"), random_images()
+    predicted = network(images).argmax(1)
+    assert torch.equal(
+        class_activation_map(network, images, None).maps, class_activation_map(network, images, predicted).maps
+    )
+
+
+def test_divided_by_its_largest_value_a_map_keeps_its_zero():
+    raw = torch.tensor([[[1.0, 2.0], [4.0, 3.0]], [[2.0, 2.0], [2.0, 2.0]]])
+    maps, alive = normalise_maps(raw, (2, 2), "max")
+    torch.testing.assert_close(maps[0], raw[0] / 4)
+    assert alive.tolist() == [True, False]
+    assert not maps[1].any()
+
+
 @pytest.mark.parametrize("detached", [True, False])
 @pytest.mark.parametrize(
     ("name", "kind", "grid"),

@@ -14,12 +14,14 @@ from safetensors.torch import save_file
 
 from lightning_dd.callbacks import MetaDD, MetaFeatureImages, PoolAlternation
 from lightning_dd.callbacks.metadd import Look
+from lightning_dd.callbacks.pictures import feature_figure
 from lightning_dd.distillers import FRePo, PoolDistiller
 from lightning_dd.distillers.base import Probe
 from lightning_dd.losses.metadd import MetaOptions
 from lightning_dd.losses.metadd_gradient import naive_loss
 from lightning_dd.pretrained import ClassifierRecipe, Task, trained_classifier
 from lightning_dd.utils.errors import UserError
+from lightning_dd.utils.seeding import make_generator
 
 ARCHITECTURES = ["conv:width=4,depth=2,norm=none", "convnet:width=4,depth=2", "alexnet:width=4"]
 TINY = {
@@ -221,7 +223,7 @@ def test_a_few_architectures_look_in_a_step_and_all_in_turn():
 
 
 def test_one_architecture_may_look_where_no_maps_are_compared(tmp_path):
-    callback = metadd(per_step=1, variance=0.0, architectures={ARCHITECTURES[0]: 0.9, ARCHITECTURES[1]: 0.1})
+    callback = metadd(per_step=1, variance=0.0, kl=0.0, architectures={ARCHITECTURES[0]: 0.9, ARCHITECTURES[1]: 0.1})
     model, _ = fit(tmp_path, callback)
     assert torch.isfinite(model.synthetic.images).all()
     first = [callback.looking_at(step)[0].name == ARCHITECTURES[0] for step in range(200)]
@@ -247,9 +249,42 @@ def test_mixed_precision_and_clipping(tmp_path, kwargs):
     assert torch.isfinite(model.synthetic.images).all()
 
 
-def test_a_distillers_own_network_can_be_the_consensus(tmp_path):
-    model, _ = fit(tmp_path, metadd(consensus="distiller"))
+@pytest.mark.parametrize("attached", [False, True])
+def test_a_distillers_own_network_is_the_consensus_and_sees_the_same_view(attached, tmp_path, monkeypatch):
+    callback = metadd(consensus="distiller", detach_consensus=not attached, augment="crop")
+    model, trainer = fit(tmp_path, callback)
     assert torch.isfinite(model.synthetic.images).all()
+    seen = []
+
+    def look(images):
+        seen.append(images)
+        return linear(images.flatten(1))
+
+    linear = torch.nn.Linear(16 * 16, model.facts.num_classes).requires_grad_(False)
+    monkeypatch.setattr(FRePo, "network", property(lambda self: look))
+    images, labels = (part.detach().requires_grad_() for part in model.synthetic())
+    callback.add(trainer, model, images, labels, images.sum())[1]["metadd"].backward()
+    (view,) = seen
+    assert not torch.equal(view, images)
+    assert view.requires_grad == attached
+    again = images.detach().clone().requires_grad_()
+    cropped = callback.augmentation(again, make_generator(callback.seed, "augment", trainer.global_step))
+    torch.testing.assert_close(view, cropped)
+    consensus = linear(cropped.flatten(1))
+    arguments = (callback.architectures, cropped, labels.detach(), "learned", callback.options, consensus)
+    naive_loss(*arguments).loss.backward()
+    torch.testing.assert_close(images.grad, again.grad, rtol=1e-4, atol=1e-7)
+
+
+def test_how_good_the_architectures_are_is_said_logged_and_drawn(tmp_path, caplog):
+    caplog.set_level("INFO", "pytorch_lightning")
+    callback = metadd()
+    fit(tmp_path, callback, 1, callbacks=[MetaFeatureImages(str(tmp_path))])
+    for name, accuracy in callback.accuracies.items():
+        assert f"MetaDD's {name} is right on {100 * accuracy:.1f} % of the validation split" in caplog.text
+    pixels, maps = torch.rand(1, 3, 16, 16), torch.rand(2, 1, 4, 4)
+    figure = feature_figure(pixels, maps, ["conv:width=4", "torchvision/googlenet"], accuracies=[0.5, 0.987])
+    assert [axis.get_title() for axis in figure.axes[1:3]] == ["conv\n50.0 %", "googlenet\n98.7 %"]
 
 
 def test_a_resumed_run_equals_the_run_never_interrupted(tmp_path):
@@ -365,9 +400,13 @@ def test_foreign_files_are_refused(tmp_path):
         ({"every": 0}, "metadd.every must be at least 1, got 0"),
         (
             {"per_step": 1},
-            r"per_step must be from 2 \(maps are compared\) to the number of architectures",
+            r"per_step must be from 2 \(they are compared\) to the number of architectures",
         ),
-        ({"per_step": 4, "variance": 0.0}, "per_step must be from 1 to the number of architectures, 3, or none, got 4"),
+        ({"per_step": 1, "variance": 0.0}, r"per_step must be from 2 \(they are compared\)"),  # an ensemble of one
+        (
+            {"per_step": 4, "variance": 0.0, "kl": 0.0},
+            "per_step must be from 1 to .*, 3, or none, got 4",
+        ),
         ({"threshold": 2.0}, r"threshold must be in \(0, 1\]"),
         ({"consensus": "crowd"}, "unknown metadd consensus 'crowd'"),
         ({"looks": {"resnet18": Look(layer="layer4")}}, "metadd.looks names 'resnet18', which is none of its archite"),

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,10 +16,7 @@ from lightning_dd.losses.metadd import (
     architecture_cross_entropy,
     ensemble_logits,
     label_distribution,
-    map_entropy,
-    map_variance,
-    meta_partition,
-    positivity,
+    prediction_logits,
 )
 from lightning_dd.losses.metadd_gradient import Architecture, gathered_loss, naive_loss
 from lightning_dd.models import build_network
@@ -30,10 +28,6 @@ ONLY_VARIANCE = {"cross_entropy": 0.0, "kl": 0.0}
 
 def random(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def random_maps(count=3, rows=4, side=5, seed=0):
-    return torch.rand(count, rows, side, side, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def architecture(name, seed=0, scale=10.0, **settings):
@@ -79,6 +73,11 @@ def assert_close_to(found, expected, tolerance):
         {"detach_consensus": False, "kl_direction": "forward", "temperature": 2.0},
         {"consensus": "distiller", "temperature": 4.0},
         {"consensus": "distiller", "detach_consensus": False, "kl_direction": "forward"},
+        {"consensus": "distiller", "detach_consensus": False, "detach_architectures": True, "kl": -0.5},
+        {"detach_consensus": False, "detach_architectures": True},
+        {"positivity": 1.0, "positivity_form": "heterogeneous", "threshold": 0.4, "detach_weights": False},
+        {"positivity": 1.0, "positivity_form": "position", "variance": 0.0},
+        {"cam_class": "prediction", "normalisation": "max", "positivity": 1.0, "detach_weights": False},
         {"variance": 0.0},
         ONLY_VARIANCE,
     ],
@@ -96,6 +95,9 @@ def test_the_gathered_gradient_is_that_of_one_graph(architectures, batch, change
     assert expected[0].norm() > 0
     assert (expected[1].norm() > 0) == (options.cross_entropy > 0)
     assert (expected[2].norm() > 0) == (options.consensus == "distiller" and not options.detach_consensus)
+    if options.detach_architectures:
+        alone = gradients(naive_loss(*arguments[:4], replace(options, kl=0.0), consensus), images)
+        assert_close_to(expected[:1], alone, 1e-12)
     assert_close_to(gradients(gathered, images, labels, consensus), expected, 1e-9)
     torch.testing.assert_close(gathered.loss, naive.loss, rtol=1e-9, atol=0)
     for name, value in naive.terms.items():
@@ -182,63 +184,6 @@ def test_autocast_keeps_the_gradient_finite_and_near(batch, dtype):
     assert F.cosine_similarity(found.flatten(), exact.flatten(), dim=0) > (0.9 if dtype == torch.bfloat16 else 0.9999)
 
 
-def test_partition_by_brute_force():
-    maps = random_maps()
-    alive = torch.tensor([[1, 1, 0, 0], [1, 0, 0, 1], [1, 1, 1, 1]]).bool()
-    maps = maps * alive[:, :, None, None]
-    for threshold, mask in itertools.product((0.3, 0.5, 0.7), (None, alive)):
-        part = meta_partition(maps, threshold, mask)
-        for n in range(4):
-            live = [m for m in range(3) if mask is None or mask[m, n]]
-            both, any_high = 0, 0
-            for i, j in itertools.product(range(5), range(5)):
-                high = [bool(maps[m, n, i, j] >= threshold) for m in range(3)]
-                meta = len(live) >= 2 and all(high[m] for m in live)
-                assert part.meta[n, i, j] == meta
-                for m in range(3):
-                    assert part.heterogeneous[m, n, i, j] == (high[m] and m in live and not meta)
-                both, any_high = both + meta, any_high + any(high[m] for m in live)
-            assert part.ratio[n] == pytest.approx(both / any_high if any_high else 0.0)
-
-
-def test_variance_by_brute_force_and_its_closed_derivative():
-    maps = random_maps().requires_grad_()
-    alive = torch.tensor([[1, 1, 0, 0], [1, 0, 0, 1], [1, 1, 1, 1]]).bool()
-    expected, slope = 0.0, torch.zeros_like(maps)
-    for n in range(4):
-        live = alive[:, n].nonzero()[:, 0]
-        if len(live) >= 2:
-            values = maps.detach()[live, n]
-            expected += values.var(0, correction=0).mean() / 4
-            slope[live, n] = 2 / len(live) * (values - values.mean(0)) / (4 * 25)
-    variance = map_variance(maps, alive)
-    torch.testing.assert_close(variance, torch.as_tensor(expected))
-    torch.testing.assert_close(torch.autograd.grad(variance, maps)[0], slope)
-    assert map_variance(maps, torch.zeros(3, 4, dtype=torch.bool)) == 0
-
-
-def test_positivity_rewards_high_maps_inside_the_mask_only():
-    maps, meta = random_maps().requires_grad_(), random_maps(1, seed=1)[0] > 0.6
-    meta[2] = False
-    alive = torch.ones(3, 4, dtype=torch.bool)
-    alive[1, 0] = False
-    expected = [(1 - maps[alive[:, n], n][:, meta[n]]).mean() if meta[n].any() else torch.tensor(0.0) for n in range(4)]
-    found = positivity(maps, meta, alive)
-    torch.testing.assert_close(found, torch.stack([e.double() for e in expected]).mean())
-    slope = torch.autograd.grad(found, maps)[0]
-    assert (slope[:, ~meta] == 0).all()
-    assert (slope[0][meta] < 0).all()
-
-
-def test_map_entropy_is_one_for_flat_maps_and_zero_for_a_point():
-    point = torch.zeros(1, 4, 4)
-    point[0, 1, 2] = 0.3
-    assert map_entropy(torch.full((1, 4, 4), 0.2)) == pytest.approx(1)
-    assert map_entropy(point) == 0
-    assert map_entropy(torch.cat([point, torch.zeros(2, 4, 4), torch.ones(1, 4, 4)])) == pytest.approx(0.5)
-    assert map_entropy(torch.zeros(2, 4, 4)) == 0
-
-
 @pytest.mark.parametrize("classes", [2, 10, 200])
 def test_start_labels_of_every_kind_mean_their_class(classes):
     rows = torch.arange(4) % classes
@@ -259,6 +204,32 @@ def test_learned_labels_stay_distributions_and_get_gradient():
     hopeless = torch.full((1, 5), -9.0, requires_grad=True)
     architecture_cross_entropy(torch.zeros(1, 5), hopeless, "learned").backward()
     assert torch.isfinite(hopeless.grad).all()
+
+
+@pytest.mark.parametrize("classes", [2, 10, 200])
+def test_a_regression_networks_answer_becomes_a_sure_prediction(classes):
+    rows = torch.arange(2)
+    answers = initial_labels(rows, classes, "learned").double()  # what FRePo's network returns when it is right
+    right, nothing = (prediction_logits(part, "learned").softmax(1) for part in (answers, 0 * answers))
+    assert right[rows, rows].min() > 0.99
+    assert classes != 10 or answers.softmax(1)[0, 0] == pytest.approx(0.232, abs=1e-3)  # what its softmax would say
+    torch.testing.assert_close(nothing, torch.full_like(nothing, 1 / classes))
+    logits = random(2, classes)
+    assert torch.isfinite(agreement_kl(100 * logits, prediction_logits(-answers, "centred"), 1.0, "reverse"))
+    assert torch.equal(prediction_logits(logits, "hard"), logits)
+    near = (answers + 0.01 * logits).requires_grad_()
+    assert torch.autograd.gradcheck(lambda y: prediction_logits(y.abs() + 0.1, "learned"), near)
+
+
+@pytest.mark.parametrize("kind", ["learned", "hard"])
+def test_each_architecture_is_compared_with_the_main_networks_prediction(architectures, batch, kind):
+    images, labels = batch
+    answers = 3 * random(ROWS, CLASSES, seed=2)
+    options = MetaOptions(consensus="distiller", variance=0.0, cross_entropy=0.0)
+    found = gathered_loss(architectures[:2], images, labels.detach(), kind, options, answers)
+    main = prediction_logits(answers, kind).log_softmax(1)
+    own = [a.network(x).log_softmax(1) for a, x in views(architectures[:2], images)]
+    torch.testing.assert_close(found.loss, sum((p.exp() * (p - main)).sum(1).mean() for p in own) / 2)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
@@ -285,7 +256,11 @@ def test_ensemble_is_the_mean_prediction_and_its_own_gradient_vanishes_in_revers
     ("settings", "message"),
     [
         ({"variance": -1}, "metadd weight variance must be at least 0, got -1"),
-        ({"kl": -0.5}, "metadd weight kl must be at least 0"),
+        ({"kl": math.inf}, "metadd weight kl must be a finite number, got inf"),
+        ({"detach_architectures": True}, "detach_consensus and detach_architectures leave kl nothing to move"),
+        ({"positivity_form": "metta"}, "unknown metadd positivity_form 'metta'; did you mean 'meta'"),
+        ({"cam_class": "labels"}, "unknown metadd cam_class 'labels'; did you mean 'label'"),
+        ({"normalisation": "sum"}, "unknown metadd normalisation 'sum'"),
         ({"cross_entropy": math.nan}, "metadd weight cross_entropy must be at least 0"),
         ({"positivity": -2}, "metadd weight positivity"),
         ({"temperature": 0}, "metadd temperature must be positive"),

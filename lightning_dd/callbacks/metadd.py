@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import torch
 from pytorch_lightning import LightningModule, Trainer
+from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor
 
 from lightning_dd.augment.frepo import Augmentation
@@ -49,8 +50,9 @@ class MetaDD(OuterTerm):
     gradient is exact and gathered one architecture at a time. This callback owns *when*, *on how many rows* and *to
     whom*.
 
-    Under DDP every rank takes its share of the rows drawn for a step. Architectures see their own preprocessing:
-    images of a whitened set are un-whitened for them.
+    Under DDP every rank takes its share of the rows drawn for a step. Architectures, and the method's own network where
+    it is the consensus, see one view of the images, each in its own preprocessing: images of a whitened set are
+    un-whitened for the architectures.
 
     Args:
         architectures: names of the factory, or names with probabilities; keep them apart from those you evaluate as
@@ -69,7 +71,7 @@ class MetaDD(OuterTerm):
         warmup: outer steps over which ``weight`` then rises linearly.
         rows: synthetic images per step, drawn anew each time; ``None`` takes all.
         per_step: architectures that look in a step, drawn anew each time by their probabilities; ``None`` takes all.
-            The time of a step then does not grow with their number. Terms that compare maps need 2.
+            The time of a step then does not grow with their number. Terms that compare architectures need 2.
         augment: a strategy of :class:`~lightning_dd.augment.frepo.Augmentation`, of which one operation is drawn per
             step and applied before the architectures look; ``auto`` is FRePo's family for the data, ``none`` is none.
         training: how an architecture is trained on the real data.
@@ -104,12 +106,12 @@ class MetaDD(OuterTerm):
         if scale not in SCALES:
             raise unknown_name("metadd scale", scale, SCALES)
         self.mixture = NetworkMixture.parse(architectures)
-        count, fewest = len(self.mixture.names), 2 if loss.uses_maps else 1
+        count, fewest = len(self.mixture.names), loss.fewest
         if count < fewest:
             raise UserError(f"metadd needs at least {fewest} architectures to compare, got {count}")
         if per_step is not None and not fewest <= per_step <= count:
             raise UserError(
-                f"metadd.per_step must be from {fewest}{' (maps are compared)' * (fewest - 1)} to the "
+                f"metadd.per_step must be from {fewest}{' (they are compared)' * (fewest - 1)} to the "
                 f"number of architectures, {count}, or none, got {per_step}"
             )
         self.looks = looks or {}
@@ -158,7 +160,9 @@ class MetaDD(OuterTerm):
             self.architectures.append(Architecture(network, adapt, look.layer, look.cam, name))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log how good the architectures are."""
+        """Say and log how good the architectures are: maps of poor ones mean little."""
+        for name, accuracy in self.accuracies.items():
+            rank_zero_info(f"MetaDD's {name} is right on {100 * accuracy:.1f} % of the validation split")
         accuracies = {f"metadd/accuracy/{name}": value for name, value in self.accuracies.items()}
         for logger in trainer.loggers:
             logger.log_metrics(accuracies, trainer.global_step)
@@ -173,8 +177,10 @@ class MetaDD(OuterTerm):
         rows = self._rows(trainer, len(images))
         labels = labels if self.move_labels else labels.detach()
         few, few_labels = (images, labels) if rows is None else (images[rows], labels[rows])
-        consensus = distiller.network(few.detach()) if self.options.consensus == "distiller" else None
         seen = self.augmentation(few, make_generator(self.seed, "augment", step))
+        consensus = None
+        if self.options.consensus == "distiller":
+            consensus = distiller.network(seen.detach() if self.options.detach_consensus else seen)
         result = self.measure(seen, few_labels, distiller.label_kind, consensus, self.looking_at(step))
         watched = {**result.terms, "loss": result.loss.detach()}
         factor: Tensor | float = weight

@@ -18,7 +18,7 @@ from lightning_dd.callbacks.metadd import MetaDD
 from lightning_dd.callbacks.run import RunFiles
 from lightning_dd.distilled.set import DistilledSet
 from lightning_dd.distillers.base import Distiller
-from lightning_dd.losses.metadd import meta_partition
+from lightning_dd.losses.meta_features import meta_partition
 from lightning_dd.utils.errors import UserError, check_range
 from lightning_dd.utils.files import write_atomically
 
@@ -118,7 +118,10 @@ class MetaFeatureImages(Pictures):
             images, labels = distiller.synthetic()
             result = metadd.measure(images, labels, distiller.label_kind, labels)
         pixels = distiller.distilled_set(views=False).pixels()
-        figure = feature_figure(pixels, result.maps.cpu(), list(metadd.mixture.names), metadd.options.threshold)
+        accuracies = [metadd.accuracies[name] for name in metadd.mixture.names]
+        figure = feature_figure(
+            pixels, result.maps.cpu(), list(metadd.mixture.names), metadd.options.threshold, accuracies
+        )
         for board in _boards(trainer):
             board.add_figure("metadd/features", figure, trainer.global_step)
             board.add_scalar("metadd/meta_ratio_of_all", float(result.terms["meta_ratio"]), trainer.global_step)
@@ -167,7 +170,9 @@ def label_heat_map(labels: Tensor, class_names: tuple[str, ...]) -> Figure:
     return figure
 
 
-def feature_figure(pixels: Tensor, maps: Tensor, names: list[str], threshold: float = 0.5) -> Figure:
+def feature_figure(
+    pixels: Tensor, maps: Tensor, names: list[str], threshold: float = 0.5, accuracies: list[float] | None = None
+) -> Figure:
     """Draw one row per image: the image, each architecture's map over it, meta and heterogeneous features.
 
     Args:
@@ -175,6 +180,7 @@ def feature_figure(pixels: Tensor, maps: Tensor, names: list[str], threshold: fl
         maps: ``(M, N, I, J)`` normalised, dead ones all zero; they cover the images as the architectures see them.
         names: of the M architectures.
         threshold: from where on a map value is high.
+        accuracies: of the architectures on real images, in [0, 1], to be shown beside their names.
 
     Returns:
         The figure: N rows of ``M + 3`` pictures; heterogeneous features are coloured by how many maps are high.
@@ -188,6 +194,8 @@ def feature_figure(pixels: Tensor, maps: Tensor, names: list[str], threshold: fl
     figure = Figure(figsize=(1.15 * columns, 1.15 * rows + 0.9), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False)
     short = [name.partition(":")[0].rpartition("/")[2][:16] for name in names]
+    if accuracies is not None:
+        short = [f"{name}\n{100 * accuracy:.1f} %" for name, accuracy in zip(short, accuracies, strict=True)]
     for axis, title in zip(axes[0], ["image", *short, "meta", "heterogeneous"], strict=True):
         axis.set_title(title, fontsize=7)
     for row in range(rows):

@@ -12,17 +12,15 @@ from lightning_dd.losses.krr import (
     label_margin_loss,
 )
 from lightning_dd.losses.matching import StatisticsDistance, class_mean_distance, gradient_distance
+from lightning_dd.losses.meta_features import map_entropy, map_variance, meta_partition, positivity
 from lightning_dd.losses.metadd import (
     MetaOptions,
     agreement_kl,
     architecture_cross_entropy,
     ensemble_logits,
     label_distribution,
-    map_entropy,
-    map_variance,
-    meta_partition,
     metadd_loss,
-    positivity,
+    prediction_logits,
 )
 from lightning_dd.losses.metadd_gradient import Architecture, gathered_loss, naive_loss
 from lightning_dd.losses.trajectory import constant_memory, functional_loss, trajectory_loss, unrolled
@@ -59,6 +57,7 @@ __all__ = [
     "naive_loss",
     "normalise_maps",
     "positivity",
+    "prediction_logits",
     "trajectory_loss",
     "unrolled",
 ]

@@ -22,6 +22,8 @@ from lightning_dd.utils.errors import UserError, unknown_name
 
 CAM_KINDS = ("auto", "gradcam", "attention")
 """``gradcam``: Grad-CAM of the last map or tokens; ``attention``: see :func:`attention_map`; ``auto``: ``gradcam``."""
+NORMALISATIONS = ("minmax", "max")
+"""How a map comes to [0, 1]: ``(map - min) / (max - min)``, or ``map / max``, where 0 stays no evidence at all."""
 
 _FLAT = 1e-6
 
@@ -38,7 +40,7 @@ class Cam(NamedTuple):
 def class_activation_map(
     network: Network,
     images: Tensor,
-    scores_for: Tensor,
+    scores_for: Tensor | None,
     kind: str = "auto",
     layer: str | None = None,
     detach_weights: bool = True,
@@ -55,7 +57,7 @@ def class_activation_map(
         images: ``(N, C, H, W)`` in the network's own preprocessing.
         scores_for: class indices ``(N,)``, or rows ``(N, num_classes)`` of weights of the logits. For learned soft
             labels give the class of the row: a row mixes in the evidence for other classes, which are not what a
-            meta feature of this class is.
+            meta feature of this class is. None asks for the class that the network itself predicts.
         kind: one of :data:`CAM_KINDS`; ``attention`` for transformers only.
         layer: name of a module as in ``network.named_modules()``; None finds the last map, see
             :func:`~lightning_dd.losses.cam_layers.find_layer`. For ``attention`` the module that returns the matrix.
@@ -114,16 +116,17 @@ def attention_map(attention: Tensor, gradient: Tensor, frame: tuple[int, int]) -
     return keys[:, -grid[0] * grid[1] :].reshape(-1, *grid)
 
 
-def normalise_maps(maps: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Resize maps to one grid and scale each to [0, 1] by its own smallest and largest value.
+def normalise_maps(maps: Tensor, size: tuple[int, int], form: str = "minmax") -> tuple[Tensor, Tensor]:
+    """Resize maps to one grid and scale each to [0, 1] by its own values.
 
-    Bilinear (antialiased where the grid is coarser), then ``(map - min) / (max - min)``; in float32, or float64 for
+    Bilinear (antialiased where the grid is coarser), then one of :data:`NORMALISATIONS`; in float32, or float64 for
     such maps, also under autocast. A map is dead if it is flat: its range is below 1e-6 logits or 1e-6 of its largest
     value, or if it is not finite. Dead maps become zeros with zero gradient.
 
     Args:
-        maps: ``(N, h, w)``.
+        maps: ``(N, h, w)``, at least 0.
         size: ``(I, J)`` of the grid.
+        form: one of :data:`NORMALISATIONS`.
 
     Returns:
         The maps ``(N, I, J)`` in [0, 1], and which of them are alive, ``(N,)`` bool.
@@ -141,7 +144,8 @@ def normalise_maps(maps: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]
         low, high = resized.amin((1, 2), keepdim=True), resized.amax((1, 2), keepdim=True)
         span = high - low
         alive = (span > _FLAT) & (span > _FLAT * high.abs())
-        scaled = (resized - low) / torch.where(alive, span, 1.0)
+        base = low if form == "minmax" else torch.zeros_like(low)
+        scaled = (resized - base) / torch.where(alive, high - base, 1.0)
         return torch.where(alive, scaled, 0.0), alive[:, 0, 0]
 
 
@@ -192,8 +196,10 @@ def _gradcam(
     return (weights * wide(maps)).sum(1).relu()
 
 
-def _score(logits: Tensor, scores_for: Tensor) -> Tensor:
+def _score(logits: Tensor, scores_for: Tensor | None) -> Tensor:
     """Sum over the batch of the chosen logits; samples do not touch each other's maps."""
+    if scores_for is None:
+        scores_for = logits.detach().argmax(1)
     if scores_for.ndim == 1 and len(scores_for) == len(logits) and not scores_for.is_floating_point():
         return logits.gather(1, scores_for[:, None]).sum()
     if scores_for.shape == logits.shape:

@@ -14,14 +14,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_dd.losses.cam import CAM_KINDS
+from lightning_dd.losses.cam import CAM_KINDS, NORMALISATIONS
 from lightning_dd.losses.gradients import wide
 from lightning_dd.losses.krr import LABEL_KINDS
-from lightning_dd.utils.errors import UserError, check_count, unknown_name
+from lightning_dd.losses.meta_features import POSITIVITY_FORMS, map_entropy, map_variance, meta_partition, positivity
+from lightning_dd.utils.errors import UserError, check_count, check_range, unknown_name
 
 KL_DIRECTIONS = ("reverse", "forward")
-CONSENSUS = ("ensemble", "distiller")
+_NAMES = {
+    "kl_direction": KL_DIRECTIONS,
+    "consensus": ("ensemble", "distiller"),
+    "positivity_form": POSITIVITY_FORMS,
+    "cam": CAM_KINDS,
+    "cam_class": ("label", "prediction"),
+    "normalisation": NORMALISATIONS,
+}
 _SMALLEST = 1e-12
+_DOUBT = 0.01
+"""Share of a regression network's prediction that is spread over all classes, so that no class is impossible."""
 
 
 @dataclass(frozen=True)
@@ -34,14 +44,21 @@ class MetaOptions:
     Args:
         variance: weight of the maps' variance over architectures.
         cross_entropy: weight of the architectures' cross-entropy on the labels.
-        kl: weight of the divergence between each architecture's prediction and the common one.
-        positivity: weight of the term that wants maps high inside the meta mask.
+        kl: weight of the divergence between each architecture's prediction and the common one; a negative one drives
+            them apart, for the reviews leave the sign open.
+        positivity: weight of :func:`positivity`.
+        positivity_form: its ``form``: ``meta``, ``heterogeneous`` or ``position``.
         temperature: of the divergence.
         kl_direction: ``reverse`` is KL(architecture || consensus), ``forward`` KL(consensus || architecture).
-        consensus: ``ensemble`` is the mean prediction, ``distiller`` the logits given from outside.
+        consensus: the common prediction: ``ensemble`` is the architectures' mean, ``distiller`` that of the network
+            the method itself looks through, as the reviews have it.
         detach_consensus: take the common prediction for a constant target.
+        detach_architectures: take the architectures' predictions for constant in the divergence, so that only the
+            common one is moved.
         threshold: from where on a map value is high, in (0, 1].
         cam: ``gradcam``, ``attention`` or ``auto``.
+        cam_class: maps are of the ``label`` of an image, or of each architecture's own ``prediction``.
+        normalisation: of maps, ``minmax`` or ``max``.
         detach_weights: take Grad-CAM's weights for constant; False is the exact derivative.
         grid: side of the grid that maps are compared on.
 
@@ -63,25 +80,31 @@ class MetaOptions:
     cross_entropy: float = 1.0
     kl: float = 1.0
     positivity: float = 0.0
+    positivity_form: str = "meta"
     temperature: float = 1.0
     kl_direction: str = "reverse"
     consensus: str = "ensemble"
     detach_consensus: bool = True
+    detach_architectures: bool = False
     threshold: float = 0.5
     cam: str = "auto"
+    cam_class: str = "label"
+    normalisation: str = "minmax"
     detach_weights: bool = True
     grid: int = 14
 
     def __post_init__(self) -> None:
-        for name in ("variance", "cross_entropy", "kl", "positivity"):
-            weight = getattr(self, name)
-            if not (0 <= weight < math.inf):
-                raise UserError(f"the metadd weight {name} must be at least 0, got {weight}")
-        if not 0 < self.temperature < math.inf:
-            raise UserError(f"metadd temperature must be positive, got {self.temperature}")
-        if not 0 < self.threshold <= 1:
-            raise UserError(f"metadd threshold must be in (0, 1], got {self.threshold}")
-        for name, known in (("kl_direction", KL_DIRECTIONS), ("consensus", CONSENSUS), ("cam", CAM_KINDS)):
+        weights = {name: getattr(self, name) for name in ("variance", "cross_entropy", "positivity")}
+        check_range("at least 0", "the metadd weight ", **weights)
+        if not math.isfinite(self.kl):
+            raise UserError(f"the metadd weight kl must be a finite number, got {self.kl}")
+        check_range("positive", "metadd ", temperature=self.temperature)
+        check_range("in (0, 1]", "metadd ", threshold=self.threshold)
+        if self.kl and self.detach_consensus and self.detach_architectures:
+            raise UserError(
+                "metadd detach_consensus and detach_architectures leave kl nothing to move: set one to false"
+            )
+        for name, known in _NAMES.items():
             if getattr(self, name) not in known:
                 raise unknown_name(f"metadd {name}", str(getattr(self, name)), known)
         if check_count("metadd grid", self.grid) < 2:
@@ -91,6 +114,11 @@ class MetaOptions:
     def uses_maps(self) -> bool:
         """Whether a term with weight depends on the maps."""
         return self.variance > 0 or self.positivity > 0
+
+    @property
+    def fewest(self) -> int:
+        """How many architectures must look together for every term with weight to say something."""
+        return 2 if self.uses_maps or (self.kl and self.consensus == "ensemble") else 1
 
     def more_terms(self, maps: Tensor, alive: Tensor, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Return terms of a subclass's own, scalars by name; each is weighted by the field of its name.
@@ -134,7 +162,8 @@ def metadd_loss(
         labels: ``(N, C)`` rows.
         label_kind: ``learned``, ``centred`` or ``hard``.
         options: weights and switches.
-        consensus_logits: ``(N, C)`` of the distiller's own network, for ``consensus: distiller``.
+        consensus_logits: ``(N, C)``, what the distiller's own network returned, for ``consensus: distiller``; they
+            become logits by :func:`prediction_logits`.
 
     Raises:
         UserError: the distiller's logits are asked for and missing.
@@ -142,18 +171,20 @@ def metadd_loss(
     if options.consensus == "distiller" and consensus_logits is None:
         raise UserError("metadd consensus 'distiller' needs the logits of the distiller's own network")
     with torch.autocast(logits.device.type, enabled=False):
-        teacher = ensemble_logits(logits, options.temperature) if options.consensus == "ensemble" else consensus_logits
-        teacher = cast(Tensor, teacher)
-        if options.detach_consensus:
-            teacher = teacher.detach()
+        if options.consensus == "ensemble":
+            teacher = ensemble_logits(logits, options.temperature)
+        else:
+            teacher = prediction_logits(cast(Tensor, consensus_logits), label_kind)
+        teacher = teacher.detach() if options.detach_consensus else teacher
+        students = logits.detach() if options.detach_architectures else logits
         part = meta_partition(maps, options.threshold, alive)
         fits = [architecture_cross_entropy(one, labels, label_kind) for one in logits]
-        divergences = [agreement_kl(one, teacher, options.temperature, options.kl_direction) for one in logits]
+        divergences = [agreement_kl(one, teacher, options.temperature, options.kl_direction) for one in students]
         terms = {
             "variance": map_variance(maps, alive),
             "cross_entropy": torch.stack(fits).mean(),
             "kl": torch.stack(divergences).mean(),
-            "positivity": positivity(maps, part.meta, alive),
+            "positivity": positivity(maps, part, alive, options.positivity_form),
             **options.more_terms(maps, alive, logits, labels),
         }
         # A term without weight is left out, not multiplied by 0: it needs no graph, and 0 x inf is NaN.
@@ -165,62 +196,6 @@ def metadd_loss(
             "dead_maps": 1 - alive.to(maps.dtype).mean(),
         }
     return WeightedTerms(total, {name: value.detach() for name, value in (terms | watched).items()})
-
-
-class Partition(NamedTuple):
-    """Which pixels the architectures agree on."""
-
-    meta: Tensor
-    """``(N, I, J)`` bool: high in all maps."""
-    heterogeneous: Tensor
-    """``(M, N, I, J)`` bool: high in this map but not in all."""
-    ratio: Tensor
-    """``(N,)`` ``|meta| / |high in any|``; 0 where no map is high anywhere."""
-
-
-def meta_partition(maps: Tensor, threshold: float = 0.5, alive: Tensor | None = None) -> Partition:
-    """Split the pixels into meta and heterogeneous ones; high is ``>= threshold``. Without gradient.
-
-    Args:
-        maps: ``(M, N, I, J)`` normalised.
-        threshold: the paper's is 0.5.
-        alive: ``(M, N)`` bool; dead maps are left out of "all". None takes every map for live. An image with fewer
-            than two live maps has no meta pixel: one architecture agrees with nobody.
-
-    Example:
-        >>> maps = torch.tensor([[[[0.9, 0.7, 0.1]]], [[[0.8, 0.2, 0.3]]]])
-        >>> part = meta_partition(maps)
-        >>> part.meta.tolist(), part.heterogeneous[0].tolist(), part.ratio.tolist()
-        ([[[True, False, False]]], [[[False, True, False]]], [0.5])
-    """
-    live = torch.ones_like(maps[:, :, :1, :1], dtype=torch.bool) if alive is None else alive[:, :, None, None]
-    high = (maps.detach() >= threshold) & live
-    meta = (high | ~live).all(0) & (live.sum(0) >= 2)
-    union = high.any(0).sum((1, 2))
-    ratio = meta.sum((1, 2)) / union.clamp(min=1)
-    return Partition(meta, high & ~meta, ratio)
-
-
-def map_variance(maps: Tensor, alive: Tensor) -> Tensor:
-    """Variance over architectures of the map value at the same pixel, averaged over pixels and images.
-
-    ``1/N sum_n 1/(I J) sum_ij 1/M_n sum_m (C^m_nij - mean_nij)^2`` over the ``M_n`` live maps of image n; an image
-    with fewer than two of them counts as 0. The derivative is ``2/(M_n N I J) (C^m - mean)``: the deviations sum to
-    zero, so architectures are coupled through the mean alone.
-
-    Args:
-        maps: ``(M, N, I, J)`` normalised.
-        alive: ``(M, N)`` bool.
-
-    Example:
-        >>> map_variance(torch.tensor([[[[0.0]]], [[[1.0]]]]), torch.ones(2, 1, dtype=torch.bool))
-        tensor(0.2500)
-    """
-    counts = alive.sum(0)
-    values = wide(maps)
-    weight = ((alive & (counts >= 2)).to(values.dtype) / counts.clamp(min=1))[:, :, None, None]
-    mean = (weight * values).sum(0)
-    return (weight * (values - mean).square()).sum(0).mean()
 
 
 def label_distribution(labels: Tensor, label_kind: str) -> Tensor:
@@ -247,6 +222,25 @@ def label_distribution(labels: Tensor, label_kind: str) -> Tensor:
     count = rows.shape[1]
     positive = (rows * math.sqrt(count / 10) + 1 / count).clamp(min=0)
     return positive / positive.sum(1, keepdim=True).clamp(min=_SMALLEST)
+
+
+def prediction_logits(outputs: Tensor, label_kind: str) -> Tensor:
+    """Return logits whose softmax is what a network trained on labels of a kind predicts, ``(N, C)``, with graph.
+
+    Trained on ``hard`` labels, it returns logits. Trained by regression on ``learned`` or ``centred`` ones (FRePo),
+    it does not: the softmax of a perfect answer, .95 for the class and -.05... for nine others, peaks at .23. Its
+    answer is read as its labels are, by :func:`label_distribution`, with a hundredth of it spread evenly: the perfect
+    answer peaks at .99, that of a network which knows nothing, zeros, is even, and no divergence is infinite. A
+    temperature would serve one number of classes and one peak alone.
+
+    Example:
+        >>> outputs = torch.tensor([[0.9, *[-0.1] * 9], [0.0] * 10])
+        >>> prediction_logits(outputs, "learned").softmax(1).amax(1).round(decimals=3).tolist()
+        [0.9909999966621399, 0.10000000149011612]
+    """
+    if label_kind == "hard":
+        return outputs
+    return ((1 - _DOUBT) * label_distribution(outputs, label_kind) + _DOUBT / outputs.shape[1]).log()
 
 
 def architecture_cross_entropy(logits: Tensor, labels: Tensor, label_kind: str) -> Tensor:
@@ -292,33 +286,3 @@ def ensemble_logits(logits: Tensor, temperature: float) -> Tensor:
     """
     log_p = F.log_softmax(wide(logits) / temperature, 2)
     return temperature * (log_p.logsumexp(0) - math.log(len(logits)))
-
-
-def positivity(maps: Tensor, meta: Tensor, alive: Tensor) -> Tensor:
-    """How far the maps are from 1 inside the meta mask: mean over live maps, meta pixels and images of ``1 - C``.
-
-    The paper's third term is not public; this is the reading that works against maps that agree by being empty.
-    Images without meta pixels count as 0.
-
-    Args:
-        maps: ``(M, N, I, J)`` normalised.
-        meta: ``(N, I, J)`` bool, a constant.
-        alive: ``(M, N)`` bool.
-    """
-    inside = meta & alive[:, :, None, None]
-    missing = torch.where(inside, 1 - wide(maps), 0.0).sum((0, 2, 3))
-    return (missing / inside.sum((0, 2, 3)).clamp(min=1)).mean()
-
-
-def map_entropy(maps: Tensor) -> Tensor:
-    """Mean entropy of maps ``(..., I, J)`` read as distributions, relative to ``log(I J)``. Without gradient.
-
-    1 is a map that is the same everywhere, 0 a single pixel. The variance alone is smallest when all maps collapse to
-    the same, and a jump to either end gives that away. Maps of zeros are left out; 0 if there is no other.
-    """
-    flat = wide(maps.detach()).flatten(-2).flatten(0, -2)
-    total = flat.sum(1)
-    shares = flat / total.clamp(min=_SMALLEST)[:, None]
-    entropy = torch.special.entr(shares).sum(1) / math.log(flat.shape[1])
-    counted = total > 0
-    return torch.where(counted, entropy, 0.0).sum() / counted.sum().clamp(min=1)

@@ -78,11 +78,11 @@ def gathered_loss(
     Args:
         architectures: at least one.
         images: ``(N, C, H, W)`` as the architectures' ``adapt`` take them.
-        labels: ``(N, num_classes)`` rows; the map is of the class of their largest entry.
+        labels: ``(N, num_classes)`` rows; ``cam_class: label`` takes the class of their largest entry.
         label_kind: ``learned``, ``centred`` or ``hard``.
         options: the switches.
-        consensus_logits: ``(N, num_classes)`` of the distiller's own network, for ``consensus="distiller"``. With
-            ``detach_consensus=False`` they get their gradient too.
+        consensus_logits: ``(N, num_classes)``, what the distiller's own network returned for these images, for
+            ``consensus="distiller"``. With ``detach_consensus=False`` they get their gradient too.
 
     Raises:
         UserError: there is no architecture, one is in training mode or has no map, or the logits of the distiller are
@@ -171,15 +171,16 @@ def _look(
             logits = architecture.network(adapted)
             return _View(logits, logits, logits)
         kind = architecture.cam or options.cam
+        classes = labels.argmax(1) if options.cam_class == "label" else None
         try:
             cam = class_activation_map(
-                architecture.network, adapted, labels.argmax(1), kind, architecture.layer, options.detach_weights
+                architecture.network, adapted, classes, kind, architecture.layer, options.detach_weights
             )
         except UserError as error:
             if not architecture.name:
                 raise
             raise UserError(f"{architecture.name}: {error}") from error
-    maps, alive = normalise_maps(cam.maps, (options.grid, options.grid))
+    maps, alive = normalise_maps(cam.maps, (options.grid, options.grid), options.normalisation)
     return _View(maps, alive, cam.logits.to(maps.dtype))
 
 
