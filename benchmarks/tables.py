@@ -39,7 +39,7 @@ def rendered(name: str) -> str:
     """Return the table of a file of recorded rows; ``metadd`` is the overview of all of MetaDD's ablations."""
     if name == "metadd":
         experiments = {path.stem: recorded(path) for path in sorted(ABLATIONS.glob("*.yaml"))}
-        return overview(experiments, ["default", "whole_norm", "published"]) + "\n"
+        return overview(experiments, ["default", "whole_norm", "absolute"]) + "\n"
     path = RESULTS / name
     if path.suffix == ".jsonl":
         return ablated(ABLATIONS / f"{path.stem.removeprefix('metadd_')}.yaml")

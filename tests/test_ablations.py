@@ -53,17 +53,31 @@ def test_the_setting_called_default_is_metadds_own(path):
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_the_setting_called_published_is_the_preset(path):
+def test_the_setting_called_reviewed_is_the_preset(path):
     experiment = load(path)
-    if "published" not in experiment["settings"]:
+    if "reviewed" not in experiment["settings"]:
         pytest.skip("this experiment is without it")
-    preset = load(BENCHMARKS.parent / "configs" / "metadd_published.yaml")["trainer"]["callbacks+"][0]["init_args"]
-    chosen = {**experiment["metadd"], **experiment["settings"]["published"]}
-    same = {name: chosen[name] for name in ("architectures",)} | {"training": {"steps": chosen["train_steps"]}}
+    preset = load(BENCHMARKS.parent / "configs" / "metadd_reviewed.yaml")["trainer"]["callbacks+"][0]["init_args"]
+    chosen = {**experiment["metadd"], **experiment["settings"]["reviewed"]}
     parser = ArgumentParser()
     parser.add_class_arguments(MetaDD, "metadd")
-    built = parser.instantiate_classes(parser.parse_object({"metadd": preset | same})).metadd
+    built = parser.instantiate_classes(parser.parse_object({"metadd": preset})).metadd
     assert metadd(chosen).state_dict()["settings"] == built.state_dict()["settings"]
+
+
+def test_the_reviewed_form_is_what_the_reviews_state():
+    settings = metadd(load(FILES[-1].parent / "frepo_mnist5k_ipc1.yaml")["settings"]["reviewed"])
+    families = [family(name).rpartition("/")[2] for name in settings.mixture.names]
+    assert len(families) == 4
+    assert families[:2] == ["googlenet", "resnet34"]
+    assert families[3].startswith("vit_")
+    assert [settings.looks[name].cam for name in settings.mixture.names if name in settings.looks] == ["attention"]
+    assert list(settings.looks) == [settings.mixture.names[3]]
+    options = settings.options
+    assert options.consensus == "distiller"
+    assert min(options.variance, options.cross_entropy, options.kl, options.positivity) > 0
+    assert (settings.every, settings.rows, settings.per_step, settings.scale) == (1, None, None, "absolute")
+    assert options.threshold == 0.5
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
