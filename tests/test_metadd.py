@@ -386,7 +386,11 @@ def test_foreign_files_are_refused(tmp_path):
     save_file({"weight": torch.zeros(2)}, foreign)
     text = tmp_path / "text.safetensors"
     text.write_text("hello")
-    for file, message in ((foreign, "do not fit images"), (text, "is not a safetensors file"), (tmp_path / "no", "no such file")):
+    for file, message in (
+        (foreign, "do not fit images"),
+        (text, "is not a safetensors file"),
+        (tmp_path / "no", "no such file"),
+    ):
         with pytest.raises(UserError, match=message):
             trained_classifier(ARCHITECTURES[0], task(), ClassifierRecipe(steps=1), 0, file)
 

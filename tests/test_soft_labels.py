@@ -155,6 +155,34 @@ def test_padded_views_are_crops_of_the_image_in_black_and_mixup_blends_whole_vie
     assert not many.pastes.any()
 
 
+@pytest.mark.parametrize("mix", ["cutmix", "mixup"])
+def test_a_batch_is_mixed_with_itself_by_one_box_or_one_share(mix):
+    style = ViewStyle(mix=mix, batch_size=4)
+    views = draw_views(50, (1, 32, 32), 10, 3, torch.Generator().manual_seed(0), style)
+    drawn = views.pastes if mix == "cutmix" else views.shares
+    kinds, last = set(), []
+    for epoch, order in enumerate(views.order.long()):
+        assert order.sort().values.tolist() == list(range(10))
+        for batch in order.split(4):
+            assert len(drawn[epoch, batch].unique(dim=0)) == 1
+            assert set(views.partners[epoch, batch].tolist()) == set(batch.tolist())
+            kinds.add(tuple(drawn[epoch, batch[0]].reshape(-1).tolist()))
+        last.append(tuple(order.tolist()))
+    assert len(kinds) > 100  # of 150 batches
+    assert len(set(last)) == 50
+    # Students of any seed see these batches: what FKD calls its sampler's seed.
+    rows = torch.arange(10.0).view(10, 1, 1, 1).expand(10, 1, 32, 32)
+    seen = [logits for _, logits in SyntheticBatches(rows, torch.zeros(10, 3), 4, 6, seed=9, views=_numbered(views))]
+    for step, logits in enumerate(seen):
+        assert torch.equal(logits[:, 0].long(), views.order[step // 2, 4 * (step % 2) :][:4].long())
+
+
+def _numbered(views):
+    """Let every view's first logit be its row."""
+    rows = torch.arange(len(views)).expand(views.epochs, -1)
+    return replace(views, logits=rows[:, :, None].expand(-1, -1, 3).half())
+
+
 def test_views_without_mixture_are_crops_alone():
     views = views_of(images_of(), style=ViewStyle(mix="none"))
     assert not views.pastes.any()
@@ -252,6 +280,7 @@ def put(value, *place):
         ({"crops": put(1.5, 0, 0, 2)}, "a crop lies outside its image"),
         ({"crops": put(0.0, 0, 0, 3)}, "a crop lies outside its image"),
         ({"partners": put(6, 0, 0)}, "a partner is none of the 6 rows"),
+        ({"order": put(6, 0, 0)}, "an order of rows is no permutation"),
         ({"pastes": put(9, 0, 0, 3)}, "a pasted box lies outside the images"),
         ({"flips": lambda flips: flips[:, :5]}, r"flips must be \(7, 6\) torch.bool, got \(7, 5\)"),
         ({"logits": lambda logits: logits[..., :2]}, "2 classes for 6 images and 3 classes"),
@@ -307,12 +336,16 @@ def test_the_soft_loss_is_the_mean_divergence_without_the_square_of_the_temperat
     torch.testing.assert_close(rows.grad, slope, rtol=1e-3, atol=1e-7)
 
 
-def test_every_pass_over_the_set_takes_its_own_epoch_of_views():
+@pytest.mark.parametrize("stored", [True, False])
+def test_every_pass_over_the_set_takes_its_own_epoch_of_views(stored):
     soft = soft_set()
+    soft = soft if stored else replace(soft, views=replace(soft.views, order=None))  # a file of an earlier version
     arguments = (soft.images, soft.labels, 2, 3 * EPOCHS + 3, 0)
     batches = list(SyntheticBatches(*arguments, views=soft.views))
     order = list(SyntheticBatches(torch.arange(6.0).view(6, 1, 1, 1), soft.labels, *arguments[2:]))
     for step, ((images, logits), (rows, _)) in enumerate(zip(batches, order, strict=True)):
+        if stored:
+            rows = soft.views.order[step // 3 % EPOCHS, 2 * (step % 3) :][:2]
         expected = soft.views.replay(soft.images, step // 3, rows.flatten().long())
         assert torch.equal(images, expected[0])
         assert torch.equal(logits, expected[1])

@@ -132,12 +132,16 @@ def _united_data(sets: Sequence[DistilledSet]) -> dict[str, Any]:
 
 
 def _united_views(views: Sequence[SoftViews], logits: Sequence[Tensor]) -> SoftViews:
-    """Put the views of all rows side by side; mixtures stay within a set."""
+    """Put the views of all rows side by side; mixtures stay within a set, and students mingle the sets."""
     before = accumulate((len(view) for view in views), initial=0)
-    parts = {name: [getattr(view, name) for view in views] for name in views[0].state_dict() if name != "outside"}
+    parts = {
+        name: [getattr(view, name) for view in views]
+        for name in views[0].state_dict()
+        if name not in ("outside", "order")
+    }
     parts["partners"] = [view.partners + rows for view, rows in zip(views, before, strict=False)]
     parts["logits"] = [rows.half() for rows in logits]
-    return replace(views[0], **{name: torch.cat(tensors, 1) for name, tensors in parts.items()})
+    return replace(views[0], order=None, **{name: torch.cat(tensors, 1) for name, tensors in parts.items()})
 
 
 def _check_alike(sets: Sequence[DistilledSet], names: Sequence[str]) -> None:

@@ -27,8 +27,9 @@ _DTYPES = {
     "shares": torch.float32,
     "tiles": torch.int8,
     "outside": torch.float32,
+    "order": torch.int32,
 }
-_OPTIONAL = ("shares", "tiles", "outside")
+_OPTIONAL = ("shares", "tiles", "outside", "order")
 _MIXUP_ALPHA = 0.8
 
 
@@ -41,6 +42,7 @@ class ViewStyle:
         padding: pixels of black on every side, from which a crop of the image's size is cut, in place of a resized one.
         mix: ``cutmix`` with alpha 1, ``mixup`` with alpha 0.8, or ``none``: what is done with another image's view.
         tiles: along a side, whose columns and then rows are shuffled before the crop (RDED).
+        batch_size: images of a student's batch, which are mixed among themselves with one box, or one share, for all.
 
     Raises:
         UserError: a setting is out of range or unknown.
@@ -50,6 +52,7 @@ class ViewStyle:
     padding: int = 0
     mix: str = "cutmix"
     tiles: int = 1
+    batch_size: int = 1024
 
     def __post_init__(self) -> None:
         check_range("in (0, 1]", "labels.", min_scale=self.min_scale)
@@ -76,6 +79,8 @@ class SoftViews:
         shares: ``(E, n)`` float32: how much of the own view is in a blend with the partner's; ``None`` blends nothing.
         tiles: ``(E, n, 2, f)`` int8: the order of f columns, and that of f rows, before the crop; ``None`` keeps it.
         outside: ``(C,)`` float32: normalised values beyond the border of an image; ``None`` where no crop goes there.
+        order: ``(E, n)`` int32: the rows of an epoch as students see them, so that those which were mixed with one box
+            are in one batch, whatever the student's seed (as FKD's replay is); ``None`` leaves it to the students.
 
     Raises:
         UserError: shapes or types disagree, or a number is not finite or out of range.
@@ -89,6 +94,7 @@ class SoftViews:
     shares: Tensor | None = None
     tiles: Tensor | None = None
     outside: Tensor | None = None
+    order: Tensor | None = None
 
     def __post_init__(self) -> None:
         crops, logits = self.crops, self.logits
@@ -112,6 +118,10 @@ class SoftViews:
             every = torch.arange(self.tiles.shape[-1], device=self.tiles.device)
             if bool((self.tiles.sort(-1).values != every).any()):
                 raise UserError("views: an order of tiles is no permutation")
+        if self.order is not None:
+            every = torch.arange(place[1], device=self.order.device)
+            if bool((self.order.sort(-1).values != every).any()):
+                raise UserError("views: an order of rows is no permutation")
         if bool((self.partners < 0).any() or (self.partners >= place[1]).any()):
             raise UserError(f"views: a partner is none of the {place[1]} rows")
 
@@ -185,8 +195,8 @@ def draw_views(
     """Draw views whose logits are still zeros.
 
     Every image is cropped and mixed with another one. The box of CutMix covers a share of the image that is uniform in
-    [0, 1] before it is cut off at the border; the share of a mixup is from its Beta distribution. Official code draws
-    both once per batch; stored views belong to no batch, and every image has its own.
+    [0, 1] before it is cut off at the border; the share of a mixup is from its Beta distribution. As in the official
+    code (``mix_aug`` of SRe2L and RDED) both are drawn once for all images of a batch.
 
     Args:
         epochs: E.
@@ -209,13 +219,17 @@ def draw_views(
     else:
         crops = draw_crops(epochs * rows, (height, width), style.min_scale, generator)
     flips = torch.rand(epochs, rows, generator=generator) < (0.5 if flip else 0.0)
-    partners = torch.rand(epochs, rows, generator=generator).argsort(1)  # a permutation of the rows in each epoch
+    order = torch.rand(epochs, rows, generator=generator).argsort(1)
+    batches = torch.arange(rows) // style.batch_size
+    others = (torch.rand(epochs, rows, generator=generator, dtype=torch.float64) + batches).argsort(1)
+    partners = torch.empty_like(order).scatter_(1, order, order.gather(1, others))  # a permutation of each batch
+    drawn, batch_of = (epochs, int(batches[-1]) + 1), batches[order.argsort(1)]
     pastes, shares = torch.zeros(epochs, rows, 4, dtype=torch.int16), None
     if style.mix == "cutmix":
-        pastes = _boxes(height, width, (epochs, rows), generator)
+        pastes = _boxes(height, width, drawn, generator).gather(1, batch_of[:, :, None].expand(epochs, rows, 4))
     if style.mix == "mixup":
         seeded = np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))
-        shares = torch.from_numpy(seeded.beta(_MIXUP_ALPHA, _MIXUP_ALPHA, (epochs, rows))).float()
+        shares = torch.from_numpy(seeded.beta(_MIXUP_ALPHA, _MIXUP_ALPHA, drawn)).float().gather(1, batch_of)
     orders = None
     if style.tiles > 1:
         orders = torch.rand(epochs, rows, 2, style.tiles, generator=generator).argsort(-1).to(torch.int8)
@@ -228,6 +242,7 @@ def draw_views(
         shares=shares,
         tiles=orders,
         outside=(torch.zeros(image_shape[0]) if outside is None else outside) if style.padding else None,
+        order=None if style.mix == "none" else order.int(),
     )
 
 
@@ -268,7 +283,7 @@ class SyntheticBatches(IterableDataset[tuple[Tensor, Tensor]]):
     """An epoch of shuffled batches of a small set that lives on the device; each rank gets its share of a batch.
 
     Batch k is a function of seed and k alone, so a resumed run that starts at k continues exactly. A set with views
-    is seen through them: pass e over the set takes its stored epoch e.
+    is seen through them: pass e over the set takes its stored epoch e, in the stored order if there is one.
 
     Args:
         images: ``(n, C, H, W)``, normalised.
@@ -311,9 +326,13 @@ class SyntheticBatches(IterableDataset[tuple[Tensor, Tensor]]):
         order = make_generator(self.seed, "order", device=self.images.device)
         stream = ShuffledStream(len(self.images), self.rows_per_step, order)
         stream.skip(self.start)
+        stored = self.views.order if self.views is not None else None
         for step in range(self.start, self.start + self.steps):
-            rows = stream.next()[self.rank :: self.world_size]
+            epoch, place = divmod(step, stream.size // stream.batch_size)
+            part = slice(place * stream.batch_size, (place + 1) * stream.batch_size)
+            batch = stream.next() if stored is None else stored[epoch % len(stored), part]
+            rows = batch[self.rank :: self.world_size].long()
             if self.views is None:
                 yield self.images[rows], self.labels[rows]
             else:
-                yield self.views.replay(self.images, step // (stream.size // stream.batch_size), rows)
+                yield self.views.replay(self.images, epoch, rows)

@@ -92,9 +92,7 @@ class Distiller(Resumable, ScoredModule):
     learns: ClassVar[bool] = True
     """Whether outer steps change the synthetic set; a method that selects real images only does not."""
     protocol: ClassVar[str] = "frepo"
-    """The published recipe of the method's students."""
-    soft_protocol: ClassVar[str] = "sre2l"
-    """That of students which learn from a teacher's labels."""
+    """The published recipe of the method's students, where their labels do not bring their own."""
 
     synthetic: SyntheticSet
     task: Task
@@ -262,7 +260,8 @@ class Distiller(Resumable, ScoredModule):
         Every validation starts from the same weights and order, so scores of one run compare.
         """
         seed, distilled = derive_seed(self.seed, "probe"), self.distilled_set()
-        recipe = self.probe.recipe(self.soft_protocol if distilled.label_kind == "soft" else self.protocol)
+        brought = self.label_strategy.protocol if self.label_strategy is not None else None
+        recipe = self.probe.recipe(brought or self.protocol)
         recipe = recipe.suited_to(self.student_architecture, distilled.training.get("step_size"))
         with torch.inference_mode(mode=False):  # Lightning is in it already, and parameters made in it cannot learn
             probe = self.build_network(seed, self.student_architecture).to(self.device)

@@ -1,6 +1,6 @@
 """RDED: realistic, diverse and efficient sets without any optimisation (Sun et al. 2024, arXiv 2312.03526)."""
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,8 +43,6 @@ class RDED(SelectionDistiller):
         UserError: (also in ``setup``) there are too few candidates, or an image cannot be tiled.
     """
 
-    soft_protocol: ClassVar[str] = "rded"
-
     def __init__(
         self,
         candidates: int = 300,
@@ -60,7 +58,8 @@ class RDED(SelectionDistiller):
         if isinstance(labels, TeacherLabels):
             # validation/main.py: RandomResizedCrop(scale=(1 / factor, 1)), which is the whole image where it is one
             # tile, after ShufflePatches(factor).
-            labels = TeacherLabels(**({"min_scale": 1 / patches, "tiles": patches} | labels.init_args))
+            own: dict[str, Any] = {"min_scale": 1 / patches, "tiles": patches, "protocol": "rded"}
+            labels = TeacherLabels(**(own | labels.init_args))
         super().__init__(labels=labels, **kwargs)
         self.candidates, self.crops, self.patches, self.crop_min_scale = candidates, crops, patches, crop_min_scale
 

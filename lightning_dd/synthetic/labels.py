@@ -13,6 +13,7 @@ from lightning_dd.distilled.set import DistilledSet
 from lightning_dd.distilled.views import SoftViews, ViewStyle, draw_views
 from lightning_dd.pretrained.classifier import Committee, Teacher
 from lightning_dd.pretrained.task import Task
+from lightning_dd.students.recipe import protocol as published
 from lightning_dd.utils.arguments import RemembersArguments, plain_values
 from lightning_dd.utils.errors import check_range
 from lightning_dd.utils.seeding import make_generator
@@ -41,6 +42,9 @@ class Labels(RemembersArguments, ABC):
         ...         return replace(distilled, labels=0.9 * distilled.labels + 0.1 / distilled.num_classes)
         >>> labels = Smoothed(while_distilling="hard")
     """
+
+    protocol: str | None = None
+    """The published recipe of students that learn from the labels; ``None`` is that of the method."""
 
     def __init__(self, while_distilling: str | None = None) -> None:
         self.while_distilling = while_distilling
@@ -79,6 +83,8 @@ class TeacherLabels(Labels):
         padding: pixels of black around an image, from which a crop of its size is cut in place of a resized one.
         mix: ``cutmix``, ``mixup`` or ``none``.
         tiles: along a side of an image, shuffled in every view; ``None`` takes the method's own, or 1 for none.
+        protocol: the published recipe of the students, whose batches are mixed among themselves with one box, or one
+            share, for all; ``None`` takes the method's own, or ``sre2l``.
 
     Raises:
         UserError: a number is out of range, or a name is unknown.
@@ -94,8 +100,11 @@ class TeacherLabels(Labels):
         padding: int = 0,
         mix: str = "cutmix",
         tiles: int | None = None,
+        protocol: str | None = None,
     ) -> None:
         super().__init__(while_distilling)
+        self.protocol = protocol or "sre2l"
+        self.students = published(self.protocol)
         check_range("at least 0", "labels.", epochs=epochs)
         check_range("positive", "labels.", temperature=temperature)
         self.teacher = Teacher(**teacher) if isinstance(teacher, dict) else teacher
@@ -119,7 +128,9 @@ class TeacherLabels(Labels):
         with torch.inference_mode(mode=False):  # for a student may be trained on them
             committee = self._committee or teachers(self.teacher)
             black = distilled.preprocessing(torch.zeros_like(distilled.images[:1])).mean((0, 2, 3))
-            drawn = (self.epochs if views else 0, self.style, distilled.mirror, make_generator(seed, "views"), black)
+            batch_size = self.students.batch_for(len(distilled), distilled.num_classes)
+            style = replace(self.style, batch_size=batch_size)
+            drawn = (self.epochs if views else 0, style, distilled.mirror, make_generator(seed, "views"), black)
             labelled = labelled_views(committee, distilled.images, *drawn)
             labels = committee.logits(distilled.images).cpu()
         done = replace(distilled, labels=labels, label_kind="soft", temperature=self.temperature, views=labelled)
