@@ -50,7 +50,7 @@ def rendered(name: str) -> str:
         return continual.markdown(continual_rows(record)) + made_with(record["made_with"])
     if "membership" in record:
         return membership.markdown(membership_rows(record)) + made_with(record["made_with"])
-    measured = {"vectorised": vectorised, "overhead": overhead, "memory": memory, "step": step}
+    measured = {"vectorised": vectorised, "overhead": overhead, "memory": memory, "step": step, "parity": parity}
     for kind in measured.keys() & record.keys():
         return measured[kind](record[kind]) + made_with(record["made_with"])
     cost = costs(record["runs"]) if "runs" in record else evaluation_cost(record["evaluation"])
@@ -114,6 +114,24 @@ def step(rows: list[dict[str, Any]]) -> str:
         low, high = (1000 * seconds for seconds in row["quartiles_s"])
         times = [f"{1000 * row['median_s']:.1f}", f"{low:.1f} to {high:.1f}"]
         lines.append([workload, row["precision"], *times, f"{row['peak_mb']:.0f}"])
+    return markdown_table(lines) + "\n"
+
+
+def parity(rows: list[dict[str, Any]]) -> str:
+    """Return the table of what equals the official code; comparisons of one thing with one file share a row."""
+    lines = [["part", "what", "compared with", "difference", "verdict"]]
+    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["part"], row["what"].partition(": ")[0], row["official"]), []).append(row)
+    for (part, thing, official), group in groups.items():
+        found = []
+        for row in group:
+            measure = row["what"].partition(": ")[2]
+            value = [] if row["difference"] is None else [f"{row['difference']:.1g}"]
+            note = f"({row['note']})" if value and row["note"] else row["note"]
+            found.append(" ".join(word for word in (measure, *value, note) if word))
+        verdicts = ", ".join(dict.fromkeys(row["verdict"] for row in group))
+        lines.append([part, thing, f"`{official}`", "; ".join(found), verdicts])
     return markdown_table(lines) + "\n"
 
 
