@@ -22,6 +22,7 @@ from metadd_ablations import tables as ablation_tables
 
 from lightning_dd.applications import continual_report as continual
 from lightning_dd.applications import membership_report as membership
+from lightning_dd.cells import cells
 from lightning_dd.evaluators.matrix import Row
 from lightning_dd.evaluators.report import markdown
 from lightning_dd.report import markdown_table
@@ -30,13 +31,18 @@ from lightning_dd.utils.files import write_text
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 ABLATIONS = ROOT / "benchmarks" / "ablations"
-PAGES = [ROOT / "README.md", ROOT / "docs" / "results.md"]
+PAGES = [ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "cells.md"]
 _PATTERN = re.compile(r"(<!-- table: (?P<name>[\w.-]+) -->\n).*?(<!-- end of table -->)", flags=re.DOTALL)
 _FIGURE = re.compile(r"\(figures/([\w.-]+)\.png\)")
 
 
 def rendered(name: str) -> str:
-    """Return the table of a file of recorded rows; ``metadd`` is the overview of all of MetaDD's ablations."""
+    """Return the table of a file of recorded rows.
+
+    ``metadd`` is the overview of all of MetaDD's ablations, ``cells`` what ``lightning-dd list cells`` knows.
+    """
+    if name == "cells":
+        return published_cells()
     if name == "metadd":
         experiments = {path.stem: recorded(path) for path in sorted(ABLATIONS.glob("*.yaml"))}
         return overview(experiments, ["default", "whole_norm", "absolute"]) + "\n"
@@ -55,6 +61,16 @@ def rendered(name: str) -> str:
         return measured[kind](record[kind]) + made_with(record["made_with"])
     cost = costs(record["runs"]) if "runs" in record else evaluation_cost(record["evaluation"])
     return markdown([Row(**row) for row in record["rows"]]) + cost + made_with(record["made_with"])
+
+
+def published_cells() -> str:
+    """Return the table of every published cell."""
+    lines = [["`lightning-dd fit --config`", "paper [%]", "ours [%]", "students", "figure from", "settings from"]]
+    for cell in cells():
+        command = cell.command.removeprefix("lightning-dd fit --config ")
+        facts = [cell.accuracy, cell.ours, f"`{cell.evaluate}`", cell.source, cell.settings]
+        lines.append([f"`{command}`", *facts])
+    return markdown_table(lines) + "\n"
 
 
 def ablated(path: Path) -> str:

@@ -8,9 +8,11 @@ from jsonargparse import set_parsing_settings
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning import Callback, LightningDataModule, LightningModule
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
+from pytorch_lightning.utilities import rank_zero_only
 
 from lightning_dd import callbacks, data, distilled, distillers, students, synthetic
 from lightning_dd.api import CALLBACKS, SAVE_EVERY, SWITCHES, TRAINER, rhythm
+from lightning_dd.cells import cells_of, counted, follow_ipc, nearest, statement
 from lightning_dd.losses.metadd import MetaOptions
 from lightning_dd.parsing import OneLineErrors, explain, run_name, user_error_in, with_paths
 from lightning_dd.utils.arguments import class_path, find_class, subclasses
@@ -56,7 +58,7 @@ class Cli(LightningCLI):
     """LightningCLI in subclass mode for model and data, with one seed for both Lightning and the model."""
 
     def __init__(self, arguments: Sequence[str]) -> None:
-        self.arguments = with_paths(arguments)
+        self.arguments = follow_ipc(with_paths(arguments))
         super().__init__(
             LightningModule,
             LightningDataModule,
@@ -81,6 +83,8 @@ class Cli(LightningCLI):
         """
         settings = self.config[self.config.subcommand]
         trainer, model = settings.trainer, find_class(settings.model.class_path, LightningModule, "model")
+        if self.config.subcommand == "fit":
+            self.say_cell(settings)
         if trainer.max_steps == -1 and not getattr(model, "learns", True):
             trainer.max_steps = 1  # it moves nothing: what such a method selects is selected before it
         listed = trainer.callbacks if isinstance(trainer.callbacks, list) else []
@@ -94,6 +98,21 @@ class Cli(LightningCLI):
         left_out = {kind.__name__ for name, kind in SWITCHES.items() if trainer[name] is False}
         if listed:
             trainer.callbacks = [callback for callback in listed if _name(callback) not in left_out]
+
+    @rank_zero_only
+    def say_cell(self, settings: Any) -> None:
+        """Print which published cell this run is, or is nearest to, and what differs; nothing where there is none."""
+        model, data = (settings[room].class_path.rpartition(".")[2] for room in ("model", "data"))
+        found, run = cells_of(model, data), _counted(settings)
+        if found:
+            ipc = settings.model.init_args.ipc
+            candidates = nearest(found, ipc)
+            own = [cell for cell in candidates if all(run.get(name) == value for name, value in cell.given.items())]
+            told = []
+            for cell in own or candidates[:1]:
+                published = _counted(self.parser.parse_args(["fit", *cell.arguments()]).fit)
+                told.append(statement(cell, ipc, run, published))
+            print(min(told, key=len), flush=True)
 
     def _parse_ckpt_path(self) -> None:
         """Check the path, and leave the command line as it is.
@@ -132,3 +151,12 @@ def run_lightning(arguments: Sequence[str]) -> Cli:
 def _name(callback: Any) -> str:
     name: str = callback.class_path.rpartition(".")[2]
     return name
+
+
+def _counted(settings: Any) -> dict[str, Any]:
+    """Return the counted settings of a parsed command, what its callbacks do to the images and the pool among them."""
+    own = (callbacks.OuterTerm, callbacks.PoolAlternation)
+    listed = settings.trainer.callbacks if isinstance(settings.trainer.callbacks, list) else []
+    found = [(callback, find_class(callback.class_path, Callback, "callback")) for callback in listed]
+    added = {f"trainer.callbacks {kind.__name__}": "added" for _, kind in found if issubclass(kind, own)}
+    return counted(dict(settings.items())) | added

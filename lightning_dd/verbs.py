@@ -184,9 +184,9 @@ class Convert(_Data, Verb):
 
 @dataclass(kw_only=True)
 class List(Verb):
-    """Name what there is: configs, methods, architectures, protocols or data."""
+    """Name what there is: configs, cells of papers' tables, methods, architectures, protocols or data."""
 
-    what: str = option("configs, methods, architectures, protocols or data", positional=True)
+    what: str = option("configs, cells, methods, architectures, protocols or data", positional=True)
     pattern: str = option("show only names that contain this", "", positional=True)
 
     def run(self) -> None:
@@ -203,6 +203,11 @@ def _listed(what: str) -> Iterator[tuple[str, str]]:
 
         for name, path in configurations().items():
             yield name, path.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
+    elif what == "cells":
+        from lightning_dd.cells import cells
+
+        for cell in cells():
+            yield cell.name, f"{cell.command}  # {cell.accuracy} % in {cell.source}; ours: {cell.ours}"
     elif what == "architectures":
         from lightning_dd.models.factory import every_architecture
 
@@ -222,7 +227,7 @@ def _listed(what: str) -> Iterator[tuple[str, str]]:
         for cls in methods if what == "methods" else data.DATA_SETS.values():
             yield cls.__name__, (inspect.getdoc(cls) or "").partition("\n")[0]
     else:
-        raise unknown_name("list", what, ("configs", "methods", "architectures", "protocols", "data"))
+        raise unknown_name("list", what, ("configs", "cells", "methods", "architectures", "protocols", "data"))
 
 
 VERBS: dict[str, type[Verb]] = {

@@ -48,8 +48,9 @@ def quick_distiller(content):
     """The tiny settings of the configuration's method as options."""
     cls = getattr(lightning_dd.distillers, content["model"]["class_path"])
     quick = tiny_settings(cls)
-    if "teacher" in quick:  # these name full-size networks, whose every step would take seconds
-        quick["architecture"] = "convnet:width=4,depth=2"
+    # Configurations name full-size networks, whose every step would take seconds.
+    name = "conv" if cls is lightning_dd.distillers.FRePo else "convnet"
+    quick["architecture"] = f"{name}:width=4,depth=2"
     return [
         f"--model.init_args.{name}={value if isinstance(value, str) else json.dumps(plain_values(value))}"
         for name, value in quick.items()
