@@ -116,6 +116,8 @@ def test_a_group_of_imagenet_is_labelled_in_the_published_order(thousand, monkey
     assert test.images[test.labels.argsort(), 0, 0, 0].tolist() == reds.tolist()
     assert train.class_names == tuple(imagenet_names()[index] for index in order)
     assert data.spec() | {"classes": "woof", "image_size": 8} == data.spec()
+    zoomed = ImageNet(image_size=4, test_resize=8, classes="woof").read(train=False)
+    assert torch.equal(zoomed.images, test.images[:, :, 2:6, 2:6])
     two = ImageNet(image_size=8, classes=["beagle", 0], root=str(thousand)).read(train=True)
     assert two.class_names == ("beagle", "tench")
     assert two.images[two.labels.argsort(), 0, 0, 0].tolist() == [162, 0]

@@ -265,6 +265,24 @@ def test_resizing_is_torchvisions(size):
     assert torch.equal(ours[0], torch.from_numpy(theirs.copy()).permute(2, 0, 1))
 
 
+def test_test_images_are_resized_and_cropped_as_imagenet_is_evaluated(tmp_path):
+    wide = picture(3, 40, 31)
+    for split in ("train", "test"):
+        for name in ("cat", "dog"):
+            (tmp_path / split / name).mkdir(parents=True)
+            wide.save(tmp_path / split / name / "0.png")
+    data = ImageFolder(str(tmp_path), 14, test_resize=16)
+    for train, transform in ((True, [Resize(14), CenterCrop(14)]), (False, [Resize(16), CenterCrop(14)])):
+        theirs = torch.from_numpy(np.asarray(Compose(transform)(wide)).copy()).permute(2, 0, 1)
+        assert torch.equal(data.read(train=train).images[0], theirs)
+    assert data.source_key(train=True) == ImageFolder(str(tmp_path), 14).source_key(train=True)
+    assert data.source_key(train=False) != ImageFolder(str(tmp_path), 14).source_key(train=False)
+    assert data.spec()["test_resize"] == 16
+    assert "test_resize" not in ImageFolder(str(tmp_path), 14).spec()
+    with pytest.raises(UserError, match=r"data.test_resize must be at least data.image_size \(14\), got 8"):
+        ImageFolder(str(tmp_path), 14, test_resize=8)
+
+
 def test_decoding_keeps_the_order_over_tasks_and_rounds(monkeypatch):
     monkeypatch.setattr("lightning_dd.data.readers._TASK", 3)
     monkeypatch.setattr("lightning_dd.data.readers._ROUND", 7)

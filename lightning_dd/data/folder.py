@@ -53,13 +53,13 @@ class ImageFolder(EncodedImages):
             for file, label in self._files(train)
             for status in [file.stat()]
         ]
-        return content_key("folder", self.image_size, self.channels, self._names(), stamps)
+        return content_key("folder", self.size_of(train=train), self.channels, self._names(), stamps)
 
     def decode(self, *, train: bool, allocate: Allocate = new_pixels) -> RawSplit:
         """Decode the folder of the split, uint8 ``(N, channels, image_size, image_size)``."""
         listed = self._files(train)
         sources = ((str(file), file) for file, _ in listed)
-        images = decode_images(sources, len(listed), self.image_size, self.channels, allocate)
+        images = decode_images(sources, len(listed), self.size_of(train=train), self.channels, allocate)
         return RawSplit(images, torch.tensor([label for _, label in listed]), self._names())
 
     def all_class_names(self) -> tuple[str, ...]:

@@ -62,7 +62,7 @@ class HuggingFace(ImageTable):
         table = self._table(train)
         files = [Path(file["filename"]) for file in table.cache_files]
         stamps = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-        read = (self.image_column, self.label_column, self.image_size, self.channels, self.classes)
+        read = (self.image_column, self.label_column, self.size_of(train=train), self.channels, self.classes)
         return content_key("huggingface", self.path, self.subset, self.revision, self._split_name(train), read, stamps)
 
     def declared_class_names(self) -> tuple[str, ...] | None:

@@ -76,7 +76,12 @@ class _FromImageNet(EncodedImages):
         shards = [(f"{self.parquet}-train*.parquet", f"{self.parquet}-val*.parquet")]
         if self.root is not None:  # the hub's names say nothing of the set: only where the folder is given
             shards += [(f"{inside}train-*.parquet", f"{inside}val*.parquet") for inside in ("", "data/")]
-        settings: dict[str, Any] = {"image_size": self.image_size, "channels": 3, "on_disk": self.on_disk}
+        settings: dict[str, Any] = {
+            "image_size": self.image_size,
+            "test_resize": self.test_resize,
+            "channels": 3,
+            "on_disk": self.on_disk,
+        }
         for place in places:
             home = Path(place).expanduser()
             for folder in [home / name for name in self.archives] + ([home] if self.root is not None else []):

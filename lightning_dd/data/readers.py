@@ -43,6 +43,8 @@ CLASS_GROUPS: dict[str, tuple[int, ...]] = {
 }
 """Ten-class subsets of ImageNet's 1,000 classes, in the published order (Howard 2019 for nette and woof; Cazenavette
 et al. 2022, arXiv 2203.11932 and 2023, arXiv 2305.01649 for the others). Indices count the sorted WordNet ids."""
+ImageSize = int | tuple[int, int] | None
+"""Side of images in pixels, or the short side they are resized to and the side that is cropped; ``None`` keeps them."""
 Encoded = tuple[str, bytes | Path | None]
 """How an error should call an image, and its bytes or its file, if it has any."""
 
@@ -99,6 +101,8 @@ class EncodedImages(CachedData):
     Args:
         image_size: side of the square images: short side resized (bilinear, anti-aliased), centre cropped. ``None``
             keeps the images, which must then all have one size.
+        test_resize: what the short side of test images is resized to instead, before the centre is cropped: the usual
+            evaluation of ImageNet has 256 for ``image_size`` 224, and RDED's 8/7 of any size.
         channels: 3 for RGB, 1 for grayscale; ``None`` gives one channel where all images are grayscale.
         classes: class names or labels to keep, in this order, or a group of
             :data:`~lightning_dd.data.readers.CLASS_GROUPS`; ``None`` takes all.
@@ -113,13 +117,17 @@ class EncodedImages(CachedData):
         image_size: int | None = None,
         channels: Literal[1, 3] | None = None,
         classes: Classes = None,
+        test_resize: int | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         check_range("at least 1", "data.", image_size=image_size)
+        if test_resize is not None and (image_size is None or test_resize < image_size):
+            raise UserError(f"data.test_resize must be at least data.image_size ({image_size}), got {test_resize}")
         if channels not in (None, 1, 3):
             raise UserError(f"data.channels must be 1 or 3, got {channels}")
         self.image_size = image_size
+        self.test_resize = test_resize
         self.channels = channels
         self.classes = classes
 
@@ -127,9 +135,15 @@ class EncodedImages(CachedData):
     def all_class_names(self) -> tuple[str, ...]:
         """Return the names of all classes there are, before any are chosen."""
 
+    def size_of(self, *, train: bool) -> ImageSize:
+        """Return how large the images of a split are made."""
+        if train or self.test_resize is None or self.image_size is None:
+            return self.image_size
+        return self.test_resize, self.image_size
+
     def spec(self) -> dict[str, Any]:
         """Arguments another machine needs to rebuild this data (never a path)."""
-        chosen = {"channels": self.channels, "classes": self.classes}
+        chosen = {"channels": self.channels, "classes": self.classes, "test_resize": self.test_resize}
         spec = super().spec() | {"image_size": self.image_size}
         return spec | {name: value for name, value in chosen.items() if value is not None}
 
@@ -184,7 +198,7 @@ def relabel(labels: Tensor, chosen: Sequence[int], num_classes: int) -> Tensor:
 def decode_images(
     sources: Iterable[Encoded],
     count: int,
-    image_size: int | None = None,
+    image_size: ImageSize = None,
     channels: int | None = None,
     allocate: Allocate = new_pixels,
 ) -> Tensor:
@@ -226,7 +240,7 @@ def decode_images(
     return images[:, :1].clone() if channels is None and all_grey else images
 
 
-def _decode(image: Encoded, image_size: int | None, channels: int | None) -> tuple[PixelArray, bool]:
+def _decode(image: Encoded, image_size: ImageSize, channels: int | None) -> tuple[PixelArray, bool]:
     """Decode one image to ``(C, H, W)`` and say whether it was grayscale."""
     from torchvision.transforms import functional  # a second of importing, only where something is decoded
 
@@ -244,6 +258,7 @@ def _decode(image: Encoded, image_size: int | None, channels: int | None) -> tup
     except Exception as error:  # Pillow's plugins raise whatever they like on broken files, SyntaxError included
         raise UserError(f"cannot decode the image {where}: {first_line(error)}") from error
     if image_size is not None:
-        picture = functional.center_crop(functional.resize(picture, [image_size]), [image_size])
+        short, side = image_size if isinstance(image_size, tuple) else (image_size, image_size)
+        picture = functional.center_crop(functional.resize(picture, [short]), [side])
     array = np.asarray(picture)
     return array[None] if array.ndim == 2 else array.transpose(2, 0, 1), grey

@@ -77,7 +77,7 @@ class ImageTable(EncodedImages):
         if len(rows) == 0:
             raise UserError(f"data.{self.arguments[not train]}: there are no rows to read")
         images = decode_images(
-            self.encoded(train=train, rows=rows), len(rows), self.image_size, self.channels, allocate
+            self.encoded(train=train, rows=rows), len(rows), self.size_of(train=train), self.channels, allocate
         )
         return RawSplit(images, labels[rows], tuple(names[place] for place in chosen))
 
@@ -131,7 +131,7 @@ class ParquetImages(ImageTable):
         stamps = [(file.stat().st_size, file.stat().st_mtime_ns) for file in files]
         content = stamps if self.on_disk else files
         chosen = () if self.classes is None and self.channels is None else (self.classes, self.channels)
-        return content_key("parquet", self.image_size, columns, self.all_class_names(), *chosen, *content)
+        return content_key("parquet", self.size_of(train=train), columns, self.all_class_names(), *chosen, *content)
 
     def read(self, *, train: bool) -> RawSplit:
         """Return the train or the test split, from the cache where it is there; both have one shape."""
