@@ -23,8 +23,14 @@ from parity.official import Line
 COMPARISONS: dict[str, tuple[Callable[[Path], list[Line]], ...]] = {
     "dc": (methods.class_matching, data.dsa_family, networks.dc_family, recipes.evaluations, recipes.dc_loops),
     "mtt": (methods.mtt, data.dsa_family, networks.dc_family, recipes.evaluations),
-    "sre2l": (methods.sre2l, networks.torchvision_resnet18, data.random_resized_crop, recipes.sre2l),
-    "rded": (recipes.rded,),
+    "sre2l": (
+        methods.sre2l,
+        networks.torchvision_resnet18,
+        data.random_resized_crop,
+        recipes.sre2l,
+        recipes.sre2l_students,
+    ),
+    "rded": (data.cutmix, recipes.rded),
     "frepo": (data.frepo_zca, data.needs_jax),
     "frepo_torch": (methods.frepo, networks.frepo),
     "kornia": (data.kornia_zca,),

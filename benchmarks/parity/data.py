@@ -1,6 +1,7 @@
 """Augmentations and whitening: images through the same numbers, and distributions."""
 
 import functools
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,17 @@ from torch import Tensor
 from lightning_dd.augment.crops import draw_crops
 from lightning_dd.augment.siamese import TRANSFORMS
 from lightning_dd.data.preprocess import fit_preprocessing
+from lightning_dd.distilled.views import draw_views
 from parity.methods import SCIPY, drawn
 from parity.official import Line, checkout, relative, watched
 
 _CROPS = 4000
+_BOXES: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
+    "mean area": lambda left, top, right, bottom: (right - left) * (bottom - top) / 32**2,
+    "share that is empty": lambda left, top, right, bottom: (right <= left) | (bottom <= top),
+    "mean left": lambda left, top, right, bottom: left / 32,
+}
+"""What is compared of boxes in images of 32 pixels."""
 
 
 def random_pixels(count: int, side: int = 8) -> Tensor:
@@ -59,6 +67,22 @@ def random_resized_crop(folder: Path) -> list[Line]:
         }.items():
             # 4,000 draws a side: three standard errors of a difference are about .02.
             lines.append(Line("augmentations", f"{what} (absolute)", official, abs(float(own - their)), 0.02))
+    return lines
+
+
+def cutmix(folder: Path) -> list[Line]:
+    """The boxes of RDED's CutMix, which are those of SRe2L."""
+    images, ours = torch.empty(1, 3, 32, 32), draw_views(_CROPS, (3, 32, 32), 1, 2, torch.Generator().manual_seed(0))
+    with checkout(folder):
+        utils, random = import_module("validation.utils"), np.random.RandomState(0)
+        np.random.seed(0)
+        theirs = torch.tensor([utils.rand_bbox(images.size(), random.beta(1.0, 1.0)) for _ in range(_CROPS)])
+    lines = []
+    for what, of in _BOXES.items():
+        own, their = (float(of(*boxes.reshape(-1, 4).float().T).float().mean()) for boxes in (ours.pastes, theirs))
+        # 4,000 draws a side: three standard errors of a difference are about .02.
+        name = f"CutMix boxes: {what} (absolute)"
+        lines.append(Line("augmentations", name, "RDED/validation/utils.py", abs(own - their), 0.02))
     return lines
 
 

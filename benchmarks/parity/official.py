@@ -4,7 +4,7 @@ import copy
 import runpy
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import chdir, contextmanager
+from contextlib import ExitStack, chdir, contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -154,12 +154,11 @@ def watched(steps: int = 1, fixed: bool = False) -> Iterator[Seen]:
         if len(seen.parameters) >= steps:
             raise Stop
 
-    with patch.object(torch.optim.SGD, "step", step), patch.object(torch.optim.Adam, "step", step):
-        try:
-            with _Watched(seen, fixed):
-                yield seen
-        except Stop:
-            pass
+    with ExitStack() as kinds:
+        for kind in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW):  # each: a new one is hooked into its class
+            kinds.enter_context(patch.object(kind, "step", step))
+        with suppress(Stop), _Watched(seen, fixed):
+            yield seen
 
 
 def run_script(folder: Path, script: str, arguments: Sequence[str], replaced: Mapping[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """How students are trained: steps, and the learning rate of every step."""
 
 import sys
-from contextlib import chdir, suppress
+from contextlib import ExitStack, chdir, suppress
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -16,7 +16,7 @@ from torch import nn
 from lightning_dd.distillers.dc import LOOPS
 from lightning_dd.students.recipe import protocol, warmup_cosine
 from parity.methods import SCIPY
-from parity.official import Line, Stop, checkout
+from parity.official import Line, Stop, checkout, run_script, watched
 
 _CELLS = (("cifar10", 10, 10), ("cifar100", 1, 100), ("tinyimagenet", 50, 200), ("imagenet-1k", 50, 1000))
 
@@ -80,6 +80,33 @@ def sre2l(folder: Path) -> list[Line]:
             theirs.append(float(optimizer.param_groups[0]["lr"]))
     ours = [warmup_cosine(step, 1000) for step in range(1000)]
     return compare("SRe2L's recovery, 1,000 iterations", "SRe2L/SRe2L/*small_dataset/utils.py", ours, theirs)[1:]
+
+
+def sre2l_students(folder: Path) -> list[Line]:
+    """SRe2L's students on CIFAR-100 at ipc 50, as relabel_cifar.sh calls the script."""
+    small, loaders, make = folder / "SRe2L" / "*small_dataset", [], torch.utils.data.DataLoader
+    scheduler, given = MagicMock(side_effect=Stop), MagicMock(ImageFolderIPC=lambda **_: range(5000))
+    words = ["--epochs", "400", "--batch-size", "128", "--ipc", "50"]
+    with ExitStack() as changes:
+        for changed in (
+            patch("torchvision.datasets.CIFAR100"),
+            patch("torch.load"),
+            patch("torch.nn.Module.load_state_dict"),
+            patch("torch.optim.lr_scheduler.CosineAnnealingLR", scheduler),
+            patch("torch.utils.data.DataLoader", lambda *a, **k: loaders.append(make(*a, **k))),
+            checkout(small, imagenet_ipc=given),
+            watched(),
+        ):
+            changes.enter_context(changed)
+        run_script(small, "relabel_cifar.py", words, {})
+    optimizer, epochs = scheduler.call_args.args[0], scheduler.call_args.kwargs["T_max"]
+    schedule, theirs = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs), []
+    for _ in range(epochs):
+        theirs += [optimizer.param_groups[0]["lr"]] * len(loaders[0])
+        optimizer.step()
+        schedule.step()
+    ours = our_rates("sre2l_cifar", 5000, 100, "resnet18")
+    return compare("sre2l_cifar, CIFAR-100 ipc 50", "SRe2L/SRe2L/*small_dataset/relabel_cifar.py", ours, theirs)
 
 
 def rded(folder: Path) -> list[Line]:
