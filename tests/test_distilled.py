@@ -4,7 +4,8 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from lightning_dd.data.preprocess import fit_preprocessing
 from lightning_dd.distilled.set import FORMAT_VERSION, DistilledSet
@@ -103,3 +104,123 @@ def test_an_unwritable_folder_gives_one_line(tmp_path):
     blocker.write_text("")
     with pytest.raises(UserError, match=r"cannot write to folder"):
         make_set().save(blocker / "set.safetensors")
+
+
+# ---- a file from somebody else -----------------------------------------------------------------------------------
+
+
+def rewritten(path, header=None, tensors=None, checksum=False, **metadata):
+    """A file as another program would write it: some header fields and tensors are others."""
+    with safe_open(path, framework="pt") as file:
+        old = file.metadata()
+    text = json.dumps(json.loads(old["lightning_dd"]) | (header or {}))
+    kept = {"checksum": old["checksum"]} if checksum else {}
+    save_file(load_file(path) | (tensors or {}), path, {"lightning_dd": text, **kept, **metadata})
+    return path
+
+
+def test_an_edited_or_damaged_file_is_named_and_one_without_a_checksum_loads(tmp_path):
+    path = make_set().save(tmp_path / "set.safetensors")
+    whole = path.read_bytes()
+    flipped = whole[:-3] + bytes([whole[-3] ^ 1]) + whole[-2:]
+    path.write_bytes(flipped)
+    with pytest.raises(UserError, match="its checksum differs"):
+        DistilledSet.load(path)
+    path.write_bytes(whole)
+    with pytest.raises(UserError, match="its checksum differs"):
+        DistilledSet.load(rewritten(path, {"method": "Other"}, checksum=True))
+    assert DistilledSet.load(rewritten(path, {"method": "Other"})).method == "Other"
+    with pytest.raises(UserError, match="unknown entry 'checksun'"):
+        DistilledSet.load(rewritten(path, checksun="0"))
+
+
+def test_loaded_tensors_stay_when_the_file_changes(tmp_path):
+    path = make_set().save(tmp_path / "set.safetensors")
+    loaded = DistilledSet.load(path)
+    before = loaded.images.clone()
+    with path.open("r+b") as file:
+        file.seek(-2000, 2)
+        file.write(bytes(2000))
+    assert torch.equal(loaded.images, before)
+    assert torch.equal(loaded.preprocessing.zca_whiten, make_set().preprocessing.zca_whiten)
+
+
+@pytest.mark.parametrize(
+    ("header", "field"),
+    [
+        ({"format_version": "1"}, "'format_version' must not be a str"),
+        ({"label_kind": ["hard"]}, "'label_kind' must not be a list"),
+        ({"class_names": "abc"}, "'class_names' must not be a str"),
+        ({"class_names": [1, 2, 3]}, "'class_names' must hold names"),
+        ({"data": []}, "'data' must not be a list"),
+        ({"data": {"fingerprint": {}}}, "'fingerprint' must not be a dict"),
+        ({"config": None}, "'config' must not be a NoneType"),
+        ({"training": 1.5}, "'training' must not be a float"),
+        ({"temperature": "hot"}, "'temperature' must not be a str"),
+        ({"temperature": float("inf")}, "temperature must be positive"),
+        ({"temperature": float("nan")}, "temperature must be positive"),
+        ({"class_names": ["a", "b"]}, "shapes disagree"),
+        ({"label_kind": "hard"}, "hard labels must be largest at the row's class"),
+    ],
+)
+def test_header_fields_of_another_type_are_named(tmp_path, header, field):
+    path = rewritten(make_set().save(tmp_path / "set.safetensors"), header)
+    with pytest.raises(UserError, match=field) as caught:
+        DistilledSet.load(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_deep_and_long_headers_are_damaged(tmp_path):
+    path = make_set().save(tmp_path / "set.safetensors")
+    for text in ("[" * 200_000 + "]" * 200_000, '{"format_version": 1e999}', " " * 2**24 + "{}"):
+        save_file(load_file(path), path, {"lightning_dd": text})
+        with pytest.raises(UserError, match=r"header is damaged|must not be a float"):
+            DistilledSet.load(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("preprocessing.std", lambda value: value * 0, "std above 0"),
+        ("preprocessing.std", lambda value: -value, "std above 0"),
+        ("preprocessing.mean", lambda value: value / 0, "finite"),
+        ("preprocessing.mean", lambda value: value.repeat(2), "one finite number per channel"),
+        ("preprocessing.zca_whiten", lambda value: value * torch.nan, "zca_whiten must hold finite"),
+        ("preprocessing.zca_whiten", lambda value: value * 0, "do not undo each other"),
+        ("preprocessing.zca_whiten", lambda value: value[:4, :4], "does not go with matrices"),
+        ("preprocessing.zca_whiten", lambda value: value.flatten(), "are no map"),
+        ("preprocessing.zca_mean", lambda value: value.double(), "zca_mean must hold finite float32"),
+        ("preprocessing.other", lambda value: torch.zeros(1), "preprocessing: expected"),
+        ("other", lambda value: torch.zeros(1), "other must be left out"),
+        ("images", lambda value: value * 1e6, "images: pixels lie in"),
+        ("images", lambda value: value.double(), "images must be torch.float32"),
+        ("images", lambda value: value[:, :, :0], "shapes disagree"),
+        ("images", lambda value: value.repeat(1, 2, 1, 1), "preprocessing is of other images"),
+        ("classes", lambda value: value + 1, r"classes must be in \[0, 3\), found 1 to 3"),
+        ("classes", lambda value: value * 0, "equally many images, found 0 to 6"),
+        ("classes", lambda value: value.int(), "classes must be torch.int64"),
+    ],
+)
+def test_what_no_run_can_have_written_is_named(tmp_path, name, change, message):
+    path = make_set().save(tmp_path / "set.safetensors")
+    changed = change(load_file(path).get(name)).contiguous()
+    with pytest.raises(UserError, match=message) as caught:
+        DistilledSet.load(rewritten(path, tensors={name: changed}))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_map_that_lacks_a_matrix_is_refused(tmp_path):
+    path = make_set().save(tmp_path / "set.safetensors")
+    header = {"lightning_dd": safe_open(path, framework="pt").metadata()["lightning_dd"]}
+    for name in ("zca_mean", "zca_whiten", "zca_unwhiten"):
+        kept = {key: value for key, value in load_file(path).items() if not key.endswith(name)}
+        save_file(kept, tmp_path / "less.safetensors", header)
+        with pytest.raises(UserError, match="preprocessing: expected mean, std, zca_mean"):
+            DistilledSet.load(tmp_path / "less.safetensors")
+
+
+def test_names_reach_no_terminal_raw(tmp_path):
+    path = rewritten(make_set().save(tmp_path / "set.safetensors"), {"label_kind": "\x1b[2Jhard\nsecond line\u202e"})
+    with pytest.raises(UserError) as caught:
+        DistilledSet.load(path)
+    assert str(caught.value).isprintable()

@@ -38,7 +38,7 @@ class Preprocessing:
         zca_unwhiten: its inverse, same shape.
 
     Raises:
-        UserError: the shapes of mean and matrices disagree.
+        UserError: the shapes of mean and matrices disagree, or a number is not finite or a deviation not positive.
     """
 
     def __init__(
@@ -51,6 +51,12 @@ class Preprocessing:
     ) -> None:
         self.mean = torch.as_tensor(mean, dtype=torch.float32)
         self.std = torch.as_tensor(std, dtype=torch.float32)
+        usable = torch.isfinite(self.mean).all() and torch.isfinite(self.std).all() and (self.std > 0).all()
+        if self.mean.ndim != 1 or self.std.shape != self.mean.shape or not usable:
+            raise UserError(
+                "preprocessing: mean and std must be one finite number per channel, std above 0, "
+                f"got {self.mean.tolist()} and {self.std.tolist()}"
+            )
         self.zca_mean = zca_mean
         self.zca_whiten = zca_whiten
         self.zca_unwhiten = zca_unwhiten
@@ -106,7 +112,17 @@ class Preprocessing:
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Tensor]) -> "Preprocessing":
-        """Rebuild the map from :meth:`state_dict`."""
+        """Rebuild the map from :meth:`state_dict`.
+
+        Raises:
+            UserError: a tensor is missing, unknown, not float32, not finite, or does not fit the others.
+        """
+        known = {"mean", "std"} | ({"zca_mean", "zca_whiten", "zca_unwhiten"} if len(state) > 2 else set())
+        if set(state) != known:
+            raise UserError(f"preprocessing: expected {', '.join(sorted(known))}, got {', '.join(sorted(state))}")
+        for name, value in state.items():
+            if value.dtype != torch.float32 or not bool(torch.isfinite(value).all()):
+                raise UserError(f"preprocessing: {name} must hold finite float32 numbers")
         return cls(**dict(state))
 
     @staticmethod
@@ -236,6 +252,8 @@ def _times(images: Tensor, matrix: Tensor, stride: int) -> Tensor:
 def _stride_of(mean: Tensor | None, whiten: Tensor | None, unwhiten: Tensor | None) -> int:
     if mean is None or whiten is None or unwhiten is None:
         return 1
+    if mean.ndim != 1 or whiten.ndim != 2:
+        raise UserError(f"preprocessing: ZCA tensors of {tuple(mean.shape)} and {tuple(whiten.shape)} are no map")
     stride = math.isqrt(mean.numel() // max(1, len(whiten)))
     square = (mean.numel() // max(1, stride**2),) * 2
     if stride < 1 or stride**2 * square[0] != mean.numel() or whiten.shape != square or unwhiten.shape != square:

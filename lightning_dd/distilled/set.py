@@ -1,13 +1,15 @@
 """The distilled-set file: one safe file with everything needed to use a distilled set.
 
 Layout: safetensors with the tensors ``images``, ``labels``, ``classes``, ``preprocessing.*`` and, for soft labels with
-views, ``views.*``, and one metadata entry ``lightning_dd`` holding a JSON header. No pickle anywhere; header fields are
-plain JSON. Sets with soft labels are format version 2; all others are still written as version 1.
+views, ``views.*``, and two metadata entries: ``lightning_dd``, a JSON header, and ``checksum`` of header and tensors,
+which older files lack. No pickle anywhere; header fields are plain JSON. Sets with soft labels are format version 2;
+all others are still written as version 1.
 """
 
+import hashlib
 import json
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -22,6 +24,7 @@ from torch.utils.data import TensorDataset
 from lightning_dd.data import DATA_SETS
 from lightning_dd.data.preprocess import Preprocessing
 from lightning_dd.distilled.views import SoftViews
+from lightning_dd.jobs import tensor_digest
 from lightning_dd.losses.krr import LABEL_KINDS
 from lightning_dd.models.factory import Architectures
 from lightning_dd.utils.errors import UserError, check_range, unknown_name
@@ -30,9 +33,15 @@ from lightning_dd.utils.files import write_atomically
 FORMAT_VERSION = 2
 LABEL_FORMS = (*LABEL_KINDS, "soft")
 """Forms of the labels in a file: ``soft`` ones are a teacher's logits."""
-_HEADER = "lightning_dd"
+_HEADER, _CHECKSUM = "lightning_dd", "checksum"
+_LARGEST_HEADER = 2**24  # characters
+_FARTHEST_PIXEL = 100.0  # learned pixels leave [0, 1], by less than 1 in good runs; no image of any use goes further
 _PREFIX, _VIEWS = "preprocessing.", "views."
-_PLAIN = ("data", "method", "config", "training")  # fields that the header holds as they are
+_PLAIN = {"data": dict, "method": str, "config": dict, "training": dict}  # fields that the header holds as they are
+_TYPES: dict[str, Any] = {"format_version": int, "label_kind": str, "class_names": list, **_PLAIN}
+_TYPES["temperature"] = int | float
+_DTYPES = {"images": torch.float32, "labels": torch.float32, "classes": torch.int64}
+_DATA_TYPES = {"name": str, "spec": dict, "fingerprint": str, "mirror": bool}
 
 
 @dataclass
@@ -56,7 +65,8 @@ class DistilledSet:
             place of an augmentation; ``labels`` are for students that do without them.
 
     Raises:
-        UserError: shapes disagree, a number is not finite or out of range, or the form of the labels is unknown.
+        UserError: shapes disagree, a number is not finite or out of range, the form of the labels is unknown, or
+            classes disagree with hard labels.
     """
 
     images: Tensor
@@ -74,7 +84,8 @@ class DistilledSet:
 
     def __post_init__(self) -> None:
         rows, count = len(self.images), len(self.class_names)
-        if self.images.ndim != 4 or rows == 0 or self.labels.shape != (rows, count) or self.classes.shape != (rows,):
+        shapes = self.labels.shape, self.classes.shape
+        if self.images.ndim != 4 or self.images.numel() == 0 or shapes != ((rows, count), (rows,)):
             raise UserError(
                 f"distilled set: shapes disagree: images {tuple(self.images.shape)}, "
                 f"labels {tuple(self.labels.shape)}, classes {tuple(self.classes.shape)}, {count} class names"
@@ -86,6 +97,14 @@ class DistilledSet:
         check_range("positive", "distilled set: ", temperature=self.temperature)
         if self.views is not None:
             self._check_views(self.views)
+        self._check_classes()
+
+    def _check_classes(self) -> None:
+        count, low, high = self.num_classes, int(self.classes.min()), int(self.classes.max())
+        if low < 0 or high >= count:
+            raise UserError(f"distilled set: classes must be in [0, {count}), found {low} to {high}")
+        if self.label_kind == "hard" and not self.labels.argmax(1).equal(self.classes):
+            raise UserError("distilled set: hard labels must be largest at the row's class")
 
     def _check_views(self, views: SoftViews) -> None:
         if self.label_kind != "soft":
@@ -163,15 +182,17 @@ class DistilledSet:
         tensors |= {_PREFIX + name: value for name, value in self.preprocessing.state_dict().items()}
         tensors |= {_VIEWS + name: value for name, value in (self.views.state_dict() if self.views else {}).items()}
         plain = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
-        metadata = {_HEADER: json.dumps(header)}
+        text = json.dumps(header)
+        metadata = {_HEADER: text, _CHECKSUM: _checksum(text, plain)}
         return write_atomically(path, lambda temporary: save_file(plain, temporary, metadata))
 
     @classmethod
     def load(cls, path: Path | str) -> "DistilledSet":
-        """Read a file written by :meth:`save`.
+        """Read a file written by :meth:`save`. Nothing that it says is executed, and no path in it is opened.
 
         Raises:
-            UserError: the file is missing, truncated, of another kind, of a newer format, or inconsistent.
+            UserError: the file is missing, truncated, of another kind, of a newer format, inconsistent, implausible, or
+                not as it was written.
         """
         path = Path(path)
         if not path.is_file():
@@ -179,30 +200,43 @@ class DistilledSet:
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                # Copies: the library's tensors are a map of the file, and change with it.
+                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError, struct.error) as error:
             raise UserError(f"distilled set '{path}': not a safetensors file, or truncated ({error})") from None
-        header = _read_header(path, metadata)
+        try:
+            return cls._of(metadata, tensors)
+        except KeyError as error:
+            raise UserError(f"distilled set '{path}': incomplete, {error} is missing") from None
+        except UserError as error:
+            raise UserError(f"'{path}': {error}") from None
+
+    @classmethod
+    def _of(cls, metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> "DistilledSet":
+        """Make a set of what a file holds."""
+        header = _read_header(metadata)
+        if _CHECKSUM in metadata and metadata[_CHECKSUM] != _checksum(metadata[_HEADER], tensors):
+            raise UserError("distilled set: its checksum differs: the file was edited or damaged after it was written")
+        for name, value in tensors.items():
+            if not name.startswith((_PREFIX, _VIEWS)) and value.dtype != _DTYPES.get(name):
+                raise UserError(f"distilled set: {name} must be {_DTYPES.get(name, 'left out')}, got {value.dtype}")
         preprocessing, views = (
             {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
             for prefix in (_PREFIX, _VIEWS)
         )
-        try:
-            return cls(
-                images=tensors["images"],
-                labels=tensors["labels"],
-                classes=tensors["classes"],
-                label_kind=header["label_kind"],
-                class_names=tuple(header["class_names"]),
-                preprocessing=Preprocessing.from_state_dict(preprocessing),
-                **{name: header[name] for name in _PLAIN},
-                temperature=float(header.get("temperature", 1.0)),
-                views=SoftViews.from_state_dict(views) if views else None,
-            )
-        except UserError as error:
-            raise UserError(f"'{path}': {error}") from None
-        except (KeyError, TypeError) as error:
-            raise UserError(f"distilled set '{path}': incomplete, missing or wrong {error}") from None
+        made = cls(
+            images=tensors["images"],
+            labels=tensors["labels"],
+            classes=tensors["classes"],
+            label_kind=header["label_kind"],
+            class_names=tuple(header["class_names"]),
+            preprocessing=Preprocessing.from_state_dict(preprocessing),
+            **{name: header[name] for name in _PLAIN},
+            temperature=header.get("temperature", 1.0),
+            views=SoftViews.from_state_dict(views) if views else None,
+        )
+        _check_plausible(made)
+        return made
 
 
 def library_versions(
@@ -212,17 +246,53 @@ def library_versions(
     return {name: version(name) for name in names}
 
 
-def _read_header(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
+def _checksum(header: str, tensors: Mapping[str, Tensor]) -> str:
+    """Return a hash of a header, and of tensors with their names, types and shapes."""
+    shapes = {name: [str(tensors[name].dtype), *tensors[name].shape] for name in sorted(tensors)}
+    values = tensor_digest({name: value.flatten().view(torch.uint8) for name, value in tensors.items()})
+    text = json.dumps([header, shapes, values])
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _read_header(metadata: Mapping[str, str]) -> dict[str, Any]:
     if _HEADER not in metadata:
-        raise UserError(f"distilled set '{path}': a safetensors file, but not one written by lightning_dd")
+        raise UserError("distilled set: a safetensors file, but not one written by lightning_dd")
+    if unknown := set(metadata) - {_HEADER, _CHECKSUM, "format"}:
+        raise UserError(f"distilled set: unknown entry '{min(unknown)}' beside the header")
     try:
-        header = json.loads(metadata[_HEADER])
-        version = int(header["format_version"])
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"distilled set '{path}': the header is damaged") from None
+        header: Any = json.loads(metadata[_HEADER]) if len(metadata[_HEADER]) <= _LARGEST_HEADER else None
+        version = header["format_version"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise UserError("distilled set: the header is damaged") from None
+    for part, types in ((header, _TYPES), (header.get("data", {}), _DATA_TYPES)):
+        for name, kind in types.items():
+            if name in part and not isinstance(part[name], kind):
+                raise UserError(f"distilled set: header field '{name}' must not be a {type(part[name]).__name__}")
+    if not all(isinstance(name, str) for name in header.get("class_names", ())):
+        raise UserError("distilled set: header field 'class_names' must hold names only")
     if version > FORMAT_VERSION:
         raise UserError(
-            f"distilled set '{path}': format version {version}, this lightning_dd reads up to {FORMAT_VERSION}; "
+            f"distilled set: format version {version}, this lightning_dd reads up to {FORMAT_VERSION}; "
             "upgrade lightning_dd"
         )
     return dict(header)
+
+
+def _check_plausible(distilled: DistilledSet) -> None:
+    """Refuse images that no preprocessing like this makes, and classes of different numbers of images."""
+    images, preprocessing = distilled.images, distilled.preprocessing
+    channels, numbers = images.shape[1], images[0].numel()
+    flat = numbers if preprocessing.zca_mean is None else preprocessing.zca_mean.numel()
+    if len(preprocessing.mean) != channels or flat != numbers:
+        raise UserError(f"distilled set: the preprocessing is of other images than {distilled.image_shape}")
+    sizes = torch.bincount(distilled.classes, minlength=distilled.num_classes)
+    if bool((sizes != sizes[0]).any()):
+        few, many = int(sizes.min()), int(sizes.max())
+        raise UserError(f"distilled set: classes must have equally many images, found {few} to {many}")
+    pixels = preprocessing.inverse(images)
+    if not bool((pixels.abs() <= _FARTHEST_PIXEL).all()):
+        low, high = float(pixels.min()), float(pixels.max())
+        raise UserError(f"distilled set: images: pixels lie in [{low:.3g}, {high:.3g}], far beyond [0, 1]")
+    again = preprocessing(pixels[:1])
+    if not bool((again - images[:1]).norm() <= 1e-2 * images[:1].norm().clamp_min(1)):
+        raise UserError("distilled set: preprocessing: its two matrices do not undo each other")

@@ -18,8 +18,22 @@ class UserError(ValueError):
     """Something the user can mend: a setting, a file, a folder.
 
     The message is one line that names the setting and what is accepted. The command line prints it
-    without a traceback and exits with status 2; from Python it is an ordinary ``ValueError``.
+    without a traceback and exits with status 2; from Python it is an ordinary ``ValueError``. What a message quotes may
+    come from a file of somebody else: line breaks and control characters are shown as escapes.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
+
+
+def printable(text: str) -> str:
+    r"""Return a text with its line breaks, control and invisible characters as escapes.
+
+    Example:
+        >>> printable("ä\x1b[2J")
+        'ä\\x1b[2J'
+    """
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:
