@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pytorch_lightning import Callback, Trainer
+from pytorch_lightning import Callback
 from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint
 from pytorch_lightning.loggers import TensorBoardLogger
 
@@ -17,6 +17,7 @@ from lightning_dd.evaluators.evaluate import evaluate_files
 from lightning_dd.evaluators.matrix import Hardware, Row
 from lightning_dd.students.recipe import protocol as published
 from lightning_dd.utils.silence import quieten
+from lightning_dd.utils.trainer import check_checkpoint, check_length, make_trainer
 
 TRAINER: dict[str, Any] = {
     "devices": 1,
@@ -96,7 +97,9 @@ def distil(
     }
     always = [kind(**options, **own.get(kind, {})) for kind, options in CALLBACKS.items() if kind not in left_out]
     quieten()
-    runner = Trainer(max_steps=steps, callbacks=[*always, *callbacks], **settings)
+    check_length(steps, settings["val_check_interval"])
+    check_checkpoint(ckpt_path)
+    runner = make_trainer(max_steps=steps, callbacks=[*always, *callbacks], **settings)
     runner.fit(model, datamodule=data, ckpt_path=ckpt_path)
     return DistilledSet.load(Path(output) / "last.safetensors")
 

@@ -1,12 +1,11 @@
 """The verbs that are a stock LightningCLI: fit, validate, test, predict."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from jsonargparse import set_parsing_settings
 from lightning_fabric.utilities.exceptions import MisconfigurationException
-from pytorch_lightning import Callback, LightningDataModule, LightningModule
+from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.utilities import rank_zero_only
 
@@ -16,8 +15,9 @@ from lightning_dd.cells import cells_of, counted, follow_ipc, nearest, statement
 from lightning_dd.losses.metadd import MetaOptions
 from lightning_dd.parsing import OneLineErrors, explain, run_name, user_error_in, with_paths
 from lightning_dd.utils.arguments import class_path, find_class, subclasses
-from lightning_dd.utils.errors import UserError
+from lightning_dd.utils.errors import SEED, UserError, check_range, first_line
 from lightning_dd.utils.silence import quieten
+from lightning_dd.utils.trainer import check_checkpoint, check_length, make_trainer
 
 set_parsing_settings(subclasses_enabled=[MetaOptions])  # a dataclass, whose subclasses bring terms of their own
 ROOMS = (callbacks, data, distilled, distillers, students, synthetic)
@@ -83,6 +83,7 @@ class Cli(LightningCLI):
         """
         settings = self.config[self.config.subcommand]
         trainer, model = settings.trainer, find_class(settings.model.class_path, LightningModule, "model")
+        check_length(trainer.max_steps, trainer.val_check_interval)
         if self.config.subcommand == "fit":
             self.say_cell(settings)
         if trainer.max_steps == -1 and not getattr(model, "learns", True):
@@ -120,9 +121,17 @@ class Cli(LightningCLI):
         Lightning would let the checkpoint's hyper-parameters silently override the configuration and the command
         line here; our modules refuse a checkpoint of another configuration instead.
         """
-        path = self.config[self.config.subcommand].get("ckpt_path")
-        if path and path not in ("last", "best", "hpc") and "://" not in str(path) and not Path(path).is_file():
-            raise UserError(f"ckpt_path '{path}': no such file")
+        check_checkpoint(self.config[self.config.subcommand].get("ckpt_path"))
+
+    def _set_seed(self) -> None:
+        """Seed Python, numpy and torch, as far as numpy's range goes."""
+        seed = self.config[self.config.subcommand].get("seed_everything")
+        check_range(SEED, seed_everything=None if isinstance(seed, bool) else seed)
+        super()._set_seed()
+
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
+        """Say what Lightning refuses in one line."""
+        return make_trainer(super()._instantiate_trainer, config=config, callbacks=callbacks)
 
 
 def run_lightning(arguments: Sequence[str]) -> Cli:
@@ -139,10 +148,14 @@ def run_lightning(arguments: Sequence[str]) -> Cli:
         raise
     except MisconfigurationException as error:
         raise UserError(" ".join(str(error).split())) from None
+    except OSError as error:
+        raise UserError(f"'{error.filename}': {error.strerror or error}") from error
     except Exception as error:
         mistake = user_error_in(error)
         if mistake is not None:
             raise mistake from None
+        if isinstance(error, MemoryError) or "allocate memory" in str(error) or "out of memory" in str(error):
+            raise UserError(f"out of memory: {first_line(error)}; lower ipc or the batch size") from error
         if "Union subtypes" in str(error):  # jsonargparse hides what a constructor raised inside its own text
             raise UserError(explain(str(error), known_classes)) from None
         raise

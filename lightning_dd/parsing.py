@@ -9,10 +9,12 @@ from typing import Any, NoReturn, get_type_hints
 
 from jsonargparse import ActionConfigFile, ArgumentParser  # type: ignore[attr-defined]
 
-from lightning_dd.utils.errors import UserError, unknown_name
+from lightning_dd.utils.errors import UserError, printable, unknown_name
 
 FOLDER = Path(__file__).parent / "configs"
 """The configuration files that come with the package."""
+_EXPECTED = re.compile(r"Expected an? (?:<class '(\w+)'>|typing\.Literal\[(.+)\])")
+
 KnownClasses = Callable[[str], dict[str, type]]
 """From a key (``model``, ``data``, ``trainer.callbacks``) to the classes it accepts, by name."""
 
@@ -91,7 +93,7 @@ class OneLineErrors(ArgumentParser):
         parser = getattr(ex, "subcommand_parser", None) or self
         unknown = re.search(r"(?:[Oo]ption '|arguments: -*)([\w.]+)", message)
         text = str(parser.unknown_option(unknown[1])) if unknown else explain(message, self.known_classes)
-        print(f"lightning-dd: error: {text}", file=sys.stderr)
+        print(f"lightning-dd: error: {printable(text)}", file=sys.stderr)
         sys.exit(2)
 
     def unknown_option(self, name: str) -> UserError:
@@ -118,6 +120,10 @@ def explain(message: str, known_classes: KnownClasses = lambda key: {}) -> str:
         return str(unknown_name(f"class for {key or 'this setting'}", name[1], known_classes(key)))
     if value := re.search(r"Expected an? (?:<class '(\w+)'>|(.+?))\. Got value: (.+)", message):
         return f"{key}: expected {value[1] or value[2]}, got {value[3]}"
+    errors, given = re.findall(r"^\s+- (.+)", message, re.M), re.search(r"Given value: (.+)", message)
+    kinds = [found[1] or found[2] for error in errors if (found := _EXPECTED.fullmatch(error))]
+    if given and kinds and len(kinds) == len(errors):
+        return f"{key}: expected {', '.join(kind for kind in kinds if kind != 'NoneType')}, got {given[1]}"
     first = re.search(r"Errors:\s+- (.+)", message)
     return first[1] if first else " ".join(message.split())
 

@@ -97,6 +97,10 @@ def test_help_of_our_verbs_needs_no_torch(verb, text):
         (["evaluate", "x.safetensors", "--architectures", "conv", "--output", "o"], ["x.safetensors", "no such file"]),
         (["evaluate", "x.safetensors", "--architectures", "conv", "--outputs", "o"], ["--output"]),
         (["export", "no.ckpt", "--output", "o"], ["no.ckpt", "no such file"]),
+        (["export", "/dev/zero", "--output", "o"], ["/dev/zero", "no such file"]),
+        (["evaluate", "/dev/zero", "--architectures", "conv", "--output", "o"], ["/dev/zero", "no such file"]),
+        (["evaluate", "x.safetensors", "--architectures", "conv", "--output", "o", "--lr=nan"], ["lr: expected float"]),
+        (["evaluate", "\x1b[2J\n.safetensors", "--architectures", "conv", "--output", "o"], ["'\\x1b[2J\\n.safe"]),
     ],
 )
 def test_a_mistake_gives_one_line_and_status_2(arguments, parts, capsys, tmp_path):
@@ -108,9 +112,75 @@ def test_a_mistake_gives_one_line_and_status_2(arguments, parts, capsys, tmp_pat
 
 
 @pytest.mark.parametrize(
+    ("option", "parts"),
+    [
+        ("--trainer.devices=-3", ["`devices`", "> 0"]),
+        ("--trainer.devices=0", ["devices='0'"]),
+        ("--trainer.devices=99", ["trainer.devices must be 1 to ", "got 99"]),
+        ("--trainer.num_nodes=0", ["`num_nodes`", "positive", "0"]),
+        ("--trainer.accelerator=quantum", ["accelerator='quantum'", "cpu"]),
+        ("--trainer.strategy=magic", ["strategy='magic'", "ddp"]),
+        ("--trainer.precision=fp4", ["trainer.precision: expected", "bf16-mixed", "got fp4"]),
+        ("--trainer.gradient_clip_val=nan", ["trainer.gradient_clip_val: expected float", "got nan"]),
+        ("--trainer.max_steps=0", ["trainer.max_steps must be at least 1", "got 0"]),
+        ("--trainer.max_steps=-5", ["trainer.max_steps must be at least 1", "got -5"]),
+        ("--trainer.val_check_interval=0", ["trainer.val_check_interval must be at least 1, got 0"]),
+        ("--trainer.val_check_interval=-3", ["trainer.val_check_interval must be at least 1, got -3"]),
+        ("--trainer.logger.save_dir=/proc/nothing", ["'/proc/nothing'", "No such file"]),
+        ("--seed_everything=-1", ["seed_everything must be in [0, 4294967295], got -1"]),
+        ("--seed_everything=9223372036854775808", ["seed_everything must be in [0, 4294967295]"]),
+        ("--data.split_seed=-1", ["data.split_seed must be in [0, 4294967295], got -1"]),
+        ("--data.val_fraction=nan", ["val_fraction: expected float, got nan"]),
+        ("--model.probe.steps=0", ["probe.steps must be at least 1, got 0"]),
+        ("--model.probe.lr=-1", ["probe.lr must be positive, got -1"]),
+        ("--model.lr=inf", ["lr: expected float, got inf"]),
+        ("--model.lr=1e30", ["lr must be positive and below 1e+09, got 1e+30"]),
+        ("--model.inner_lr=1e30", ["inner_lr must be positive and below 1e+09, got 1e+30"]),
+        ("--ckpt_path=http://127.0.0.1:1/x.ckpt", ["ckpt_path 'http:", "must be a file of this machine"]),
+        ("--ckpt_path=file:///etc/hosts", ["ckpt_path 'file:", "must be a file of this machine"]),
+        ("--ckpt_path=/dev/zero", ["ckpt_path '/dev/zero': no such file"]),
+        ("--ckpt_path=/etc/hosts", ["ckpt_path '/etc/hosts'", "only tensors and numbers"]),
+    ],
+)
+def test_a_setting_no_run_can_have_gives_one_line_and_nothing_is_written(option, parts, capsys, tmp_path):
+    assert status(["fit", *QUICK, option]) == 2
+    line = only_line(capsys)
+    assert [part for part in parts if part not in line] == [], line
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize(
+    ("option", "part"),
+    [
+        ("--lr=1e30", "recipe.lr must be positive and below 1e+09"),
+        ("--devices=-3", "`devices`"),
+        ("--devices=0", "devices=0"),
+        ("--devices=99", "trainer.devices must be 1 to "),
+        ("--accelerator=quantum", "accelerator='quantum'"),
+        ("--strategy=magic", "strategy='magic'"),
+        ('--data_args={"split_seed": -1}', "data.split_seed must be in [0, 4294967295]"),
+    ],
+)
+def test_a_setting_no_student_can_have_gives_one_line(option, part, capsys):
+    from lightning_dd.data import MNIST5k
+
+    file = make_distilled(data=MNIST5k).save("set.safetensors")
+    arguments = ["evaluate", str(file), "--architectures", "conv:width=4,depth=2", "--output", "report"]
+    assert status([*arguments, "--steps=1", "--seeds=1", "--accelerator=cpu", option]) == 2
+    assert part in only_line(capsys)
+    assert not list(Path("report").rglob("results*"))
+
+
+def test_a_run_that_is_never_validated_says_so(capsys):
+    with pytest.warns(UserWarning, match="val_check_interval=50 is beyond the run's 2 steps"):
+        assert main(["fit", *QUICK, "--trainer.val_check_interval=50"]) == 0
+
+
+@pytest.mark.parametrize(
     ("option", "message"),
     [
         ("--model.init_args.ipc=401", "largest possible ipc is"),
+        ("--model.init_args.ipc=100000000", "lower ipc or the batch size"),
         ("--model.init_args.architecture=resnet19", "unknown architecture 'resnet19'"),
         ("--model.init_args.architecture=conv:depth=6", "too small for depth 6"),
     ],

@@ -1,5 +1,7 @@
 """FRePo and the base distiller: gradients, constants, the loop, the checkpoint, bad input."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from helpers import LinearNetwork, TinyData, tiny_settings, tiny_trainer
@@ -7,6 +9,7 @@ from pytorch_lightning import Callback
 from pytorch_lightning.callbacks import ModelCheckpoint
 from timm.optim import Lamb
 
+from lightning_dd.api import distil
 from lightning_dd.callbacks import ExportDistilledSet, PoolAlternation, SyntheticImages
 from lightning_dd.data import Batch, RawSplit
 from lightning_dd.distilled.set import DistilledSet
@@ -290,12 +293,88 @@ def test_a_checkpoint_from_before_a_setting_existed_is_continued(tmp_path):
 def test_a_checkpoint_that_is_none_gives_one_line(tmp_path):
     broken = tmp_path / "broken.ckpt"
     broken.write_bytes(b"PK\x03\x04 nothing")
-    for path, message in ((broken, "not a checkpoint, or truncated"), (tmp_path / "no.ckpt", "no such file")):
+    for path, message in ((broken, "not a file of torch.save"), (tmp_path / "no.ckpt", "no such file")):
         with pytest.raises(UserError, match=message):
             distilled_from_checkpoint(path)
     torch.save({"state_dict": {}}, tmp_path / "foreign.ckpt")
     with pytest.raises(UserError, match="not written by a lightning_dd distiller"):
         distilled_from_checkpoint(tmp_path / "foreign.ckpt")
+
+
+class Boom:
+    def __reduce__(self):
+        return (open, ("boom.txt", "w"))
+
+
+def test_a_checkpoint_runs_nothing_and_claims_no_more_than_it_holds(tmp_path):
+    path, swollen = tmp_path / "bad.ckpt", torch.zeros(1).expand(10**12)
+    cyclic = [1]
+    cyclic.append(cyclic)
+    for content, message in (
+        ({"state_dict": Boom()}, "only tensors and numbers are safe to load"),
+        ({"state_dict": {"synthetic.labels": swollen}}, "holds fewer numbers"),
+        ({"state_dict": cyclic}, "not written by a lightning_dd distiller"),
+    ):
+        torch.save(content, path)
+        with pytest.raises(UserError, match=message):
+            distilled_from_checkpoint(path)
+        if "distiller" not in message:
+            with pytest.raises(UserError, match=message):
+                distil(frepo(), TinyData(), output=tmp_path / "run", ckpt_path=str(path))
+    with pytest.raises(UserError, match=r"ckpt_path 'http://x/y.ckpt' must be a file of this machine"):
+        distil(frepo(), TinyData(), output=tmp_path / "run", ckpt_path="http://x/y.ckpt")
+    assert not Path("boom.txt").exists()
+
+
+@pytest.mark.parametrize(
+    ("place", "junk", "message"),
+    [
+        (("lightning_dd", "facts"), None, "damaged"),
+        (("lightning_dd", "facts", "image_shape"), "abc", "damaged"),
+        (("lightning_dd", "facts", "image_shape"), [1, 10**6, 10**6], "damaged"),
+        (("lightning_dd", "preprocessing"), {}, "preprocessing: expected mean, std"),
+        (("lightning_dd", "preprocessing", "std"), torch.zeros(1), "std above 0"),
+        (("lightning_dd", "method"), "Nothing", "unknown method 'Nothing'"),
+        (("lightning_dd", "method"), 3, "damaged"),
+        (("hyper_parameters", "ipc"), 10**9, "ipc is not that of its labels"),
+        (("hyper_parameters", "other"), 1, "damaged"),
+        (("state_dict",), {}, "damaged"),
+        (("state_dict", "synthetic.labels"), torch.zeros(3, 4), "damaged"),
+        (("global_step",), "many", "damaged"),
+    ],
+)
+def test_junk_in_a_checkpoint_is_one_line(tmp_path, place, junk, message):
+    checkpointing(tmp_path, 2, every=2).fit(frepo(), TinyData())
+    content = inside = torch.load(tmp_path / "step=2.ckpt", weights_only=True)
+    for name in place[:-1]:
+        inside = inside[name]
+    inside[place[-1]] = junk
+    torch.save(content, tmp_path / "junk.ckpt")
+    with pytest.raises(UserError, match=message) as caught:
+        distilled_from_checkpoint(tmp_path / "junk.ckpt")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_checkpoint_deletes_nothing_outside_its_run(tmp_path):
+    """Lightning removes the checkpoints that a callback's state calls older, and a folder with all that is in it."""
+    run, mine = tmp_path / "run", tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("five years")
+    checkpointing(run, 2, every=2).fit(frepo(), TinyData())
+    content = torch.load(run / "step=2.ckpt", weights_only=True)
+    (key,) = (name for name in content["callbacks"] if name.startswith("ModelCheckpoint"))
+    path = str(run / ".." / "mine")
+    named = {"dirpath": str(run), "best_k_models": {path: torch.tensor(0.0)}, "kth_best_model_path": path}
+    content["callbacks"][key] |= named | {"best_model_path": path, "last_model_path": path}
+    torch.save(content, tmp_path / "bad.ckpt")
+    keep = ModelCheckpoint(run, filename="{step}", every_n_train_steps=1, save_top_k=1, save_last=True)
+    again = ModelCheckpoint(run, filename="{step}", every_n_train_steps=2, save_top_k=-1)
+    content["callbacks"][keep.state_key] = content["callbacks"][key]
+    torch.save(content, tmp_path / "bad.ckpt")
+    trainer = tiny_trainer(run, 5, callbacks=[PoolAlternation(), keep, again], enable_checkpointing=True)
+    trainer.fit(frepo(), TinyData(), ckpt_path=str(tmp_path / "bad.ckpt"), weights_only=True)
+    assert trainer.global_step == 5
+    assert (mine / "thesis.txt").exists()
 
 
 # ---- scores, files, pictures -------------------------------------------------------------------------------------

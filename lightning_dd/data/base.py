@@ -16,7 +16,7 @@ from lightning_dd.data.images import Batch, DataFacts, RawSplit, Split
 from lightning_dd.data.preprocess import KINDS, RIDGE, Preprocessing, block_stride, fit_preprocessing
 from lightning_dd.data.sampling import EvalBatches, StepCounter, pass_through, stratified_cut
 from lightning_dd.utils.arguments import RemembersArguments
-from lightning_dd.utils.errors import UserError, check_range
+from lightning_dd.utils.errors import SEED, UserError, check_range
 
 _BLOCK = 4096  # images hashed at a time
 
@@ -89,6 +89,7 @@ class RealData(RemembersArguments, LightningDataModule, ABC):
         check_range("in [0, 1)", "data.", val_fraction=val_fraction)
         check_range("at least 1", "data.", eval_batch_size=eval_batch_size, zca_block=zca_block)
         check_range("at least 0", "data.", workers=workers)
+        check_range(SEED, "data.", split_seed=split_seed)
         check_range("positive", "data.", zca_ridge=zca_ridge)
         for number in mean or []:
             check_range("in [0, 1]", "data.", mean=number)

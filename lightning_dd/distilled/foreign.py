@@ -1,11 +1,10 @@
 """Distilled sets as other projects store them, read without running anything that the files hold."""
 
-import pickle
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
-from zipfile import BadZipFile
+from zipfile import BadZipFile, ZipFile
 
 import numpy as np
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 from lightning_dd.data.images import DataFacts
 from lightning_dd.data.readers import EXTENSIONS, decode_images
 from lightning_dd.utils.errors import UserError, first_line
+from lightning_dd.utils.files import load_torch
 
 _EXPORT = "export it with numpy.savez(file, image=state['params']['x_proto'], label=state['params']['y_proto'])"
 
@@ -31,6 +31,8 @@ Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 """Mean and standard deviation of every channel."""
 
 
+_LARGEST_ARRAYS = 2**32
+"""Bytes that the arrays of an .npz file may unpack to."""
 _IMAGES, _ROWS = "images, channels, height, width", "images, classes"
 
 
@@ -48,7 +50,7 @@ class ForeignSet(NamedTuple):
 def _read_frepo(images: Path, labels: Path | None, experiment: int, facts: DataFacts) -> ForeignSet:
     """FRePo: 'image' (n, H, W, C) and 'label' of an .npz file, or the checkpoint of its PyTorch branch."""
     torch_branch = images.suffix in (".pt", ".pth")
-    state = _entry(load_torch(images), "syndata_state_dict", images) if torch_branch else _load_npz(images)
+    state = _entry(_load_torch(images), "syndata_state_dict", images) if torch_branch else _load_npz(images)
     keys = ("x_syn", "y_syn") if torch_branch else ("image", "label")
     found, targets = (_entry(state, key, images) for key in keys)
     pictures = _tensor(found, keys[0], images, _IMAGES)
@@ -59,7 +61,7 @@ def _read_frepo(images: Path, labels: Path | None, experiment: int, facts: DataF
 
 def _read_dc(images: Path, labels: Path | None, experiment: int, facts: DataFacts) -> ForeignSet:
     """DC, DSA and DM: 'data' is a list with one pair of images and labels for each experiment."""
-    pairs = _entry(load_torch(images), "data", images)
+    pairs = _entry(_load_torch(images), "data", images)
     if not isinstance(pairs, list) or not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs):
         raise UserError(f"'{images}': 'data' must be a list of pairs of images and labels")
     if not 0 <= experiment < len(pairs):
@@ -71,7 +73,10 @@ def _read_dc(images: Path, labels: Path | None, experiment: int, facts: DataFact
 def _read_mtt(images: Path, labels: Path | None, experiment: int, facts: DataFacts) -> ForeignSet:
     """MTT, and DATM with logits for labels: a tensor in each of two files."""
     assert labels is not None
-    pictures, targets = _tensor(load_torch(images), "images", images, _IMAGES), load_torch(labels)
+    pictures, targets = (
+        _tensor(_load_torch(images), "images", images, _IMAGES),
+        _load_torch(labels),
+    )
     if isinstance(targets, Tensor) and targets.ndim == 2:
         return ForeignSet(pictures, _tensor(targets, "labels", labels, _ROWS).float(), "soft")
     return ForeignSet(pictures, _classes(targets, labels), "hard")
@@ -85,7 +90,7 @@ def _read_folders(images: Path, labels: Path | None, experiment: int, facts: Dat
         (file, by_name[folder.name])
         for folder in folders
         for file in sorted(folder.iterdir())
-        if file.suffix.lower() in EXTENSIONS and not file.name.startswith(".")
+        if file.suffix.lower() in EXTENSIONS and not file.name.startswith(".") and file.is_file()
     ]
     if not listed:
         raise UserError(f"images '{images}': the folders hold no image files")
@@ -106,27 +111,18 @@ def _classes_of_folders(folders: list[str], root: Path, facts: DataFacts) -> dic
     return numbers
 
 
-def load_torch(file: Path) -> Any:
-    """Load tensors, containers and numbers; refuse a file that holds anything else."""
-    try:
-        with torch.serialization.safe_globals(_SCORES):
-            return torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        found = re.search(r"(?:GLOBAL|global) `?([\w.]+)", str(error))
-        what = f"it holds {found[1]}" if found else "it is damaged or of another kind"
-        raise UserError(f"'{file}' is not loaded, because only tensors and numbers are safe to load: {what}") from None
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError, AttributeError) as error:
-        raise UserError(f"'{file}' is not a file of torch.save ({first_line(error)})") from None
+def _load_torch(file: Path) -> Any:
+    return load_torch(file, "file", _SCORES)
 
 
 def _load_npz(file: Path) -> dict[str, Any]:
     try:
-        opened = np.load(file, allow_pickle=False)
-        if isinstance(opened, np.ndarray):
-            raise ValueError("one array without a name")
-        with opened as archive:
-            return {name: archive[name] for name in archive.files}
-    except (ValueError, OSError, EOFError, BadZipFile) as error:
+        with ZipFile(file) as archive:
+            if sum(entry.file_size for entry in archive.infolist()) > _LARGEST_ARRAYS:
+                raise ValueError(f"it unpacks to more than {_LARGEST_ARRAYS:,} bytes")
+        with np.load(file, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+    except (ValueError, OSError, EOFError, BadZipFile, MemoryError, OverflowError, NotImplementedError) as error:
         raise UserError(
             f"'{file}' is not an .npz file of arrays ({first_line(error)}); of a flax checkpoint, {_EXPORT}"
         ) from None

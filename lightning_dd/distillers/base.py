@@ -46,6 +46,8 @@ class Probe:
     protocol: str | None = None
 
     def __post_init__(self) -> None:
+        check_range("at least 1", "probe.", steps=self.steps)
+        check_range("positive", "probe.", lr=self.lr)
         self.recipe("frepo")
 
     def recipe(self, own: str) -> Recipe:

@@ -4,7 +4,6 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
-import torch
 from pytorch_lightning import LightningModule
 from pytorch_lightning.trainer.states import TrainerFn
 
@@ -13,7 +12,8 @@ from lightning_dd.data.preprocess import Preprocessing
 from lightning_dd.distilled.set import DistilledSet
 from lightning_dd.pretrained.task import Task
 from lightning_dd.utils.arguments import known_class, nothing_imported, public_settings, refuse_other
-from lightning_dd.utils.errors import UserError
+from lightning_dd.utils.errors import UserError, first_line
+from lightning_dd.utils.files import load_torch
 
 STATE_KEY = "lightning_dd"
 """Where a checkpoint keeps what lies outside the module tree."""
@@ -70,6 +70,7 @@ class Resumable(LightningModule, ABC):
         Raises:
             UserError: the checkpoint is not a distiller's, or method, settings, data or number of processes differ.
         """
+        super().on_load_checkpoint(checkpoint)
         state = _distiller_state(checkpoint)
         facts = DataFacts.from_dict(state["facts"])
         if hasattr(self, "task"):
@@ -105,22 +106,22 @@ def distilled_from_checkpoint(path: Path | str) -> DistilledSet:
     Raises:
         UserError: the file is missing, is no distiller's checkpoint, or names a class that is not known here.
     """
-    if not Path(path).is_file():
-        raise UserError(f"checkpoint '{path}': no such file")
+    checkpoint = load_torch(path, "checkpoint")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds, by how the file is broken
-        raise UserError(f"checkpoint '{path}': not a checkpoint, or truncated ({type(error).__name__})") from None
-    with nothing_imported():
-        try:
-            state = _distiller_state(checkpoint)
+        with nothing_imported():
+            state, weights = _distiller_state(checkpoint), checkpoint["state_dict"]
             cls: type[Resumable] = known_class(state["method"], Resumable, "method")  # type: ignore[type-abstract]
-            distiller = cls(**public_settings(checkpoint["hyper_parameters"]))
-        except (UserError, TypeError) as error:
-            raise UserError(f"checkpoint '{path}': {error}") from None
-        distiller.on_load_checkpoint(checkpoint)
-        distiller.load_state_dict(checkpoint["state_dict"])
-        return distiller.distilled_set(outer_step=int(checkpoint["global_step"]))
+            settings = public_settings(checkpoint["hyper_parameters"])
+            if settings["ipc"] * len(state["facts"]["class_names"]) != len(weights["synthetic.labels"]):
+                raise UserError("ipc is not that of its labels")  # before anything of that size is made
+            distiller = cls(**settings)
+            distiller.on_load_checkpoint(checkpoint)
+            distiller.load_state_dict(weights)
+            return distiller.distilled_set(outer_step=int(checkpoint["global_step"]))
+    except UserError as error:
+        raise UserError(f"checkpoint '{path}': {error}") from None
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise UserError(f"checkpoint '{path}': damaged, or of another version ({first_line(error)})") from error
 
 
 def _distiller_state(checkpoint: Any) -> dict[str, Any]:

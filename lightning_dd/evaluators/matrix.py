@@ -21,6 +21,7 @@ from lightning_dd.students.recipe import Recipe
 from lightning_dd.students.student import Student
 from lightning_dd.utils.errors import UserError
 from lightning_dd.utils.seeding import make_generator
+from lightning_dd.utils.trainer import make_trainer
 
 DISTILLED, RANDOM_REAL = "distilled", "random-real"
 HARD_LABELS, SAME_LABELS, WITHOUT_VIEWS, ALL_REAL = "hard-labels", "random-same-labels", "without-views", "all-real"
@@ -126,7 +127,7 @@ def _trainer(cell: Cell, steps: int, hardware: Hardware, log_dir: Path, callback
     """Return a quiet Trainer that validates five times."""
     parts = [cell.architecture, cell.source, str(cell.seed), *([cell.protocol] if cell.protocol else [])]
     version = re.sub(r"[^\w.=-]+", "-", "-".join(parts))
-    return Trainer(
+    return make_trainer(
         accelerator=hardware.accelerator,
         devices=hardware.devices,
         strategy=hardware.strategy,

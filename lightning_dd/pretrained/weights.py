@@ -12,10 +12,10 @@ from torch import Tensor
 from lightning_dd.data.imagenet import imagenet_names
 from lightning_dd.data.images import DataFacts
 from lightning_dd.data.preprocess import Preprocessing
-from lightning_dd.distilled.foreign import load_torch
 from lightning_dd.models.factory import ArchitectureSpec
 from lightning_dd.models.interface import Network
 from lightning_dd.utils.errors import UserError, first_line
+from lightning_dd.utils.files import load_torch
 
 _CONTAINERS = ("state_dict", "model", "net")
 _CLOSE = 1e-3
@@ -35,7 +35,7 @@ def read_weights(file: Path) -> dict[str, Tensor]:
         except (SafetensorError, OSError, ValueError) as error:
             raise UserError(f"teacher.file '{file}' is not a safetensors file ({first_line(error)})") from None
     else:
-        found = load_torch(file)
+        found = load_torch(file, "teacher.file")
         for name in _CONTAINERS:
             if isinstance(found, Mapping) and isinstance(found.get(name), Mapping):
                 found = found[name]

@@ -119,6 +119,7 @@ class Student(ScoredModule):
         Raises:
             UserError: the checkpoint is not a student's, or its settings differ.
         """
+        super().on_load_checkpoint(checkpoint)
         if _STATE not in checkpoint:
             raise UserError("the checkpoint was not written by a lightning_dd student")
         refuse_other(

@@ -4,10 +4,14 @@ import math
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+_TOO_LARGE = 1e9  # no rate, weight or temperature of any use
+SEED = f"in [0, {2**32 - 1}]"
+"""The range of numpy's seeds."""
 _RANGES = {
+    SEED: lambda number: 0 <= number < 2**32,
     "at least 0": lambda number: 0 <= number < math.inf,
     "at least 1": lambda number: 1 <= number < math.inf,
-    "positive": lambda number: 0 < number < math.inf,
+    "positive": lambda number: 0 < number < _TOO_LARGE,
     "in (0, 1]": lambda number: 0 < number <= 1,
     "in [0, 1)": lambda number: 0 <= number < 1,
     "in [0, 1]": lambda number: 0 <= number <= 1,
@@ -69,7 +73,8 @@ def check_range(accepted: str, prefix: str = "", /, **settings: float | None) ->
     """Refuse numbers outside a range; ``None`` stands for a default that is found elsewhere, and passes.
 
     Args:
-        accepted: ``at least 0``, ``at least 1``, ``positive``, ``in (0, 1]``, ``in [0, 1)`` or ``in [0, 1]``.
+        accepted: ``at least 0``, ``at least 1``, ``positive`` (and below 1e9), ``in (0, 1]``, ``in [0, 1)``,
+            ``in [0, 1]`` or :data:`SEED`.
         prefix: put before a setting's name in the message.
         settings: the numbers by the setting's name.
 
@@ -81,7 +86,8 @@ def check_range(accepted: str, prefix: str = "", /, **settings: float | None) ->
     """
     for name, number in settings.items():
         if number is not None and not _RANGES[accepted](number):
-            raise UserError(f"{prefix}{name} must be {accepted}, got {number}")
+            below = f" and below {_TOO_LARGE:g}" if number >= _TOO_LARGE and accepted == "positive" else ""
+            raise UserError(f"{prefix}{name} must be {accepted}{below}, got {number}")
 
 
 def first_line(error: BaseException) -> str:

@@ -1,11 +1,15 @@
-"""Writing files so that a reader sees the old one or the new one, never half of one."""
+"""Writing files so that a reader sees the old one or the new one, and reading torch's so that nothing in them runs."""
 
 import os
-from collections.abc import Callable
+import pickle
+import re
+import zipfile
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
-from lightning_dd.utils.errors import UserError
+from lightning_dd.utils.errors import UserError, first_line
 
 
 def write_atomically(path: Path | str, write: Callable[[Path], object]) -> Path:
@@ -56,3 +60,51 @@ def require_writable(folder: Path | str) -> Path:
     folder = Path(folder)
     write_text(folder / ".writable", "").unlink()
     return folder
+
+
+def load_torch(path: Path | str, what: str, numbers: Iterable[Any] = ()) -> Any:
+    """Return what a file of ``torch.save`` holds: tensors, containers, numbers and text, and nothing else.
+
+    Args:
+        path: of an ordinary file of this machine.
+        what: how messages call it.
+        numbers: types beyond those of torch that may be loaded (:func:`torch.serialization.safe_globals`).
+
+    Raises:
+        UserError: there is no such file, it is damaged or holds something else, or a tensor claims more than it holds.
+    """
+    import torch
+
+    if not Path(path).is_file():
+        raise UserError(f"{what} '{path}': no such file")
+    try:
+        if zipfile.is_zipfile(path):  # torch packs nothing, so whatever is packed would grow
+            with zipfile.ZipFile(path) as archive:
+                if sum(entry.file_size for entry in archive.infolist()) > Path(path).stat().st_size:
+                    raise ValueError("its entries are packed")
+        with torch.serialization.safe_globals(list(numbers)):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        _refuse_swollen(content)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"(?:GLOBAL|global) `?([\w.]+)", str(error))
+        why = f"it holds {found[1]}" if found else "it is damaged or of another kind"
+        refused = "is not loaded, because only tensors and numbers are safe to load"
+        raise UserError(f"{what} '{path}' {refused}: {why}") from None
+    except Exception as error:  # torch raises many kinds, by how the file is broken
+        raise UserError(f"{what} '{path}': not a file of torch.save, or truncated ({first_line(error)})") from None
+    return content
+
+
+def _refuse_swollen(content: Any) -> None:
+    """Refuse tensors with more entries than stored numbers, which would take their memory at the first copy."""
+    import torch
+
+    waiting, seen = [content], set()
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, torch.Tensor):
+            if item.layout != torch.strided or item.nbytes > item.untyped_storage().nbytes():
+                raise ValueError(f"a tensor of {tuple(item.shape)} holds fewer numbers")
+        elif isinstance(item, dict | list | tuple) and id(item) not in seen:
+            seen.add(id(item))
+            waiting += [*item.keys(), *item.values()] if isinstance(item, dict) else item

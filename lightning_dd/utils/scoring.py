@@ -1,9 +1,12 @@
 """What distillers and students share: validation and test accuracy, counted once per sample on any number of ranks."""
 
 from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
 
 import torch
 from pytorch_lightning import LightningModule
+from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -29,6 +32,14 @@ class ScoredModule(LightningModule, ABC):
     def make_accuracy(self, num_classes: int) -> None:
         """Create the metric."""
         self.accuracy = MulticlassAccuracy(num_classes, average="micro")
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Let no checkpoint name files outside the run's folder: Lightning removes what it remembers as older ones."""
+        callbacks = [] if self._trainer is None else self.trainer.checkpoint_callbacks
+        for callback in callbacks:
+            state = checkpoint.get("callbacks", {}).get(callback.state_key)
+            if isinstance(callback, ModelCheckpoint) and state is not None:
+                forget_foreign_paths(state, Path(callback.dirpath or "."))
 
     def on_validation_epoch_start(self) -> None:
         """Prepare scoring."""
@@ -56,3 +67,14 @@ class ScoredModule(LightningModule, ABC):
     def _log_accuracy(self, split: str) -> None:
         self.log(f"{split}/accuracy", self.accuracy.compute(), prog_bar=True, sync_dist=True)
         self.accuracy.reset()
+
+
+def forget_foreign_paths(state: dict[str, Any], folder: Path) -> None:
+    """Take the paths that do not name a file directly in ``folder`` out of the state of a ``ModelCheckpoint``."""
+
+    def own(path: str) -> bool:
+        return Path(path).resolve().parent == folder.resolve() and not Path(path).is_dir()
+
+    state["best_k_models"] = {path: score for path, score in state.get("best_k_models", {}).items() if own(path)}
+    for name in ("best_model_path", "kth_best_model_path", "last_model_path"):
+        state[name] = state.get(name, "") if own(state.get(name, "")) else ""

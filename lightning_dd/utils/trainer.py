@@ -1,0 +1,72 @@
+"""What a user asks of Lightning's Trainer, checked where the setting can still be named."""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+from pytorch_lightning import Trainer
+from pytorch_lightning.accelerators import CPUAccelerator
+from pytorch_lightning.utilities import rank_zero_warn
+
+from lightning_dd.utils.errors import UserError, check_range
+from lightning_dd.utils.files import load_torch
+
+_MOST_PROCESSES = 8  # on the cores of a small machine
+
+
+def make_trainer(make: Callable[..., Trainer] = Trainer, **settings: Any) -> Trainer:
+    """Return a Trainer of these settings.
+
+    Raises:
+        UserError: Lightning refuses them, or there are far more processes than cores.
+    """
+    try:
+        trainer = make(**settings)
+    except UserError:
+        raise
+    except Exception as error:  # Lightning and what it asks raise many kinds for a wrong setting
+        raise UserError(f"trainer: {' '.join(str(error).split())}") from error
+    most = max(_MOST_PROCESSES, os.cpu_count() or 1)
+    if isinstance(trainer.accelerator, CPUAccelerator) and trainer.num_devices > most:
+        raise UserError(f"trainer.devices must be 1 to {most} on this machine's CPU, got {trainer.num_devices}")
+    return trainer
+
+
+def check_length(max_steps: int, val_check_interval: Any) -> None:
+    """Refuse a run that does nothing, and say of one that is never validated that it writes no ``best`` set.
+
+    Args:
+        max_steps: -1 for no end.
+        val_check_interval: outer steps, or a share of the run; a time, as Lightning takes it, passes.
+
+    Raises:
+        UserError: one of them is out of range.
+    """
+    if max_steps < -1 or max_steps == 0:
+        raise UserError(f"trainer.max_steps must be at least 1 (or -1 for no end), got {max_steps}")
+    if not isinstance(val_check_interval, int | float):
+        return
+    accepted = "in [0, 1]" if isinstance(val_check_interval, float) else "at least 1"
+    check_range(accepted, "trainer.", val_check_interval=val_check_interval)
+    if 0 < max_steps < val_check_interval:
+        rank_zero_warn(
+            f"trainer.val_check_interval={val_check_interval} is beyond the run's {max_steps} steps: nothing is "
+            "validated, and no best set is written"
+        )
+
+
+def check_checkpoint(path: Any) -> None:
+    """Refuse a checkpoint that is no file of this machine or holds more than data: Lightning unpickles what it fetches.
+
+    Args:
+        path: a file, or ``last`` for the newest of the run's folder; ``None`` starts anew.
+
+    Raises:
+        UserError: it is anything else.
+    """
+    if path is None or path == "last":
+        return
+    if "://" in str(path):
+        raise UserError(f"ckpt_path '{path}' must be a file of this machine, or last: fetch it first")
+    if not isinstance(load_torch(path, "ckpt_path"), dict):
+        raise UserError(f"ckpt_path '{path}': not a checkpoint")
