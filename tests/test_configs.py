@@ -28,6 +28,8 @@ QUICK = [
 def stand_ins(monkeypatch):
     """Random pixels in place of what would have to be downloaded; the larger ones are whitened in blocks."""
     monkeypatch.setattr("lightning_dd.data.preprocess.LARGEST_BLOCK", 16)
+    # Random pixels teach nothing: whether a teacher is above chance would be luck.
+    monkeypatch.setattr("lightning_dd.pretrained.classifier._accuracy", lambda *args: 0.5)
     for name, cls in DATA_SETS.items():
         if name == "MNIST5k":
             continue
@@ -51,7 +53,9 @@ def quick_distiller(content):
     # Configurations name full-size networks, whose every step would take seconds.
     name = "conv" if cls is lightning_dd.distillers.FRePo else "convnet"
     quick["architecture"] = f"{name}:width=4,depth=2"
-    return [
+    views = ["--model.init_args.labels.init_args.epochs=2"] if "TeacherLabels" in str(content) else []
+    kept = ["--data.init_args.on_disk=false"] if "on_disk" in str(content.get("data")) else []
+    return [*views, *kept] + [
         f"--model.init_args.{name}={value if isinstance(value, str) else json.dumps(plain_values(value))}"
         for name, value in quick.items()
     ]
