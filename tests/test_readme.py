@@ -60,7 +60,7 @@ def test_every_file_it_names_exists():
 def test_every_module_that_contributors_are_sent_to_exists():
     names = re.findall(r"`([\w/]+\.py)", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
     assert len(names) > 15
-    there = {path.name for folder in ("lightning_dd", "tests") for path in (ROOT / folder).rglob("*.py")}
+    there = {path.name for folder in ("lightning_dd", "tests", "benchmarks") for path in (ROOT / folder).rglob("*.py")}
     assert not {Path(name).name for name in names} - there - {"my_package.py"}
 
 
