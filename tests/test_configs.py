@@ -96,6 +96,7 @@ def untrained(architecture, network, *args):
 def test_config_runs(path, stand_ins, tmp_path, monkeypatch):
     content = yaml.safe_load(path.read_text())
     monkeypatch.setattr("lightning_dd.pretrained.classifier._fit", untrained)
+    monkeypatch.setattr("lightning_dd.pretrained.classifier._accuracy", lambda *args: 1.0)
     monkeypatch.setattr("lightning_dd.pretrained.generator.fit", lambda *args: None)
     config = ["--config", str(path)]
     if "orders" in content:

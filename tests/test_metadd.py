@@ -361,9 +361,9 @@ def test_two_runs_that_ask_for_one_architecture_train_it_once(tmp_path, monkeypa
         trained.append(architecture)
         begun.set()
         time.sleep(0.3)
-        return 1.0
 
     monkeypatch.setattr("lightning_dd.pretrained.classifier._fit", slowly)
+    monkeypatch.setattr("lightning_dd.pretrained.classifier._accuracy", lambda *args: 1.0)
     ask = partial(trained_classifier, ARCHITECTURES[0], task(), ClassifierRecipe(steps=1), seed=5)
     other = threading.Thread(target=ask)
     other.start()
@@ -375,7 +375,8 @@ def test_two_runs_that_ask_for_one_architecture_train_it_once(tmp_path, monkeypa
 
 def test_an_architecture_at_chance_is_refused_and_not_cached(tmp_path, monkeypatch):
     monkeypatch.setenv("LIGHTNING_DD_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("lightning_dd.pretrained.classifier._fit", lambda *args: 0.35)
+    wrong = lambda network, split, device: -torch.nn.functional.one_hot(split.labels.cpu())  # noqa: E731
+    monkeypatch.setattr("lightning_dd.pretrained.classifier.answers", wrong)
     with pytest.raises(UserError, match=r"'convnet:width=4,depth=2' is at chance on the validation split"):
         trained_classifier(ARCHITECTURES[1], task(), ClassifierRecipe(steps=1), seed=3)
     assert not list(tmp_path.rglob("*.safetensors"))

@@ -372,6 +372,7 @@ def test_a_network_of_ones_own_is_given_by_its_path():
 
 def test_a_network_of_ones_own_serves_as_pool_teacher_judge_and_student(tmp_path, monkeypatch):
     monkeypatch.setattr("lightning_dd.pretrained.classifier._fit", lambda *args: 1.0)
+    monkeypatch.setattr("lightning_dd.pretrained.classifier._accuracy", lambda *args: 1.0)
     monkeypatch.setitem(DATA_SETS, "TinyData", TinyData)
     labels = TeacherLabels(Teacher([MINE, "conv:width=4,depth=2"], steps=1), epochs=0)
     model = DSA(

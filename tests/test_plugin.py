@@ -98,6 +98,7 @@ def test_all_six_work_together_from_options_and_from_python(installed, tmp_path,
 def test_a_term_of_metadd_is_a_class_too(installed, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(installed)
     monkeypatch.setattr("lightning_dd.pretrained.classifier._fit", lambda *args: 1.0)  # said to be good
+    monkeypatch.setattr("lightning_dd.pretrained.classifier._accuracy", lambda *args: 1.0)
     metadd = [
         "--trainer.callbacks+=MetaDD",
         '--trainer.callbacks.architectures=["dd_plugin.TinyNet", "conv:width=4,depth=2"]',

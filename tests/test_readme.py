@@ -36,6 +36,7 @@ def test_what_a_contributor_copies_runs_from_a_package_of_their_own(tmp_path, mo
     words = shlex.split(re.search(r"PYTHONPATH=\. lightning-dd (.*?)```", text, re.DOTALL)[1])
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr("lightning_dd.pretrained.classifier._fit", lambda *args: 1.0)  # said to be good
+    monkeypatch.setattr("lightning_dd.pretrained.classifier._accuracy", lambda *args: 1.0)
     quick = ["--trainer.max_steps=2", "--model.probe.steps=1", "--trainer.accelerator=cpu"]
     assert main([word for word in words if word.strip()] + quick) == 0
     assert DistilledSet.load(next(tmp_path.rglob("last.safetensors"))).method == "MeanFeatures"
