@@ -55,7 +55,8 @@ def quick_distiller(content):
     quick["architecture"] = f"{name}:width=4,depth=2"
     views = ["--model.init_args.labels.init_args.epochs=2"] if "TeacherLabels" in str(content) else []
     kept = ["--data.init_args.on_disk=false"] if "on_disk" in str(content.get("data")) else []
-    return [*views, *kept] + [
+    few = ["--model.init_args.ipc=1"] if content["model"]["init_args"].get("patches", 1) > 1 else []
+    return [*views, *kept, *few] + [
         f"--model.init_args.{name}={value if isinstance(value, str) else json.dumps(plain_values(value))}"
         for name, value in quick.items()
     ]
