@@ -151,7 +151,7 @@ def counted(settings: Mapping[str, Any]) -> dict[str, Any]:
         room, *inside = [part for part in name.split(".") if part != "init_args"]
         if room == "trainer" and inside[0] in COUNTED:
             kept[name] = value
-        elif room in ("model", "data") and inside[0] not in NOT_COUNTED:
+        elif room in ("model", "data") and not {inside[0], inside[-1]} & set(NOT_COUNTED):
             kept[".".join([room, *inside])] = value
     return kept
 

@@ -108,6 +108,8 @@ def test_a_run_says_what_differs(tmp_path, monkeypatch, capsys):
         "model.parameterisation Latents (published default",
         "trainer.callbacks MetaDD added (published default",
     }
+    seeds = ["--model.teacher.seed=2", "--seed_everything=2", "--data.val_fraction=0"]
+    assert first_lines(["--config", "cifar10/rded", *seeds], monkeypatch, capsys)[2] == "  differs: nothing"
     lines = first_lines(["--config", "cifar10/dc", "--model.ipc=3"], monkeypatch, capsys)
     assert lines[0] == "no published cell has ipc 3: nearest is cifar10/dc ipc 10"
     lines = first_lines(["--config", "imagenet10/glad_mtt", "--data.classes=woof"], monkeypatch, capsys)
