@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import signal
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -151,6 +152,30 @@ def test_a_file_that_disagrees_with_its_data_is_refused():
         DistilledData.from_set(make_distilled(class_names=("x", "y", "z")), TinyData()).setup("fit")
     with pytest.raises(UserError, match=r"made from 'os\.system', which is none of"):
         real_data_of(replace(make_distilled(), data={"name": "os.system", "spec": {}, "fingerprint": "unseen"}))
+
+
+@pytest.mark.parametrize(
+    ("name", "spec", "message"),
+    [
+        ("MNIST", {"root": "somewhere"}, r"names root='somewhere', which is not opened for a file: say which"),
+        ("MNIST", {"part": "ClassSubset", "source": "MNIST", "classes": [0], "preprocessing_file": "a"}, "names prepr"),
+        ("MNIST", {"part": "ClassSubset", "source": "MNIST", "classes": [0], "source_args": {"root": "a"}}, "root='a'"),
+        ("HuggingFace", {"path": "someone/anything"}, "names path='someone/anything'"),
+        ("ParquetImages", {"train_files": ["../secret"], "test_files": []}, r"names train_files='\.\./secret'"),
+        (
+            "MNIST",
+            {"part": "ClassSubset", "source": "antigravity.Boom", "classes": [0]},
+            "nothing is imported for a file",
+        ),
+        ("MNIST", {"val_fraction": [0.1]}, "cannot be rebuilt"),
+    ],
+)
+def test_a_file_opens_no_path_imports_nothing_and_asks_no_hub(name, spec, message, tmp_path):
+    stranger = replace(make_distilled(), data={"name": name, "spec": spec, "fingerprint": "a stranger's"})
+    with pytest.raises(UserError, match=message):
+        real_data_of(stranger)
+    assert "antigravity" not in sys.modules
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_machine_remembers_how_data_was_found_and_a_file_does_not_say():

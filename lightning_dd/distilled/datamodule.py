@@ -1,5 +1,6 @@
 """The evaluation DataModule: train on the distilled-set file, score on the real data it stands for."""
 
+from collections.abc import Iterator
 from typing import Any, cast
 
 from pytorch_lightning import LightningDataModule
@@ -10,9 +11,11 @@ from lightning_dd.data import DATA_PARTS, DATA_SETS, RealData
 from lightning_dd.data.cache import recall
 from lightning_dd.data.parts import DataChoice, build_data
 from lightning_dd.data.sampling import pass_through
+from lightning_dd.data.tables import portable
 from lightning_dd.distilled.set import DistilledSet
 from lightning_dd.distilled.views import SyntheticBatches
 from lightning_dd.losses.krr import initial_labels
+from lightning_dd.utils.arguments import nothing_imported
 from lightning_dd.utils.errors import UserError, check_range
 
 _SAY = "say which real data to score on (--data and --root, or --data.real of fit and test)"
@@ -126,11 +129,26 @@ def _real_data_named_in(distilled: DistilledSet, choice: DataChoice) -> RealData
         raise UserError(
             f"the distilled set was made from '{name}', which is none of {', '.join(sorted(DATA_SETS))}: {_SAY}"
         )
+    if place := next(_places_in(spec), None):
+        raise UserError(f"the distilled set names {place}, which is not opened for a file: {_SAY}")
     arguments = {key: value for key, value in spec.items() if key not in ("preprocessing", "part")}
     try:
-        return build_data(part or name, {**arguments, **choice.arguments}, choice.root)
+        with nothing_imported():
+            return build_data(part or name, {**arguments, **choice.arguments}, choice.root)
     except UserError as error:
         raise UserError(f"the distilled set's data cannot be rebuilt from the file alone: {_SAY} ({error})") from None
+
+
+def _places_in(spec: Any, key: str = "") -> Iterator[str]:
+    """Yield what in a file's arguments says where something lies: other than our own data sets write, or on a hub."""
+    inside = (
+        spec.items() if isinstance(spec, dict) else [(key, item) for item in spec] if isinstance(spec, list) else []
+    )
+    for name, value in inside:
+        yield from _places_in(value, name)
+    outside = isinstance(spec, str) and (portable(spec) != spec or "://" in spec)
+    if spec is not None and (outside or key in ("root", "path", "preprocessing_file")):
+        yield f"{key}={spec!r}"
 
 
 def _like(distilled: DistilledSet, real: RealData) -> RealData:
