@@ -214,10 +214,7 @@ def draw_views(
     height, width = image_shape[1:]
     if height % style.tiles or width % style.tiles:
         raise UserError(f"labels.tiles={style.tiles} do not divide images of {(height, width)} pixels")
-    if style.padding:
-        crops = draw_padded(epochs * rows, (height, width), style.padding, generator)
-    else:
-        crops = draw_crops(epochs * rows, (height, width), style.min_scale, generator)
+    crops = _crops(epochs * rows, (height, width), style, generator)
     flips = torch.rand(epochs, rows, generator=generator) < (0.5 if flip else 0.0)
     order = torch.rand(epochs, rows, generator=generator).argsort(1)
     batches = torch.arange(rows) // style.batch_size
@@ -244,6 +241,12 @@ def draw_views(
         outside=(torch.zeros(image_shape[0]) if outside is None else outside) if style.padding else None,
         order=None if style.mix == "none" else order.int(),
     )
+
+
+def _crops(count: int, sides: tuple[int, int], style: ViewStyle, generator: torch.Generator) -> Tensor:
+    if style.padding:
+        return draw_padded(count, sides, style.padding, generator)
+    return draw_crops(count, sides, style.min_scale, generator)
 
 
 def _boxes(height: int, width: int, shape: tuple[int, int], generator: torch.Generator) -> Tensor:

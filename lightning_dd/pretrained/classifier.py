@@ -133,8 +133,9 @@ def trained_classifier(
     """
 
     def make() -> Made:
-        _fit(architecture, network, task, recipe, seed)
-        return network.state_dict(), {"accuracy": _accuracy(network, task, what)}
+        accuracy = _fit(architecture, network, task, recipe, seed)
+        _refuse_chance(accuracy, task, what)
+        return network.state_dict(), {"accuracy": accuracy}
 
     facts, what = task.facts, f"architecture '{architecture}'"
     start = derive_seed(seed, "architecture", architecture)
@@ -149,7 +150,11 @@ def trained_classifier(
         fit_weights(network, state, facts, f"weights '{weights or file}' of {what}")
         rest(network)
         network = network.to(task.device)
-        return network, _accuracy(network, task, what) if task.images is not None else float("nan")
+        if task.images is None:  # a checkpoint that is only read
+            return network, float("nan")
+        accuracy = _accuracy(network, task)
+        _refuse_chance(accuracy, task, what)
+        return network, accuracy
     if file is None:
         identity = {"architecture": architecture, "recipe": recipe.identity(), "mirror": facts.mirror, "seed": seed}
         identity["augmentation"] = "edges repeat"  # those of earlier versions had learned from zeros outside of images
@@ -164,8 +169,8 @@ def trained_classifier(
     return network.to(task.device), float(trained.facts["accuracy"])
 
 
-def _fit(architecture: str, network: Network, task: Task, recipe: ClassifierRecipe, seed: int) -> None:
-    """Train in place with cross-entropy."""
+def _fit(architecture: str, network: Network, task: Task, recipe: ClassifierRecipe, seed: int) -> float:
+    """Train in place with cross-entropy; return the validation accuracy in [0, 1]."""
     seed, how = derive_seed(seed, "classifier", architecture), recipe.recipe()
     stream = task.stream(how.batch_for(len(task.train), task.facts.num_classes), seed)
     augmentation = recipe.augmentation(task)
@@ -178,19 +183,24 @@ def _fit(architecture: str, network: Network, task: Task, recipe: ClassifierReci
 
     fit(task, network, how, loss_at, f"training {architecture}")
     network.eval()
+    return _accuracy(network, task)
 
 
 @torch.no_grad()
-def _accuracy(network: Network, task: Task, what: str) -> float:
-    """Return the accuracy on the validation split in [0, 1]; refuse a network at chance."""
+def _accuracy(network: Network, task: Task) -> float:
+    """Return the accuracy on the validation split in [0, 1]."""
     correct = answers(network, task.validation, task.device).argmax(1) == task.validation.labels.cpu()
-    accuracy, classes = float(correct.float().mean()), task.facts.num_classes
+    return float(correct.float().mean())
+
+
+def _refuse_chance(accuracy: float, task: Task, what: str) -> None:
+    """Refuse a network at chance."""
+    classes = task.facts.num_classes
     if accuracy < 1.5 / classes:
         raise UserError(
             f"{what} is at chance on the validation split ({100 * accuracy:.1f} % of {classes} classes): "
             "train it longer or with another learning rate, or choose another"
         )
-    return accuracy
 
 
 @dataclass(frozen=True)
