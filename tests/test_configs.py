@@ -28,8 +28,6 @@ QUICK = [
 def stand_ins(monkeypatch):
     """Random pixels in place of what would have to be downloaded; the larger ones are whitened in blocks."""
     monkeypatch.setattr("lightning_dd.data.preprocess.LARGEST_BLOCK", 16)
-    # Random pixels teach nothing: whether a teacher is above chance would be luck.
-    monkeypatch.setattr("lightning_dd.pretrained.classifier._refuse_chance", lambda *args: None)
     for name, cls in DATA_SETS.items():
         if name == "MNIST5k":
             continue
