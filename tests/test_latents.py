@@ -432,16 +432,14 @@ def test_a_generator_of_other_latents_or_no_generator_is_refused(tmp_path):
         assert "\n" not in str(caught.value)
 
 
-def test_a_checkpoint_finds_its_generator_again_or_says_so(tmp_path):
+def test_a_checkpoint_runs_no_generator_but_a_resumed_run_finds_its_own_again(tmp_path):
     path = tmp_path / "mine.pt"
     export(path)
-    model = frepo(own(path))
-    checkpointing(tmp_path, 2, every=2).fit(model, TinyData())
-    checkpoint = tmp_path / "step=2.ckpt"
-    assert torch.equal(distilled_from_checkpoint(checkpoint).images, model.distilled_set().images)
+    checkpointing(tmp_path, 2, every=2).fit(frepo(own(path)), TinyData())
+    checkpoint = str(tmp_path / "step=2.ckpt")
+    with pytest.raises(UserError, match=r"mine\.pt. is a program, and none is run for a file"):
+        distilled_from_checkpoint(checkpoint)
+    checkpointing(tmp_path / "b", 3, every=3).fit(frepo(own(path)), TinyData(), ckpt_path=checkpoint)
     export(path, scale=0.5)
     with pytest.raises(UserError, match="is not the file the checkpoint was made with"):
-        distilled_from_checkpoint(checkpoint)
-    path.unlink()
-    with pytest.raises(UserError, match=r"generator '.*mine.pt': no such file"):
-        distilled_from_checkpoint(checkpoint)
+        checkpointing(tmp_path / "c", 3, every=3).fit(frepo(own(path)), TinyData(), ckpt_path=checkpoint)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_dd.utils.arguments import user_asked
 from lightning_dd.utils.errors import UserError, check_count
 from lightning_dd.utils.seeding import make_generator
 
@@ -176,7 +177,7 @@ class ExportedGenerator(nn.Module):
 
         torch.jit.trace(Mine().eval(), (torch.randn(2, 128), torch.zeros(2, dtype=torch.long))).save("mine.pt")
 
-    The program is not in a checkpoint, only its hash: it is read from its file again.
+    The program is not in a checkpoint, only its hash: a resumed run reads its file again, and nothing else does.
 
     Args:
         path: the file.
@@ -254,6 +255,10 @@ def _halvings(size: tuple[int, int]) -> list[tuple[int, int]]:
 def _read(path: Path) -> Any:
     if not path.is_file():
         raise UserError(f"generator '{path}': no such file")
+    if not user_asked():
+        raise UserError(
+            f"generator '{path}' is a program, and none is run for a file: use the run's own distilled sets"
+        )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # torch prefers .pt2, which it unpickles

@@ -135,6 +135,11 @@ def find_object(path: str, what: str) -> Any:
         raise UserError(f"{what} '{path}' cannot be imported: {error}") from None
 
 
+def user_asked() -> bool:
+    """Return whether settings come from the user, who may run programs: false within :func:`nothing_imported`."""
+    return _MAY_IMPORT.get()
+
+
 @contextmanager
 def nothing_imported() -> Iterator[None]:
     """Within the block, names come from a file: they are looked up among what has been imported."""
