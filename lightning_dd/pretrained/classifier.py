@@ -141,20 +141,8 @@ def trained_classifier(
     start = derive_seed(seed, "architecture", architecture)
     network = build_network(architecture, facts.num_classes, facts.image_shape, start)
     if weights is not None or (file is not None and not is_trained(Path(file))):
-        with task.first_process_first(what):  # one fetches, the others find it
-            state = (
-                read_weights(Path(str(file)))
-                if weights is None
-                else fetch_weights(architecture, weights, task.preprocessing)
-            )
-        fit_weights(network, state, facts, f"weights '{weights or file}' of {what}")
-        rest(network)
-        network = network.to(task.device)
-        if task.images is None:  # a checkpoint that is only read
-            return network, float("nan")
-        accuracy = _accuracy(network, task)
-        _refuse_chance(accuracy, task, what)
-        return network, accuracy
+        accuracy = _take_weights(network, architecture, task, file, weights)
+        return network.to(task.device), accuracy
     if file is None:
         identity = {"architecture": architecture, "recipe": recipe.identity(), "mirror": facts.mirror, "seed": seed}
         identity["augmentation"] = "edges repeat"  # those of earlier versions had learned from zeros outside of images
@@ -167,6 +155,25 @@ def trained_classifier(
     network.load_state_dict(trained.tensors())
     rest(network)
     return network.to(task.device), float(trained.facts["accuracy"])
+
+
+def _take_weights(
+    network: Network, architecture: str, task: Task, file: Path | str | None, weights: str | None
+) -> float:
+    """Give a network weights that others trained; return its validation accuracy, NaN where there are no images."""
+    what = f"architecture '{architecture}'"
+    with task.first_process_first(what):  # one fetches, the others find it
+        if weights is None:
+            state = read_weights(Path(str(file)))
+        else:
+            state = fetch_weights(architecture, weights, task.preprocessing)
+    fit_weights(network, state, task.facts, f"weights '{weights or file}' of {what}")
+    rest(network)
+    if task.images is None:  # a checkpoint that is only read
+        return float("nan")
+    accuracy = _accuracy(network.to(task.device), task)
+    _refuse_chance(accuracy, task, what)
+    return accuracy
 
 
 def _fit(architecture: str, network: Network, task: Task, recipe: ClassifierRecipe, seed: int) -> float:
