@@ -361,6 +361,7 @@ def test_two_runs_that_ask_for_one_architecture_train_it_once(tmp_path, monkeypa
         trained.append(architecture)
         begun.set()
         time.sleep(0.3)
+        return 1.0
 
     monkeypatch.setattr("lightning_dd.pretrained.classifier._fit", slowly)
     monkeypatch.setattr("lightning_dd.pretrained.classifier._accuracy", lambda *args: 1.0)

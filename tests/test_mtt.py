@@ -325,7 +325,7 @@ def test_batch_normalisation_is_refused_before_any_training(cache, tmp_path, tra
 
 def test_a_diverged_expert_is_refused_and_not_kept(cache):
     with pytest.raises(UserError, match=r"expert 0 of .* diverged.* lower expert_lr"):
-        one_expert(lr=1e30)
+        one_expert(lr=9e8)
     assert not list(cache.glob("*.safetensors"))
 
 
