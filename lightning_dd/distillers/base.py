@@ -188,7 +188,12 @@ class Distiller(Resumable, ScoredModule):
         return torch.optim.Adam(self.synthetic.parameter_groups(self.lr))
 
     def distilled_set(self, *, views: bool = True, **training: Any) -> DistilledSet:
-        """Return the current synthetic set as a file-ready object."""
+        """Return the current synthetic set as a file-ready object.
+
+        Args:
+            views: have a teacher label views as well, where labels are a teacher's; false for a look at the set.
+            training: facts of the run to keep beside it (outer step, validation score).
+        """
         with torch.inference_mode(mode=False):  # for a student may be trained on it
             images, labels = (part.detach().cpu().clone().contiguous() for part in self.synthetic())
         distilled = DistilledSet(
