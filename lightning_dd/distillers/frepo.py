@@ -6,12 +6,15 @@ import torch
 from timm.optim.lamb import Lamb
 from torch import Tensor
 
+from lightning_dd.augment.frepo import Augmentation, apply
+from lightning_dd.augment.siamese import siamese
 from lightning_dd.data.images import Batch
 from lightning_dd.distillers.pooled import PoolDistiller
 from lightning_dd.losses import krr
 from lightning_dd.models.factory import ArchitectureSpec
 from lightning_dd.models.interface import Features, Network, features_in_slices, network_features
 from lightning_dd.students.recipe import warmup_cosine
+from lightning_dd.utils.errors import check_range
 
 
 class FRePo(PoolDistiller):
@@ -24,6 +27,12 @@ class FRePo(PoolDistiller):
 
     Args:
         flip: add the mirror image of every synthetic image, with the same label (helps small sets, hurts large ones).
+        views: augmented views of every synthetic image that an outer step adds, with the same label; the real batch is
+            then augmented too, by the first view's operation. They join the images and do not replace them, as
+            students learn both. The solve grows with the cube of all rows.
+        augment: what views are made with: a strategy of :class:`~lightning_dd.augment.frepo.Augmentation` (``auto`` is
+            FRePo's family for the data, with random numbers for every image), or ``siamese`` for DSA's, where a
+            view's images and the real batch share theirs.
         ridge: regulariser relative to the kernel's mean diagonal.
         lr: LAMB's learning rate, decayed by a cosine to 10 % over the run.
         compiled: ``torch.compile`` the features; worth half a minute of compiling for runs of many minutes.
@@ -31,19 +40,27 @@ class FRePo(PoolDistiller):
     """
 
     def __init__(
-        self, flip: bool = True, ridge: float = krr.RIDGE, lr: float = 3e-4, compiled: bool = False, **kwargs: Any
+        self,
+        flip: bool = True,
+        views: int = 0,
+        augment: str = "auto",
+        ridge: float = krr.RIDGE,
+        lr: float = 3e-4,
+        compiled: bool = False,
+        **kwargs: Any,
     ) -> None:
         super().__init__(lr=lr, **kwargs)
-        self.flip, self.ridge = flip, ridge
+        check_range("at least 0", views=views)
+        self.flip, self.views, self.augment, self.ridge = flip, views, augment, ridge
+        self._make_augmentation()
         self.features: Features = torch.compile(network_features, dynamic=False) if compiled else network_features
 
     def outer_loss(self, network: Network, images: Tensor, labels: Tensor, real: Batch) -> dict[str, Tensor]:
         """Half the squared error of the ridge prediction, and the margin term of learned labels."""
         targets = krr.centred_one_hot(real.labels, labels.shape[1])
-        support, support_labels = images, labels
-        if self.flip:
-            support, support_labels = torch.cat([images, images.flip(-1)]), labels.repeat(2, 1)
-        query = features_in_slices(network, real.images, self.features)
+        support, shown = self.draw_views(images, real.images)
+        support_labels = labels.repeat(len(support) // len(labels), 1)
+        query = features_in_slices(network, shown, self.features)
         prediction = krr.krr_predict(self.features(network, support), support_labels, query, self.ridge)
         terms = {"krr": krr.half_squared_error(prediction.values, targets)}
         if self.label_kind == "learned":
@@ -58,6 +75,26 @@ class FRePo(PoolDistiller):
             }
         )
         return terms
+
+    def draw_views(self, images: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what an outer step sees: the synthetic images and all their views, one after another, and real ones.
+
+        Args:
+            images: synthetic images ``(n, C, H, W)``, normalised.
+            real: real ones ``(B, C, H, W)``.
+        """
+        support = [images, images.flip(-1)] if self.flip else [images]
+        if self.views:
+            generator = self.step_generator("views")
+            draws = [self._augmentation.draw(generator) for _ in range(self.views)]
+            support += [apply(images, draw) for draw in draws]
+            real = apply(real, draws[0])
+        return torch.cat(support), real
+
+    def setup(self, stage: str) -> None:
+        """Take the augmentation for this data, too."""
+        super().setup(stage)
+        self._make_augmentation(self.facts.mirror)
 
     def configure_optimizers(self) -> Any:
         """Return LAMB as the paper's code runs it (no decay, no clipping), with a cosine to 10 % over the run."""
@@ -76,3 +113,7 @@ class FRePo(PoolDistiller):
         """FRePo's students are its own network without normalisation: batch statistics of a few images mislead."""
         spec = ArchitectureSpec.parse(self.architecture)
         return str(spec.with_options(norm="none")) if spec.name == "conv" else self.architecture
+
+    def _make_augmentation(self, mirror: bool = True) -> None:
+        family = siamese("auto", mirror) if self.augment == "siamese" else Augmentation(self.augment, mirror)
+        self._augmentation = family

@@ -1,0 +1,108 @@
+"""FRePo's options: each does what it says, and a run with it that was resumed equals one that never stopped."""
+
+import pytest
+import torch
+from helpers import LinearNetwork, TinyData, tiny_trainer
+from pytorch_lightning.callbacks import ModelCheckpoint
+
+from lightning_dd.data import Batch
+from lightning_dd.distillers import FRePo
+from lightning_dd.distillers.base import Probe
+from lightning_dd.models.pool import rest
+from lightning_dd.utils.errors import UserError
+from lightning_dd.utils.seeding import make_generator, seeded
+
+TINY = {
+    "architecture": "conv:width=4,depth=2",
+    "real_batch_size": 8,
+    "pool_size": 3,
+    "lifetime": 4,
+    "probe": Probe(steps=1),
+}
+OPTIONS = [
+    {"views": 2},
+]
+
+
+def frepo(**changes):
+    """A FRePo whose random numbers of a step need no Trainer."""
+    model = FRePo(**(TINY | changes))
+    model.step_generator = lambda *purpose, device="cpu": make_generator(0, *purpose, device=device)
+    return model
+
+
+def linear(seed=0, **sizes):
+    with seeded(seed):
+        network = LinearNetwork(**sizes)
+    rest(network)
+    return network
+
+
+def problem():
+    """Synthetic images and labels, and a real batch."""
+    generator = torch.Generator().manual_seed(0)
+    images, labels = torch.randn(3, 1, 8, 8, generator=generator), torch.randn(3, 3, generator=generator)
+    return images, labels, Batch(torch.randn(6, 1, 8, 8, generator=generator), torch.arange(6) % 3)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_a_resumed_run_equals_the_run_never_interrupted(options, tmp_path):
+    def fit(folder, steps, **kwargs):
+        model = FRePo(**(TINY | options))
+        keep = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=3, save_top_k=-1)
+        trainer = tiny_trainer(folder, steps, callbacks=[keep], enable_checkpointing=True)
+        trainer.fit(model, TinyData(val_fraction=0.25), **kwargs)
+        return model.state_dict(), model.pool.state_dict()["members"]
+
+    straight, members = fit(tmp_path / "a", 8)
+    checkpoint = str(tmp_path / "a" / "step=3.ckpt")
+    resumed, again = fit(tmp_path / "b", 8, ckpt_path=checkpoint, weights_only=True)
+    assert straight.keys() == resumed.keys()
+    for name, value in straight.items():
+        assert torch.equal(value, resumed[name]), name
+    for left, right in zip(members, again, strict=True):
+        assert (left["architecture"], left["age"]) == (right["architecture"], right["age"])
+        assert all(torch.equal(left["network"][name], right["network"][name]) for name in left["network"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"views": -1}, "views must be at least 0, got -1"),
+        ({"augment": "flip_crops"}, "unknown augmentation 'crops'; did you mean 'crop'"),
+    ],
+)
+def test_bad_settings_are_refused_at_once(settings, message):
+    with pytest.raises(UserError, match=message):
+        frepo(**settings)
+
+
+# ---- views -------------------------------------------------------------------------------------------------------
+
+
+def test_views_are_further_rows_with_the_labels_of_their_images():
+    images, labels, real = problem()
+    model = frepo(flip=True, views=2, augment="rotate_crop")
+    support, shown = model.draw_views(images, real.images)
+    assert support.shape == (4 * 3, 1, 8, 8)
+    assert torch.equal(support[:6], torch.cat([images, images.flip(-1)]))
+    parts = [*support.split(3), shown[:3]]
+    assert not any(torch.equal(left, right) for index, left in enumerate(parts) for right in parts[:index])
+    loss = model.outer_loss(linear(), images, labels, real)["krr"]
+    plain = frepo(flip=False).outer_loss(linear(), support, labels.repeat(4, 1), Batch(shown, real.labels))["krr"]
+    assert torch.equal(loss, plain)
+
+
+def test_siamese_views_change_synthetic_and_real_images_alike():
+    images, *_ = problem()
+    support, shown = frepo(flip=False, views=2, augment="siamese").draw_views(images, images.clone())
+    assert torch.equal(support[3:6], shown)
+    assert not torch.equal(support[3:6], images)
+    own, shown = frepo(flip=False, views=1, augment="rotate").draw_views(images[:1].repeat(2, 1, 1, 1), images)
+    assert not torch.equal(own[2], own[3])  # FRePo's family: every image its own numbers
+
+
+def test_a_data_set_without_mirror_images_has_no_mirrored_views(tmp_path):
+    model = FRePo(**(TINY | {"views": 1}))
+    tiny_trainer(tmp_path, 1).fit(model, TinyData(mirror=False))
+    assert "flip" not in model._augmentation.strategy
