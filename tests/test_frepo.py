@@ -1,5 +1,7 @@
 """FRePo's options: each does what it says, and a run with it that was resumed equals one that never stopped."""
 
+import math
+
 import pytest
 import torch
 from helpers import LinearNetwork, TinyData, tiny_trainer
@@ -8,6 +10,8 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from lightning_dd.data import Batch
 from lightning_dd.distillers import FRePo
 from lightning_dd.distillers.base import Probe
+from lightning_dd.distillers.frepo import FIRST_SCALE
+from lightning_dd.losses.krr import krr_predict
 from lightning_dd.models.pool import rest
 from lightning_dd.utils.errors import UserError
 from lightning_dd.utils.seeding import make_generator, seeded
@@ -21,6 +25,7 @@ TINY = {
 }
 OPTIONS = [
     {"views": 2},
+    {"outer": "cross_entropy"},
 ]
 
 
@@ -69,6 +74,7 @@ def test_a_resumed_run_equals_the_run_never_interrupted(options, tmp_path):
     ("settings", "message"),
     [
         ({"views": -1}, "views must be at least 0, got -1"),
+        ({"outer": "ce"}, "unknown outer loss 'ce'; known: cross_entropy, mse"),
         ({"augment": "flip_crops"}, "unknown augmentation 'crops'; did you mean 'crop'"),
     ],
 )
@@ -106,3 +112,35 @@ def test_a_data_set_without_mirror_images_has_no_mirrored_views(tmp_path):
     model = FRePo(**(TINY | {"views": 1}))
     tiny_trainer(tmp_path, 1).fit(model, TinyData(mirror=False))
     assert "flip" not in model._augmentation.strategy
+
+
+# ---- the outer loss ----------------------------------------------------------------------------------------------
+
+
+def test_cross_entropy_of_scaled_predictions_and_the_gradient_of_the_scale():
+    images, labels, real = problem()
+    model = frepo(flip=False, outer="cross_entropy")
+    network = linear()
+    prediction = krr_predict(network.features(images), labels, network.features(real.images)).values.double()
+
+    def by_hand(log_scale):
+        return -(math.exp(log_scale) * prediction).log_softmax(1)[torch.arange(6), real.labels].mean().item()
+
+    loss = model.outer_loss(network, images, labels, real)["krr"]
+    at = math.log(FIRST_SCALE)
+    assert loss.item() == pytest.approx(by_hand(at), rel=1e-5)
+    loss.backward()
+    numeric = (by_hand(at + 1e-4) - by_hand(at - 1e-4)) / 2e-4
+    assert model.log_scale.grad.item() == pytest.approx(numeric, rel=1e-4)
+
+
+def test_the_scale_learns_at_its_own_rate_without_trust_ratio_and_is_in_the_checkpoint(tmp_path):
+    def scale_after_one_step(**changes):
+        model = FRePo(**(TINY | {"outer": "cross_entropy"} | changes))
+        tiny_trainer(tmp_path, 1).fit(model, TinyData())
+        return model.state_dict()["log_scale"].item()
+
+    start = math.log(FIRST_SCALE)
+    assert abs(scale_after_one_step() - start) == pytest.approx(0.01, rel=1e-2)  # Adam's first step
+    assert abs(scale_after_one_step(scale_lr=0.05, lr=0.1) - start) == pytest.approx(0.05, rel=1e-2)
+    assert "log_scale" not in frepo().state_dict()

@@ -1,10 +1,11 @@
 """FRePo: neural feature regression with pooling (Zhou et al. 2022, arXiv 2206.00719)."""
 
+import math
 from typing import Any
 
 import torch
 from timm.optim.lamb import Lamb
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_dd.augment.frepo import Augmentation, apply
 from lightning_dd.augment.siamese import siamese
@@ -14,16 +15,21 @@ from lightning_dd.losses import krr
 from lightning_dd.models.factory import ArchitectureSpec
 from lightning_dd.models.interface import Features, Network, features_in_slices, network_features
 from lightning_dd.students.recipe import warmup_cosine
-from lightning_dd.utils.errors import check_range
+from lightning_dd.utils.errors import check_range, unknown_name
+
+OUTER = ("mse", "cross_entropy")
+"""Outer losses of :class:`FRePo` by name."""
+FIRST_SCALE = 4.0
+"""First scale of predictions in the cross-entropy: real images do best at 2 (CIFAR-10) to 8 (MNIST)."""
 
 
 class FRePo(PoolDistiller):
     """Distil by kernel ridge regression on the features of a pool of partly trained networks.
 
     An outer step predicts a real batch from the synthetic set by ridge regression on the current network's
-    features and minimises half the squared error; learned labels also keep a margin. Gradients reach synthetic
-    images and labels only. The defaults are the paper's; it runs 500,000 outer steps. A much shorter run needs a
-    larger ``lr``: LAMB moves the images by about ``lr`` of their norm per step.
+    features and minimises half the squared error (or a cross-entropy); learned labels also keep a margin. Gradients
+    reach synthetic images and labels only. The defaults are the paper's; it runs 500,000 outer steps. A much shorter
+    run needs a larger ``lr``: LAMB moves the images by about ``lr`` of their norm per step.
 
     Args:
         flip: add the mirror image of every synthetic image, with the same label (helps small sets, hurts large ones).
@@ -33,10 +39,16 @@ class FRePo(PoolDistiller):
         augment: what views are made with: a strategy of :class:`~lightning_dd.augment.frepo.Augmentation` (``auto`` is
             FRePo's family for the data, with random numbers for every image), or ``siamese`` for DSA's, where a
             view's images and the real batch share theirs.
+        outer: ``mse`` is half the squared error, ``cross_entropy`` that of the predictions times a learned scale as
+            logits (:func:`~lightning_dd.losses.krr.scaled_cross_entropy`).
+        scale_lr: learning rate (Adam) of the logarithm of that scale.
         ridge: regulariser relative to the kernel's mean diagonal.
         lr: LAMB's learning rate, decayed by a cosine to 10 % over the run.
         compiled: ``torch.compile`` the features; worth half a minute of compiling for runs of many minutes.
         **kwargs: see :class:`PoolDistiller`.
+
+    Attributes:
+        log_scale: logarithm of the learned scale, where there is one: a scalar parameter.
     """
 
     def __init__(
@@ -44,25 +56,30 @@ class FRePo(PoolDistiller):
         flip: bool = True,
         views: int = 0,
         augment: str = "auto",
+        outer: str = "mse",
+        scale_lr: float = 0.01,
         ridge: float = krr.RIDGE,
         lr: float = 3e-4,
         compiled: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(lr=lr, **kwargs)
-        check_range("at least 0", views=views)
+        check_range("at least 0", views=views, scale_lr=scale_lr)
+        if outer not in OUTER:
+            raise unknown_name("outer loss", outer, OUTER)
         self.flip, self.views, self.augment, self.ridge = flip, views, augment, ridge
+        self.log_scale = nn.Parameter(torch.tensor(math.log(FIRST_SCALE))) if outer == "cross_entropy" else None
+        self.scale_lr = scale_lr
         self._make_augmentation()
         self.features: Features = torch.compile(network_features, dynamic=False) if compiled else network_features
 
     def outer_loss(self, network: Network, images: Tensor, labels: Tensor, real: Batch) -> dict[str, Tensor]:
-        """Half the squared error of the ridge prediction, and the margin term of learned labels."""
-        targets = krr.centred_one_hot(real.labels, labels.shape[1])
+        """The error of the ridge prediction, and the margin term of learned labels."""
         support, shown = self.draw_views(images, real.images)
         support_labels = labels.repeat(len(support) // len(labels), 1)
         query = features_in_slices(network, shown, self.features)
         prediction = krr.krr_predict(self.features(network, support), support_labels, query, self.ridge)
-        terms = {"krr": krr.half_squared_error(prediction.values, targets)}
+        terms = {"krr": self.prediction_error(prediction.values, real.labels)}
         if self.label_kind == "learned":
             terms["label"] = krr.label_margin_loss(labels)
         hits = prediction.values.detach().argmax(1) == real.labels
@@ -75,6 +92,14 @@ class FRePo(PoolDistiller):
             }
         )
         return terms
+
+    def prediction_error(self, prediction: Tensor, classes: Tensor) -> Tensor:
+        """Return the outer loss of predictions ``(B, num_classes)`` of real images of these classes ``(B,)``."""
+        if self.log_scale is None:
+            return krr.half_squared_error(prediction, krr.centred_one_hot(classes, prediction.shape[1]))
+        scale = self.log_scale.exp()
+        self.watch(**{"outer/scale": scale})
+        return krr.scaled_cross_entropy(prediction, classes, scale)
 
     def draw_views(self, images: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
         """Return what an outer step sees: the synthetic images and all their views, one after another, and real ones.
@@ -98,8 +123,11 @@ class FRePo(PoolDistiller):
 
     def configure_optimizers(self) -> Any:
         """Return LAMB as the paper's code runs it (no decay, no clipping), with a cosine to 10 % over the run."""
+        groups = self.synthetic.parameter_groups(self.lr)
+        if self.log_scale is not None:  # a trust ratio would stop it at a scale of 1
+            groups = [*groups, {"params": [self.log_scale], "lr": self.scale_lr, "always_adapt": False}]
         optimizer = Lamb(
-            self.synthetic.parameter_groups(self.lr),
+            groups,
             weight_decay=0.0,
             always_adapt=True,  # timm skips the trust ratio where there is no weight decay
             max_grad_norm=None,

@@ -10,6 +10,7 @@ from lightning_dd.losses.krr import (
     krr_predict,
     label_margin,
     label_margin_loss,
+    scaled_cross_entropy,
 )
 from lightning_dd.losses.matching import StatisticsDistance, class_mean_distance, gradient_distance
 from lightning_dd.losses.meta_features import map_entropy, map_variance, meta_partition, positivity
@@ -58,6 +59,7 @@ __all__ = [
     "normalise_maps",
     "positivity",
     "prediction_logits",
+    "scaled_cross_entropy",
     "trajectory_loss",
     "unrolled",
 ]
