@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lightning_dd.callbacks import MetaDD
-from lightning_dd.callbacks.metadd import Look
+from lightning_dd.callbacks.architectures import Look
 from lightning_dd.losses.metadd import MetaOptions
 from lightning_dd.pretrained import ClassifierRecipe
 

@@ -7,11 +7,13 @@ import torch
 
 from lightning_dd.losses.meta_features import (
     Partition,
+    focus_weights,
     map_centres,
     map_entropy,
     map_variance,
     meta_partition,
     positivity,
+    shared_map,
 )
 
 
@@ -93,3 +95,27 @@ def test_map_entropy_is_one_for_flat_maps_and_zero_for_a_point():
     assert map_entropy(point) == 0
     assert map_entropy(torch.cat([point, torch.zeros(2, 4, 4), torch.ones(1, 4, 4)])) == pytest.approx(0.5)
     assert map_entropy(torch.zeros(2, 4, 4)) == 0
+
+
+def test_the_shared_map_is_the_meta_partition_without_its_threshold():
+    maps = random_maps()
+    alive = torch.tensor([[1, 1, 1, 0], [1, 0, 1, 0], [1, 1, 1, 0]]).bool()
+    shared = shared_map(maps * alive[:, :, None, None], alive)
+    for threshold in (0.2, 0.5, 0.7):
+        meta = meta_partition(maps, threshold, alive).meta
+        assert torch.equal(shared[:3] >= threshold, meta[:3])
+    assert (shared[3] == 1).all()  # nobody says anything of it
+
+
+def test_focus_moves_a_gradient_to_the_shared_map_and_keeps_each_images_norm():
+    gradient = torch.randn(3, 2, 10, 10, generator=torch.Generator().manual_seed(0)).double()
+    shared = random_maps(1)[0][:3]
+    shared[2] = 0
+    assert (focus_weights(gradient, shared, 0.0) == 1).all()
+    for focus in (0.4, 1.0):
+        focused = gradient * focus_weights(gradient, shared, focus)
+        torch.testing.assert_close(focused.flatten(1).norm(dim=1), gradient.flatten(1).norm(dim=1))
+        ratio = (focused / gradient)[0, 0]
+        inside = 1 - focus + focus * torch.nn.functional.interpolate(shared[None, :1], (10, 10), mode="bilinear")[0, 0]
+        torch.testing.assert_close(ratio / ratio.max(), inside / inside.max())
+    assert torch.equal(focused[2], gradient[2])  # nothing is shared: the gradient is left as it is

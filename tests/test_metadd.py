@@ -13,13 +13,15 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from safetensors.torch import save_file
 
 from lightning_dd.callbacks import MetaDD, MetaFeatureImages, PoolAlternation
-from lightning_dd.callbacks.metadd import Look
+from lightning_dd.callbacks.architectures import Look
 from lightning_dd.callbacks.pictures import feature_figure
 from lightning_dd.distillers import FRePo, PoolDistiller
 from lightning_dd.distillers.base import Probe
+from lightning_dd.losses.meta_features import focus_weights
 from lightning_dd.losses.metadd import MetaOptions
 from lightning_dd.losses.metadd_gradient import naive_loss
 from lightning_dd.pretrained import ClassifierRecipe, Task, trained_classifier
+from lightning_dd.synthetic import Pixels
 from lightning_dd.utils.errors import UserError
 from lightning_dd.utils.seeding import make_generator
 
@@ -186,6 +188,55 @@ def test_a_relative_weight_leaves_the_methods_own_gradient_as_it_is(tmp_path):
         torch.testing.assert_close(found, expected)
 
 
+class Coarse(Pixels):
+    """Images of half the side, enlarged: the images are not what is learned."""
+
+    def build(self, classes, task):
+        channels, height, width = task.facts.image_shape
+        self.images = torch.nn.Parameter(torch.zeros(len(classes), channels, height // 2, width // 2))
+
+    def start(self, init, train, ipc, generator):
+        self.images.data.copy_(torch.randn(self.images.shape, generator=generator))
+
+    def render(self):
+        return torch.nn.functional.interpolate(self.images, scale_factor=2)
+
+
+@pytest.mark.parametrize("parameterisation", [None, Coarse()])
+@pytest.mark.parametrize("scale", ["absolute", "norm"])
+def test_the_methods_gradient_is_held_to_the_meta_features_and_keeps_its_size(scale, parameterisation, tmp_path):
+    callback = metadd(focus=0.8, weight=0.3, scale=scale, augment="crop")
+    model, trainer = fit(tmp_path, callback, 0, model=FRePo(**TINY, parameterisation=parameterisation))
+    callback.setup(trainer, model, "fit")
+    learned = [model.synthetic.parameterisation.images, model.synthetic.labels]
+    images, labels = model.synthetic()
+    slope = torch.linspace(-1, 1, images.numel()).view_as(images)
+    loss, terms = callback.add(trainer, model, images, labels, (images * slope).sum() + 3 * labels.sum())
+    assert loss.item() == pytest.approx(((images * slope).sum() + 3 * labels.sum()).item())
+    by_images, by_labels = torch.autograd.grad(loss, learned, retain_graph=True)
+    weights = focus_weights(slope, callback.shared_map(images, labels, "learned", 0), 0.8)
+    assert float(weights.amin()) < 0.9 < 1.1 < float(weights.amax())
+    focused = slope * weights
+    torch.testing.assert_close(focused.flatten(1).norm(dim=1), slope.flatten(1).norm(dim=1))
+    expected = torch.autograd.grad(model.synthetic()[0], learned[0], focused)[0]
+    torch.testing.assert_close(by_images, expected, rtol=1e-4, atol=1e-6)
+    assert torch.equal(by_labels, torch.full_like(by_labels, 3.0))
+    if scale == "norm" and parameterisation is None:
+        by_term = torch.autograd.grad(terms["metadd"], images)[0]
+        assert float(by_term.norm()) == pytest.approx(0.3 * float(slope.norm()), rel=1e-4)
+
+
+def test_the_mask_can_be_all_that_is_added_and_keeps_the_terms_rhythm(tmp_path):
+    whole = tiny_trainer(tmp_path, 4)
+    whole.fit(plain := FRePo(**TINY), SixteenPixels(val_fraction=0.25))
+    alone = {"architectures": ARCHITECTURES[0], "variance": 0.0, "kl": 0.0}  # one that looks alone is EDF's form
+    for settings, differs in (({"weight": 0.0}, True), (alone | {"weight": 0.0}, True), ({"start": 4}, False)):
+        model, trainer = fit(tmp_path, metadd(focus=1.0, **settings))
+        assert torch.equal(model.synthetic.images, plain.synthetic.images) != differs
+        assert "outer/metadd" not in trainer.callback_metrics
+        assert ("metadd/shared" in trainer.callback_metrics) == differs
+
+
 def test_what_the_architectures_see_may_be_augmented_and_is_the_same_after_a_restart(tmp_path):
     runs = [fit(tmp_path, metadd(weight=1.0, augment=augment))[0] for augment in ("crop", "crop", "none")]
     images = [model.synthetic.images for model in runs]
@@ -290,7 +341,7 @@ def test_how_good_the_architectures_are_is_said_logged_and_drawn(tmp_path, caplo
 def test_a_resumed_run_equals_the_run_never_interrupted(tmp_path):
     def run(folder, ckpt_path=None, **changes):
         keep = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=3, save_top_k=-1)
-        settings = {"rows": 2, "every": 2, "per_step": 2, "scale": "steady"} | changes
+        settings = {"rows": 2, "every": 2, "per_step": 2, "scale": "steady", "focus": 0.5} | changes
         callbacks = [PoolAlternation(), metadd(**settings), keep]
         model = FRePo(**TINY)
         trainer = tiny_trainer(folder, 7, callbacks=callbacks, enable_checkpointing=True)
@@ -303,7 +354,7 @@ def test_a_resumed_run_equals_the_run_never_interrupted(tmp_path):
         run(tmp_path / "c", str(tmp_path / "a" / "step=3.ckpt"), variance=9.0)
 
 
-@pytest.mark.parametrize("changes", [{}, {"scale": "norm", "per_step": 2}])
+@pytest.mark.parametrize("changes", [{}, {"scale": "norm", "per_step": 2, "focus": 0.7}])
 def test_two_processes_give_the_gradient_of_one(changes, tmp_path):
     from test_ddp import TWO, KeepRank, SplitBatch, ranks
 
@@ -403,6 +454,7 @@ def test_foreign_files_are_refused(tmp_path):
         ({"architectures": ARCHITECTURES[:1]}, "at least 2 architectures to compare, got 1"),
         ({"variance": -1.0}, "weight variance must be at least 0"),
         ({"weight": -1.0}, "metadd.weight must be at least 0, got -1.0"),
+        ({"focus": 1.5}, r"metadd.focus must be in \[0, 1\], got 1.5"),
         ({"every": 0}, "metadd.every must be at least 1, got 0"),
         (
             {"per_step": 1},

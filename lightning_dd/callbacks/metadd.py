@@ -1,47 +1,30 @@
 """MetaDD for any distiller: the invariance term of frozen architectures, added to the outer loss when it is due."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from pytorch_lightning import LightningModule, Trainer
-from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor
 
 from lightning_dd.augment.frepo import Augmentation
+from lightning_dd.callbacks.architectures import ArchitectureTerm, Look
 from lightning_dd.data.base import RealData
-from lightning_dd.data.preprocess import Preprocessing
-from lightning_dd.distillers.base import Distiller, OuterTerm
+from lightning_dd.distillers.base import Distiller
 from lightning_dd.losses.gradients import SteadyShare, attach_gradients
+from lightning_dd.losses.meta_features import focus_weights, shared_map
 from lightning_dd.losses.metadd import MetaOptions
 from lightning_dd.losses.metadd_gradient import Architecture, MetaLoss, gathered_loss
-from lightning_dd.models.factory import Architectures, NetworkMixture
-from lightning_dd.pretrained import ClassifierRecipe, Task, trained_classifier
-from lightning_dd.utils.arguments import plain_values, refuse_other
-from lightning_dd.utils.errors import UserError, check_range, unknown_name
+from lightning_dd.models.factory import Architectures
+from lightning_dd.pretrained import ClassifierRecipe
+from lightning_dd.utils.errors import check_range, unknown_name
 from lightning_dd.utils.seeding import make_generator
 
 SCALES = ("steady", "norm", "absolute")
 
 
-@dataclass(frozen=True)
-class Look:
-    """How one of the architectures differs from the others: where it comes from, and how its map is made.
-
-    Args:
-        file: a trained network of your own (written by this project), in place of training.
-        layer: the module that its map is made of; ``None`` finds it.
-        cam: ``gradcam``, ``attention`` or ``auto``; ``None`` takes ``loss.cam``.
-    """
-
-    file: str | None = None
-    layer: str | None = None
-    cam: str | None = None
-
-
-class MetaDD(OuterTerm):
+class MetaDD(ArchitectureTerm):
     """Add MetaDD's architecture-invariant term to the outer loss of any distiller (arXiv 2410.05103, our reading).
 
     M architectures are trained on the real train split once, frozen, cached and reused. On the outer steps that are
@@ -77,6 +60,11 @@ class MetaDD(OuterTerm):
         training: how an architecture is trained on the real data.
         looks: exceptions for single architectures, by name.
         seed: of the architectures; kept apart from the run's seed, so that seeds of a run share them.
+        focus: from 0 to 1: how far the method's own gradient by the images is held to the meta features of all of them,
+            on the steps that are due (:func:`~lightning_dd.losses.meta_features.focus_weights`): a mask on the method's
+            loss in place of a penalty, or beside it; ``weight: 0`` leaves the mask alone. It costs a forward pass of
+            each architecture that looks. One that looks alone is EDF's form. An optimizer that scales every pixel's
+            step by itself, as Adam does for SRe2L and FRePo, undoes most of it; that of DM, DC, DSA and MTT does not.
 
     Raises:
         UserError: a setting is out of range, or an architecture is unusable.
@@ -98,80 +86,45 @@ class MetaDD(OuterTerm):
         training: ClassifierRecipe = ClassifierRecipe(),  # noqa: B008  (frozen)
         looks: dict[str, Look] | None = None,
         seed: int = 0,
+        focus: float = 0.0,
     ) -> None:
         given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
-        self._settings = {f"metadd.{name}": plain_values(value) for name, value in given.items()}
-        check_range("at least 0", "metadd.", weight=weight, start=start, warmup=warmup)
-        check_range("at least 1", "metadd.", every=every, rows=rows)
+        check_range("at least 0", "metadd.", weight=weight)
+        check_range("at least 1", "metadd.", rows=rows)
+        check_range("in [0, 1]", "metadd.", focus=focus)
         if scale not in SCALES:
             raise unknown_name("metadd scale", scale, SCALES)
-        self.mixture = NetworkMixture.parse(architectures)
-        count, fewest = len(self.mixture.names), loss.fewest
-        if count < fewest:
-            raise UserError(f"metadd needs at least {fewest} architectures to compare, got {count}")
-        if per_step is not None and not fewest <= per_step <= count:
-            raise UserError(
-                f"metadd.per_step must be from {fewest}{' (they are compared)' * (fewest - 1)} to the "
-                f"number of architectures, {count}, or none, got {per_step}"
-            )
-        self.looks = looks or {}
-        if stray := set(self.looks) - set(self.mixture.names):
-            raise UserError(f"metadd.looks names '{min(stray)}', which is none of its architectures")
+        super().__init__(given, architectures, loss.fewest, every, start, warmup, per_step, training, looks, seed)
         self.options, self.weight, self.scale, self.move_labels = loss, weight, scale, move_labels
-        self.every, self.start, self.warmup, self.rows, self.per_step = every, start, warmup, rows, per_step
-        self.augment, self.augmentation = augment, Augmentation(augment)
-        self.training, self.seed = training, seed
-        self.architectures: list[Architecture] = []
-        self.accuracies: dict[str, float] = {}
-        self.share = SteadyShare()
+        self.rows, self.augment, self.augmentation = rows, augment, Augmentation(augment)
+        self.focus, self.share = focus, SteadyShare()
 
     def weight_at(self, outer_step: int) -> float:
-        """Return the term's weight at outer step ``outer_step``, counted from 0; 0 where it is not due.
-
-        Override this for another rhythm.
-        """
-        since = outer_step - self.start
-        if since < 0 or since % self.every:
-            return 0.0
-        return self.weight * min(1.0, (since + 1) / max(1, self.warmup))
+        """Return the term's weight at outer step ``outer_step``, counted from 0; 0 where it is not due."""
+        return self.weight * self.share_at(outer_step)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Train or load the architectures before the fit."""
         super().setup(trainer, pl_module, stage)
-        if stage != "fit" or not isinstance(pl_module, Distiller):
-            return
-        self.share = SteadyShare()  # of this fit; a checkpoint's is restored later
         data = getattr(trainer, "datamodule", None)
-        if self.architectures or not isinstance(data, RealData):
-            return
-        task = Task.of(data, trainer, pl_module.train_missing)
-        if task.images is None or task.images[1] is None:
-            raise UserError("metadd needs a validation split to judge its architectures: set data.val_fraction above 0")
-        self.augmentation = Augmentation(self.augment, task.facts.mirror)
-        adapt = None
-        if task.preprocessing.kind == "zca":
-            standardised = Preprocessing(task.preprocessing.mean, task.preprocessing.std)
-            adapt = partial(_unwhitened, whitened=task.preprocessing, standardised=standardised)
-            task = task.through(standardised)
-        for name in self.mixture.names:
-            look = self.looks.get(name, Look())
-            network, self.accuracies[name] = trained_classifier(name, task, self.training, self.seed, look.file)
-            network = network.to(memory_format=torch.channels_last)
-            self.architectures.append(Architecture(network, adapt, look.layer, look.cam, name))
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say and log how good the architectures are: maps of poor ones mean little."""
-        for name, accuracy in self.accuracies.items():
-            rank_zero_info(f"MetaDD's {name} is right on {100 * accuracy:.1f} % of the validation split")
-        accuracies = {f"metadd/accuracy/{name}": value for name, value in self.accuracies.items()}
-        for logger in trainer.loggers:
-            logger.log_metrics(accuracies, trainer.global_step)
+        if stage == "fit" and isinstance(data, RealData):
+            self.share = SteadyShare()  # of this fit; a checkpoint's is restored later
+            self.augmentation = Augmentation(self.augment, data.facts.mirror)
 
     def add(
         self, trainer: Trainer, distiller: Distiller, images: Tensor, labels: Tensor, loss: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the method's own loss, and ``{"metadd": weighted loss}`` if the term is due at this outer step."""
         step, weight = trainer.global_step, self.weight_at(trainer.global_step)
+        focus, own = self.focus * self.share_at(step), None
+        if focus or (weight and self.scale != "absolute"):
+            loss, own = _differentiated(trainer, distiller, images, loss)
+        if own is not None and focus:
+            shared = self.shared_map(images, labels, distiller.label_kind, step)
+            distiller.watch(**{"metadd/shared": shared.mean()})
+            focused = own * focus_weights(_mean(trainer, own), shared, focus).to(own.dtype)
+            loss = loss + attach_gradients(loss.new_zeros(()), [images], [focused - own])
+            own = focused
         if weight == 0:
             return loss, {}
         rows = self._rows(trainer, len(images))
@@ -184,8 +137,7 @@ class MetaDD(OuterTerm):
         result = self.measure(seen, few_labels, distiller.label_kind, consensus, self.looking_at(step))
         watched = {**result.terms, "loss": result.loss.detach()}
         factor: Tensor | float = weight
-        if self.scale != "absolute":
-            loss, own = _differentiated(trainer, distiller, images, loss)
+        if own is not None and self.scale != "absolute":
             own, term = _mean(trainer, own), _mean(trainer, _gradient(result.loss, images))
             factor = weight * own.norm() / term.norm().clamp(min=1e-12)
             if self.scale == "steady":
@@ -193,6 +145,13 @@ class MetaDD(OuterTerm):
                 factor = factor * watched["steady"]
         distiller.watch(**{f"metadd/{name}": value for name, value in watched.items()})
         return loss, {"metadd": factor * result.loss}
+
+    @torch.no_grad()
+    def shared_map(self, images: Tensor, labels: Tensor, label_kind: str, outer_step: int) -> Tensor:
+        """Return the meta features ``(N, grid, grid)`` in [0, 1] of whole images, to those that look in this step."""
+        options = replace(self.options, consensus="ensemble")  # nobody's prediction is compared
+        maps = gathered_loss(self.looking_at(outer_step), images, labels, label_kind, options).maps
+        return shared_map(maps, maps.flatten(2).any(2))
 
     def measure(
         self,
@@ -206,17 +165,6 @@ class MetaDD(OuterTerm):
         looking = self.architectures if architectures is None else architectures
         return gathered_loss(looking, images, labels, label_kind, self.options, consensus)
 
-    def looking_at(self, outer_step: int) -> list[Architecture]:
-        """Return the architectures that look in an outer step: on every rank, and after a restart, the same."""
-        if self.per_step is None:
-            return self.architectures
-        generator = make_generator(self.seed, "architectures", outer_step)
-        if len(set(self.mixture.probabilities)) == 1:
-            drawn = torch.randperm(len(self.architectures), generator=generator)[: self.per_step]
-        else:
-            drawn = torch.multinomial(torch.tensor(self.mixture.probabilities), self.per_step, generator=generator)
-        return [self.architectures[index] for index in drawn.tolist()]
-
     def _rows(self, trainer: Trainer, count: int) -> Tensor | None:
         """Rows of this step and rank: a function of seed and step alone, so a resumed run is exact."""
         rank, world = trainer.global_rank, trainer.world_size
@@ -226,22 +174,13 @@ class MetaDD(OuterTerm):
         return drawn[: self.rows][rank::world]
 
     def state_dict(self) -> dict[str, Any]:
-        """Keep the settings, so that a run is not continued with others, and what is known of the method's gradient."""
-        return {"settings": self._settings, "share": self.share.state_dict()}
+        """Keep the settings, and what is known of the method's gradient."""
+        return {**super().state_dict(), "share": self.share.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a checkpoint.
-
-        Raises:
-            UserError: it is of other settings.
-        """
-        if isinstance(state_dict["settings"], dict):  # older checkpoints have a text that cannot be compared
-            refuse_other("another configuration", state_dict["settings"], self._settings)
+        """Go on from a checkpoint; a :class:`UserError` if it is of other settings."""
+        super().load_state_dict(state_dict)
         self.share.load_state_dict(state_dict["share"])
-
-
-def _unwhitened(images: Tensor, whitened: Preprocessing, standardised: Preprocessing) -> Tensor:
-    return standardised(whitened.inverse(images))
 
 
 def _gradient(loss: Tensor, images: Tensor) -> Tensor:

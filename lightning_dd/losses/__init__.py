@@ -13,7 +13,14 @@ from lightning_dd.losses.krr import (
     scaled_cross_entropy,
 )
 from lightning_dd.losses.matching import StatisticsDistance, class_mean_distance, gradient_distance
-from lightning_dd.losses.meta_features import map_entropy, map_variance, meta_partition, positivity
+from lightning_dd.losses.meta_features import (
+    focus_weights,
+    map_entropy,
+    map_variance,
+    meta_partition,
+    positivity,
+    shared_map,
+)
 from lightning_dd.losses.metadd import (
     MetaOptions,
     agreement_kl,
@@ -40,6 +47,7 @@ __all__ = [
     "class_mean_distance",
     "constant_memory",
     "ensemble_logits",
+    "focus_weights",
     "functional_loss",
     "gathered_loss",
     "gradient_distance",
@@ -60,6 +68,7 @@ __all__ = [
     "positivity",
     "prediction_logits",
     "scaled_cross_entropy",
+    "shared_map",
     "trajectory_loss",
     "unrolled",
 ]

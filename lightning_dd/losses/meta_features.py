@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from lightning_dd.losses.gradients import wide
 
@@ -49,6 +50,49 @@ def meta_partition(maps: Tensor, threshold: float = 0.5, alive: Tensor | None = 
     union = high.any(0).sum((1, 2))
     ratio = meta.sum((1, 2)) / union.clamp(min=1)
     return Partition(meta, high & ~meta, ratio)
+
+
+def shared_map(maps: Tensor, alive: Tensor) -> Tensor:
+    """Return meta features without a threshold, ``(N, I, J)``: at each pixel the least value of all live maps.
+
+    Where it is ``>= threshold``, all live maps are high: with two of them or more, that is :func:`meta_partition`'s
+    ``meta``. An image without a live map gets ones.
+
+    Args:
+        maps: ``(M, N, I, J)`` normalised.
+        alive: ``(M, N)`` bool.
+
+    Example:
+        >>> shared_map(torch.tensor([[[[0.9, 0.7]]], [[[0.5, 0.8]]]]), torch.ones(2, 1, dtype=torch.bool)).tolist()
+        [[[0.5, 0.699999988079071]]]
+    """
+    return torch.where(alive[:, :, None, None], maps, 1.0).amin(0)
+
+
+def focus_weights(gradient: Tensor, shared: Tensor, focus: float) -> Tensor:
+    """Return what to multiply the gradient by images with, so that it acts on meta features and keeps its size.
+
+    ``1 - focus + focus * shared`` at every pixel, times what gives the gradient of each image its norm again. EDF (Wang
+    et al. 2024, arXiv 2410.17193) weights the pixels' gradient by Grad-CAM of one network; that what several
+    architectures agree on be the weight is our own idea.
+
+    Args:
+        gradient: ``(N, C, H, W)``.
+        shared: ``(N, I, J)`` in [0, 1], enlarged bilinearly; see :func:`shared_map`.
+        focus: in [0, 1]; 0 gives ones.
+
+    Returns:
+        ``(N, 1, H, W)``; ones for an image whose weighted gradient is zero.
+
+    Example:
+        >>> focus_weights(torch.tensor([[[[3.0, 4.0]]]]), torch.tensor([[[0.0, 1.0]]]), 1.0)
+        tensor([[[[0.0000, 1.2500]]]])
+    """
+    size = gradient.shape[2:]
+    weights = 1 - focus + focus * F.interpolate(wide(shared)[:, None], size, mode="bilinear")
+    whole, left = (values.flatten(1).norm(dim=1) for values in (wide(gradient), weights * wide(gradient)))
+    gain = torch.where(left > 0, whole / left.clamp(min=_SMALLEST), 1.0)
+    return torch.where((left > 0)[:, None, None, None], gain[:, None, None, None] * weights, 1.0)
 
 
 def map_variance(maps: Tensor, alive: Tensor) -> Tensor:
