@@ -200,6 +200,20 @@ def test_order_of_norm_convolution_relu_and_pool(norm, shape):
             assert torch.equal(batch, images(shape))
 
 
+@pytest.mark.parametrize("name", ["conv", "convnet"])
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu", "gelu", "silu", "sigmoid"])
+@pytest.mark.parametrize(("pooling", "layer"), [("avg", nn.AvgPool2d(2)), ("max", nn.MaxPool2d(2))])
+def test_variants_of_a_network_differ_in_activation_and_pooling(name, activation, pooling, layer):
+    shape = (3, 16, 16)
+    options = f"width=8,depth=1,norm=none,activation={activation},pooling={pooling}"
+    network = build_network(f"{name}:{options}", 10, shape, seed=0)
+    modules = {"leaky_relu": nn.LeakyReLU(), "gelu": nn.GELU(), "silu": nn.SiLU(), "sigmoid": nn.Sigmoid()}
+    expected = layer(modules.get(activation, nn.ReLU())(network.convs[0](images(shape)))).flatten(1)
+    torch.testing.assert_close(network.features(images(shape)), expected)
+    with torch.no_grad():
+        torch.testing.assert_close(network.features(images(shape)), expected)
+
+
 def test_relu_leaves_the_map_before_it_to_hooks():
     # A hook for class activation maps, or a method that differentiates twice, must see what the convolution made.
     network = FRePoConv(3, 10, (32, 32), width=8)
@@ -274,7 +288,10 @@ def test_lecun_normal_weights_and_zero_biases():
     assert ConvNet(3, 10, (32, 32)).convs[0].bias.abs().max() > 0
 
 
-@pytest.mark.parametrize("architecture", ["convnet:width=8", "conv:width=8", "alexnet:width=16", SMALL_VIT])
+@pytest.mark.parametrize(
+    "architecture",
+    ["convnet:width=8", "conv:width=8", "alexnet:width=16", SMALL_VIT, "conv:width=8,activation=gelu,pooling=max"],
+)
 def test_second_derivative_through_the_weights(architecture):
     network = build_network(architecture, 3, (3, 32, 32), seed=0).double()
     batch = images((3, 32, 32), n=3).double().requires_grad_()
@@ -321,10 +338,12 @@ def test_spec_reads_and_writes():
         (
             "conv:widht=8",
             (3, 32, 32),
-            "unknown option of conv 'widht'; did you mean 'width'? known: depth, norm, width",
+            "unknown option of conv 'widht'; did you mean 'width'? known: activation, depth, norm, pooling, width",
         ),
         ("conv:width=wide", (3, 32, 32), "width must be a whole number of at least 1, got 'wide'"),
         ("conv:depth=0", (3, 32, 32), "depth must be"),
+        ("convnet:activation=rleu", (3, 32, 32), "unknown activation 'rleu'; did you mean 'relu'?"),
+        ("conv:pooling=mean", (3, 32, 32), "unknown pooling 'mean'; known: avg, max"),
         ("convnet:norm=bach", (3, 32, 32), "unknown norm 'bach'; did you mean 'batch'?"),
         ("conv:depth=6,width=2", (3, 32, 32), "image_size 32x32 is too small for depth 6"),
         ("convnet:depth=4", (1, 8, 32), "image_size 8x32 is too small for depth 4"),

@@ -7,6 +7,7 @@ literature tests transfer with.
 
 import math
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import ClassVar, cast
 
 import torch
@@ -19,6 +20,14 @@ from lightning_dd.utils.errors import UserError, check_count, unknown_name
 # The standard deviation of a unit normal cut off at two; dividing by it gives the cut-off normal unit variance.
 _TRUNCATED_STD = 0.87962566103423978
 NORMS = ("batch", "instance", "group", "layer", "none")
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "leaky_relu": F.leaky_relu,
+    "gelu": F.gelu,
+    "silu": F.silu,
+    "sigmoid": torch.sigmoid,
+}
+POOLINGS: dict[str, Callable[[Tensor, int], Tensor]] = {"avg": F.avg_pool2d, "max": F.max_pool2d}
 _ALEXNET_WIDTHS = (128, 192, 256, 192, 192)
 
 
@@ -55,7 +64,7 @@ class _PlainNetwork(Network):
 
 
 class _PlainConv(_PlainNetwork):
-    """Blocks of convolution, normalisation, ReLU and average pooling that each halve the map."""
+    """Blocks of convolution, normalisation, activation and pooling that each halve the map."""
 
     growth: ClassVar[int]  # of the width from block to block
     own_norm: ClassVar[str]
@@ -72,8 +81,14 @@ class _PlainConv(_PlainNetwork):
         width: int = 128,
         depth: int = 3,
         norm: str | None = None,
+        activation: str = "relu",
+        pooling: str = "avg",
     ) -> None:
         super().__init__(in_channels, num_classes, image_size, width, check_count("depth", depth), f"depth {depth}")
+        for option, name, known in (("activation", activation, ACTIVATIONS), ("pooling", pooling, POOLINGS)):
+            if name not in known:
+                raise unknown_name(option, str(name), known)
+        self.activate, self.pool = ACTIVATIONS[activation], POOLINGS[pooling]
         self.widths = [width * self.growth**index for index in range(depth)]
         inputs = [in_channels, *self.widths[:-1]]
         paddings = [_first_padding(image_size, 3)] + [(1, 1)] * (depth - 1)
@@ -97,7 +112,8 @@ class _PlainConv(_PlainNetwork):
         for norm, conv in zip(self.norms, self.convs, strict=True):
             x = conv(norm(x)) if self.norm_first else norm(conv(x))
             # In place saves a pass over the largest maps, but second-order methods need the input.
-            x = F.avg_pool2d(F.relu(x, inplace=not torch.is_grad_enabled()), 2)
+            in_place = self.activate is F.relu and not torch.is_grad_enabled()
+            x = self.pool(F.relu_(x) if in_place else self.activate(x), 2)
         return x
 
 
@@ -116,6 +132,8 @@ class FRePoConv(_PlainConv):
         depth: number of blocks.
         norm: see :func:`~lightning_dd.models.convnet.make_norm`; ``group`` makes up to 32 groups. FRePo distils with
             ``batch``, which None stands for, and trains students with ``none``.
+        activation: ``relu``, ``leaky_relu``, ``gelu``, ``silu`` or ``sigmoid``.
+        pooling: ``avg`` or ``max``.
 
     Raises:
         UserError: a setting is out of range, or the image is too small for the depth.
@@ -139,6 +157,8 @@ class ConvNet(_PlainConv):
         width: channels of every block.
         depth: number of blocks; the literature takes 3 at 32 px, 4 at 64, 5 at 128, 6 at 256.
         norm: see :func:`~lightning_dd.models.convnet.make_norm`; ``group`` makes up to 4 groups, None is ``instance``.
+        activation: ``relu``, ``leaky_relu``, ``gelu``, ``silu`` or ``sigmoid``.
+        pooling: ``avg`` or ``max``.
 
     Raises:
         UserError: a setting is out of range, or the image is too small for the depth.
