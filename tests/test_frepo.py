@@ -11,7 +11,7 @@ from lightning_dd.data import Batch
 from lightning_dd.distillers import FRePo
 from lightning_dd.distillers.base import Probe
 from lightning_dd.distillers.frepo import FIRST_SCALE
-from lightning_dd.losses.krr import krr_predict
+from lightning_dd.losses.krr import averaged_kernel, centred_one_hot, half_squared_error, krr_predict
 from lightning_dd.models.pool import rest
 from lightning_dd.utils.errors import UserError
 from lightning_dd.utils.seeding import make_generator, seeded
@@ -26,6 +26,7 @@ TINY = {
 OPTIONS = [
     {"views": 2},
     {"outer": "cross_entropy"},
+    {"kernels": 2},
 ]
 
 
@@ -74,6 +75,8 @@ def test_a_resumed_run_equals_the_run_never_interrupted(options, tmp_path):
     ("settings", "message"),
     [
         ({"views": -1}, "views must be at least 0, got -1"),
+        ({"kernels": 0}, "kernels must be from 1 to pool_size, 3, got 0"),
+        ({"kernels": 4}, "kernels must be from 1 to pool_size, 3, got 4"),
         ({"outer": "ce"}, "unknown outer loss 'ce'; known: cross_entropy, mse"),
         ({"augment": "flip_crops"}, "unknown augmentation 'crops'; did you mean 'crop'"),
     ],
@@ -144,3 +147,43 @@ def test_the_scale_learns_at_its_own_rate_without_trust_ratio_and_is_in_the_chec
     assert abs(scale_after_one_step() - start) == pytest.approx(0.01, rel=1e-2)  # Adam's first step
     assert abs(scale_after_one_step(scale_lr=0.05, lr=0.1) - start) == pytest.approx(0.05, rel=1e-2)
     assert "log_scale" not in frepo().state_dict()
+
+
+# ---- kernels of several networks ---------------------------------------------------------------------------------
+
+
+class Others:
+    """In place of a pool: what :meth:`ModelPool.others` would draw."""
+
+    def __init__(self, *networks):
+        self.networks = networks
+
+    def others(self, count, generator):
+        return list(self.networks[:count])
+
+
+def test_the_kernels_of_several_networks_are_averaged_before_the_solve():
+    images, labels, real = problem()
+    model = frepo(flip=False, kernels=2, ridge=1e-3)
+    alone = frepo(flip=False, ridge=1e-3).outer_loss(linear(), images, labels, real)["krr"]
+    model.pool = Others(linear())
+    torch.testing.assert_close(model.outer_loss(linear(), images, labels, real)["krr"], alone)
+    model.pool = Others(linear(1, num_features=7))
+    both = model.outer_loss(linear(), images, labels, real)["krr"]
+    networks = [linear(), linear(1, num_features=7)]
+    pairs = [(network.features(images), network.features(real.images)) for network in networks]
+    support, query = averaged_kernel(pairs)
+    values = krr_predict(support, labels, query, 1e-3).values
+    torch.testing.assert_close(both, half_squared_error(values, centred_one_hot(real.labels, 3)))
+    assert abs(both - alone) > 1e-3 * alone
+
+
+def test_the_pool_lends_other_networks_each_once_and_unlike_ones_fit_together(tmp_path):
+    mixture = {"conv:width=4,depth=2": 0.5, "convnet:width=8,depth=1,activation=gelu": 0.5}
+    model = FRePo(**(TINY | {"architecture": mixture, "kernels": 3, "labels": "centred"}))
+    trainer = tiny_trainer(tmp_path, 5)
+    trainer.fit(model, TinyData())
+    assert torch.isfinite(model.synthetic.images).all()
+    drawn = model.pool.others(2, torch.Generator().manual_seed(0))
+    everyone = {id(member.network) for member in model.pool.members}
+    assert {id(network) for network in [model.pool.network, *drawn]} == everyone

@@ -6,6 +6,7 @@ import torch
 
 from lightning_dd.losses.krr import (
     SolveError,
+    averaged_kernel,
     centred_one_hot,
     half_squared_error,
     krr_predict,
@@ -36,6 +37,23 @@ def test_prediction_is_invariant_to_a_rotation_of_the_features():
     plain = krr_predict(support, labels, query).values
     rotated = krr_predict(support @ rotation, labels, query @ rotation).values
     torch.testing.assert_close(plain, rotated, rtol=1e-4, atol=1e-5)
+
+
+def test_averaged_kernel_is_the_mean_of_kernels_divided_by_their_mean_diagonal():
+    small, large = (random(4, 5), random(7, 5, seed=1)), (1000 * random(4, 9, seed=2), 1000 * random(7, 9, seed=3))
+    support, query = averaged_kernel([small, large])
+    unit = [own @ own.T / (own @ own.T).diagonal().mean() for own, _ in (small, large)]
+    across = [other @ own.T / (own @ own.T).diagonal().mean() for own, other in (small, large)]
+    torch.testing.assert_close(support @ support.T, sum(unit).float() / 2)
+    torch.testing.assert_close(query @ support.T, sum(across).float() / 2)
+    labels = random(4, 3, seed=4)
+    twice = krr_predict(*swap(labels, *averaged_kernel([small, small])), ridge=1e-3)
+    torch.testing.assert_close(twice.values, krr_predict(*swap(labels, *small), ridge=1e-3).values)
+    assert averaged_kernel([small]) is small
+
+
+def swap(labels, support, query):
+    return support, labels, query
 
 
 def test_condition_is_a_lower_bound_of_the_right_size():

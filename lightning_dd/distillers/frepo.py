@@ -15,7 +15,7 @@ from lightning_dd.losses import krr
 from lightning_dd.models.factory import ArchitectureSpec
 from lightning_dd.models.interface import Features, Network, features_in_slices, network_features
 from lightning_dd.students.recipe import warmup_cosine
-from lightning_dd.utils.errors import check_range, unknown_name
+from lightning_dd.utils.errors import UserError, check_range, unknown_name
 
 OUTER = ("mse", "cross_entropy")
 """Outer losses of :class:`FRePo` by name."""
@@ -42,6 +42,8 @@ class FRePo(PoolDistiller):
         outer: ``mse`` is half the squared error, ``cross_entropy`` that of the predictions times a learned scale as
             logits (:func:`~lightning_dd.losses.krr.scaled_cross_entropy`).
         scale_lr: learning rate (Adam) of the logarithm of that scale.
+        kernels: networks of the pool that look in an outer step: the current one and others, drawn anew. Their kernels
+            are averaged (:func:`~lightning_dd.losses.krr.averaged_kernel`), so unlike networks fit together.
         ridge: regulariser relative to the kernel's mean diagonal.
         lr: LAMB's learning rate, decayed by a cosine to 10 % over the run.
         compiled: ``torch.compile`` the features; worth half a minute of compiling for runs of many minutes.
@@ -58,6 +60,7 @@ class FRePo(PoolDistiller):
         augment: str = "auto",
         outer: str = "mse",
         scale_lr: float = 0.01,
+        kernels: int = 1,
         ridge: float = krr.RIDGE,
         lr: float = 3e-4,
         compiled: bool = False,
@@ -65,11 +68,13 @@ class FRePo(PoolDistiller):
     ) -> None:
         super().__init__(lr=lr, **kwargs)
         check_range("at least 0", views=views, scale_lr=scale_lr)
+        if not 1 <= kernels <= self.pool_size:
+            raise UserError(f"kernels must be from 1 to pool_size, {self.pool_size}, got {kernels}")
         if outer not in OUTER:
             raise unknown_name("outer loss", outer, OUTER)
         self.flip, self.views, self.augment, self.ridge = flip, views, augment, ridge
         self.log_scale = nn.Parameter(torch.tensor(math.log(FIRST_SCALE))) if outer == "cross_entropy" else None
-        self.scale_lr = scale_lr
+        self.scale_lr, self.kernels = scale_lr, kernels
         self._make_augmentation()
         self.features: Features = torch.compile(network_features, dynamic=False) if compiled else network_features
 
@@ -77,8 +82,13 @@ class FRePo(PoolDistiller):
         """The error of the ridge prediction, and the margin term of learned labels."""
         support, shown = self.draw_views(images, real.images)
         support_labels = labels.repeat(len(support) // len(labels), 1)
-        query = features_in_slices(network, shown, self.features)
-        prediction = krr.krr_predict(self.features(network, support), support_labels, query, self.ridge)
+        networks = [network]
+        if self.kernels > 1:
+            networks += self.pool.others(self.kernels - 1, self.step_generator("kernels"))
+        features, query = krr.averaged_kernel(
+            [(self.features(each, support), features_in_slices(each, shown, self.features)) for each in networks]
+        )
+        prediction = krr.krr_predict(features, support_labels, query, self.ridge)
         terms = {"krr": self.prediction_error(prediction.values, real.labels)}
         if self.label_kind == "learned":
             terms["label"] = krr.label_margin_loss(labels)

@@ -4,6 +4,7 @@ from lightning_dd.losses.cam import attention_map, class_activation_map, normali
 from lightning_dd.losses.coresets import herding, k_center
 from lightning_dd.losses.gradients import SteadyShare, attach_gradients
 from lightning_dd.losses.krr import (
+    averaged_kernel,
     centred_one_hot,
     half_squared_error,
     initial_labels,
@@ -42,6 +43,7 @@ __all__ = [
     "architecture_cross_entropy",
     "attach_gradients",
     "attention_map",
+    "averaged_kernel",
     "centred_one_hot",
     "class_activation_map",
     "class_mean_distance",

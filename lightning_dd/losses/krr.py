@@ -6,6 +6,7 @@ diagonal) is below the rounding error of the product itself.
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -80,6 +81,35 @@ def krr_predict(support: Tensor, support_labels: Tensor, query: Tensor, ridge: f
         diagonal = factor.detach().diagonal()
         condition = (diagonal.max() / diagonal.min()) ** 2
     return KRRPrediction(values, condition, used)
+
+
+def averaged_kernel(features: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Return features whose kernel is the mean of several networks' kernels, each divided by its mean diagonal.
+
+    ``K = 1/k sum_i K_i / (tr(K_i,ss) / n)``, which lets networks of unlike scale and width have one say each. It is the
+    kernel of their features side by side, each network's divided by the root mean squared norm of its support rows.
+    The features of a single network are returned as they are: the ridge is relative, so no prediction changes.
+
+    Args:
+        features: of every network the support's ``(n, p_i)`` and the query's ``(T, p_i)``.
+
+    Returns:
+        ``(n, sum p_i)`` and ``(T, sum p_i)``.
+
+    Example:
+        >>> small, large = torch.tensor([[1.0]]), torch.tensor([[0.0, 100.0]])
+        >>> averaged_kernel([(small, small), (large, 2 * large)])
+        (tensor([[0.7071, 0.0000, 0.7071]]), tensor([[0.7071, 0.0000, 1.4142]]))
+    """
+    if len(features) == 1:
+        return features[0]
+    supports, queries = [], []
+    for support, query in features:
+        own = support.float()
+        scale = (len(features) * own.square().sum(1).mean()).clamp(min=1e-30).rsqrt()
+        supports.append(own * scale)
+        queries.append(query.float() * scale)
+    return torch.cat(supports, dim=1), torch.cat(queries, dim=1)
 
 
 def half_squared_error(prediction: Tensor, target: Tensor) -> Tensor:

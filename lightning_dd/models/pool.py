@@ -90,6 +90,11 @@ class ModelPool:
         """Draw the next member uniformly."""
         self._current = int(torch.randint(len(self.members), (), generator=self._generator))
 
+    def others(self, count: int, generator: torch.Generator) -> list[Network]:
+        """Draw networks that are not in use, each at most once, with a CPU generator of the caller's."""
+        idle = [member.network for member in self.members if member is not self.current]
+        return [idle[index] for index in torch.randperm(len(idle), generator=generator)[:count].tolist()]
+
     def advance(self, inner_loss: InnerLoss) -> bool:
         """Give the current network one inner step on ``inner_loss(network)``, or replace it if it is too old.
 
