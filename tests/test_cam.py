@@ -154,6 +154,21 @@ def test_torchvision_transformers_have_token_maps_and_no_readable_attention():
 
 
 @pytest.mark.parametrize(
+    ("name", "layer", "side"),
+    [("convnet:width=8", "norms.1", 16), ("alexnet:width=16", "trunk.11", 8), (RESNET, "trunk.layer3", 8),
+     (VIT.replace("depth=2", "depth=4"), "trunk.blocks.1.norm1", 8),
+     ("mixer_s32_224:patch_size=4,num_blocks=4,embed_dim=24", "trunk.blocks.1", 8)],
+)  # fmt: skip
+def test_a_shallower_map_is_of_a_finer_grid_or_of_half_the_depth(name, layer, side):
+    network, images = frozen(name), random_images()
+    network.head.weight.normal_(generator=torch.Generator().manual_seed(0))  # a mixer's starts from zeros
+    assert find_layer(network, images, shallow=True) == layer != find_layer(network, images)
+    cam = class_activation_map(network, images, torch.arange(4), layer=layer)
+    assert cam.maps.shape == (4, side, side)
+    assert cam.maps.any()
+
+
+@pytest.mark.parametrize(
     ("name", "layer"),
     [("conv:width=8", "convs.2"), ("alexnet:width=16", "trunk"), (RESNET, None), (RESNET, "trunk.layer3"), (VGG, None),
      ("test_convnext", None), ("densenet121:growth_rate=8,block_config=[2,2,2,2]", None)],

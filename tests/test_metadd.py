@@ -230,7 +230,11 @@ def test_the_mask_can_be_all_that_is_added_and_keeps_the_terms_rhythm(tmp_path):
     whole = tiny_trainer(tmp_path, 4)
     whole.fit(plain := FRePo(**TINY), SixteenPixels(val_fraction=0.25))
     alone = {"architectures": ARCHITECTURES[0], "variance": 0.0, "kl": 0.0}  # one that looks alone is EDF's form
-    for settings, differs in (({"weight": 0.0}, True), (alone | {"weight": 0.0}, True), ({"start": 4}, False)):
+    for settings, differs in (
+        ({"weight": 0.0, "layers": "both"}, True),
+        (alone | {"weight": 0.0}, True),
+        ({"start": 4}, False),
+    ):
         model, trainer = fit(tmp_path, metadd(focus=1.0, **settings))
         assert torch.equal(model.synthetic.images, plain.synthetic.images) != differs
         assert "outer/metadd" not in trainer.callback_metrics
@@ -242,6 +246,20 @@ def test_what_the_architectures_see_may_be_augmented_and_is_the_same_after_a_res
     images = [model.synthetic.images for model in runs]
     assert torch.equal(images[0], images[1])
     assert not torch.equal(images[0], images[2])
+
+
+def test_several_views_are_a_mean_over_views_each_drawn_for_itself(tmp_path):
+    callback = metadd(views=3, augment="crop", **{"variance": 0.0, "kl": 0.0})
+    model, trainer = fit(tmp_path, callback, 1)
+    images, labels = model.synthetic()
+    found = callback.add(trainer, model, images, labels, images.sum())[1]["metadd"]
+    seen = [
+        callback.augmentation(images, make_generator(callback.seed, "augment", *stream))
+        for stream in ((1,), (1, 1), (1, 2))  # the first is what one view would be
+    ]
+    assert not torch.equal(seen[0], seen[1])
+    expected = torch.stack([callback.measure(view, labels, "learned").loss for view in seen]).mean()
+    torch.testing.assert_close(found, expected)
 
 
 def test_the_clock_says_which_steps_carry_it():
@@ -454,6 +472,8 @@ def test_foreign_files_are_refused(tmp_path):
         ({"architectures": ARCHITECTURES[:1]}, "at least 2 architectures to compare, got 1"),
         ({"variance": -1.0}, "weight variance must be at least 0"),
         ({"weight": -1.0}, "metadd.weight must be at least 0, got -1.0"),
+        ({"views": 2}, "metadd.views=2 are all the same without an augmentation: metadd.augment must be auto"),
+        ({"layers": "first"}, "unknown metadd layers 'first'"),
         ({"focus": 1.5}, r"metadd.focus must be in \[0, 1\], got 1.5"),
         ({"every": 0}, "metadd.every must be at least 1, got 0"),
         (

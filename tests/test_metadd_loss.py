@@ -80,6 +80,8 @@ def assert_close_to(found, expected, tolerance):
         {"cam_class": "prediction", "normalisation": "max", "positivity": 1.0, "detach_weights": False},
         {"variance": 0.0},
         ONLY_VARIANCE,
+        {"layers": "shallow", "detach_weights": False},
+        {"layers": "both", "detach_weights": False, "positivity": 1.0},
     ],
 )
 def test_the_gathered_gradient_is_that_of_one_graph(architectures, batch, changes, dead):
@@ -104,6 +106,16 @@ def test_the_gathered_gradient_is_that_of_one_graph(architectures, batch, change
         torch.testing.assert_close(gathered.terms[name], value, rtol=1e-9, atol=1e-12)
         assert not gathered.terms[name].requires_grad
     torch.testing.assert_close(gathered.maps, naive.maps)
+
+
+def test_maps_of_both_layers_are_compared_each_with_its_like(architectures, batch):
+    last, shallow, both = (
+        gathered_loss(architectures, *batch, "learned", MetaOptions(**ONLY_VARIANCE, layers=layers))
+        for layers in ("last", "shallow", "both")
+    )
+    assert (last.maps - shallow.maps).abs().max() > 0.1
+    torch.testing.assert_close(both.maps, torch.cat([last.maps, shallow.maps], 1))
+    torch.testing.assert_close(both.loss, (last.loss + shallow.loss) / 2)
 
 
 @pytest.mark.parametrize("kind", ["hard", "centred"])

@@ -18,7 +18,7 @@ from lightning_dd.losses.metadd import MetaOptions
 from lightning_dd.losses.metadd_gradient import Architecture, MetaLoss, gathered_loss
 from lightning_dd.models.factory import Architectures
 from lightning_dd.pretrained import ClassifierRecipe
-from lightning_dd.utils.errors import check_range, unknown_name
+from lightning_dd.utils.errors import UserError, check_range, unknown_name
 from lightning_dd.utils.seeding import make_generator
 
 SCALES = ("steady", "norm", "absolute")
@@ -60,6 +60,7 @@ class MetaDD(ArchitectureTerm):
         training: how an architecture is trained on the real data.
         looks: exceptions for single architectures, by name.
         seed: of the architectures; kept apart from the run's seed, so that seeds of a run share them.
+        views: augmented ones of each image that the architectures are shown in a step, one operation drawn for each.
         focus: from 0 to 1: how far the method's own gradient by the images is held to the meta features of all of them,
             on the steps that are due (:func:`~lightning_dd.losses.meta_features.focus_weights`): a mask on the method's
             loss in place of a penalty, or beside it; ``weight: 0`` leaves the mask alone. It costs a forward pass of
@@ -86,17 +87,22 @@ class MetaDD(ArchitectureTerm):
         training: ClassifierRecipe = ClassifierRecipe(),  # noqa: B008  (frozen)
         looks: dict[str, Look] | None = None,
         seed: int = 0,
+        views: int = 1,
         focus: float = 0.0,
     ) -> None:
         given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         check_range("at least 0", "metadd.", weight=weight)
-        check_range("at least 1", "metadd.", rows=rows)
+        check_range("at least 1", "metadd.", rows=rows, views=views)
         check_range("in [0, 1]", "metadd.", focus=focus)
         if scale not in SCALES:
             raise unknown_name("metadd scale", scale, SCALES)
+        if views > 1 and augment == "none":
+            raise UserError(
+                f"metadd.views={views} are all the same without an augmentation: metadd.augment must be auto"
+            )
         super().__init__(given, architectures, loss.fewest, every, start, warmup, per_step, training, looks, seed)
         self.options, self.weight, self.scale, self.move_labels = loss, weight, scale, move_labels
-        self.rows, self.augment, self.augmentation = rows, augment, Augmentation(augment)
+        self.rows, self.views, self.augment, self.augmentation = rows, views, augment, Augmentation(augment)
         self.focus, self.share = focus, SteadyShare()
 
     def weight_at(self, outer_step: int) -> float:
@@ -130,7 +136,9 @@ class MetaDD(ArchitectureTerm):
         rows = self._rows(trainer, len(images))
         labels = labels if self.move_labels else labels.detach()
         few, few_labels = (images, labels) if rows is None else (images[rows], labels[rows])
-        seen = self.augmentation(few, make_generator(self.seed, "augment", step))
+        streams: list[tuple[int, ...]] = [(step,), *((step, view) for view in range(1, self.views))]
+        seen = torch.cat([self.augmentation(few, make_generator(self.seed, "augment", *stream)) for stream in streams])
+        few_labels = few_labels.repeat(self.views, 1)
         consensus = None
         if self.options.consensus == "distiller":
             consensus = distiller.network(seen.detach() if self.options.detach_consensus else seen)
@@ -151,6 +159,7 @@ class MetaDD(ArchitectureTerm):
         """Return the meta features ``(N, grid, grid)`` in [0, 1] of whole images, to those that look in this step."""
         options = replace(self.options, consensus="ensemble")  # nobody's prediction is compared
         maps = gathered_loss(self.looking_at(outer_step), images, labels, label_kind, options).maps
+        maps = torch.cat(torch.split(maps, len(images), 1))  # a second layer is one more that agrees or does not
         return shared_map(maps, maps.flatten(2).any(2))
 
     def measure(

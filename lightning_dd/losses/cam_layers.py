@@ -16,7 +16,7 @@ _MOST_EXTRA_TOKENS = 16
 _FOUND: "WeakKeyDictionary[Network, dict[tuple[Any, ...], str]]" = WeakKeyDictionary()
 
 
-def find_layer(network: Network, images: Tensor, attention: bool = False) -> str:
+def find_layer(network: Network, images: Tensor, attention: bool = False, shallow: bool = False) -> str:
     """Return the name of the module whose output a class-activation map of this network is made of.
 
     One image is run through the network and the modules are watched, so no family has to be known by name:
@@ -27,21 +27,25 @@ def find_layer(network: Network, images: Tensor, attention: bool = False) -> str
       norm. Later tokens would not do: a head that reads the class token leaves them without any gradient;
     * networks of tokens without attention (mixers): the last tokens.
 
+    The shallower map is the last one of a finer grid, before what halves it for the last time. Where all have one grid
+    (transformers, mixers), it is the one in the middle of the depth.
+
     The answer is remembered per network and image shape.
 
     Args:
         network: in inference mode.
         images: ``(N, C, H, W)`` as the network takes them; only the shape, type and device matter.
         attention: ask for the module that returns the last attention matrix instead.
+        shallow: ask for a shallower one of the same kind.
 
     Raises:
         UserError: the network has no such module.
     """
-    key = (attention, tuple(images.shape[1:]))
+    key = (attention, shallow, tuple(images.shape[1:]))
     known = _FOUND.setdefault(network, {})
     if key not in known:
         trace = _Trace(network, torch.zeros_like(images[:1]))
-        known[key] = trace.attention_layer() if attention else trace.map_layer()
+        known[key] = trace.layer("attention" if attention else trace.map_kind(), shallow)
     return known[key]
 
 
@@ -125,7 +129,7 @@ class _Trace:
 
     def __init__(self, network: Network, image: Tensor) -> None:
         self.network, self.frame = network, frame_of(network, image)
-        self.last: dict[str, tuple[int, str]] = {}  # by what was returned: its number, and the module's name
+        self.seen: dict[str, dict[str, tuple[int, int]]] = {}  # by kind and module, in order: its number, its cells
         self.made_by: dict[int, tuple[str, Tensor]] = {}  # by id; the tensor is kept so that ids stay unique
         self.noted, self.tokens_entering = 0, 0  # the latter of the attention now running
         modules = {name: module for name, module in network.named_modules() if name}
@@ -146,38 +150,47 @@ class _Trace:
             for handle in handles:
                 handle.remove()
 
-    def map_layer(self) -> str:
-        """Return the module whose output, or input to attention, is the last map; refuse a network without one."""
-        spatial, attended, tokens = (self.last.get(kind, (0, "")) for kind in ("map", "attended", "tokens"))
-        number, name = attended if attended[0] > spatial[0] else max(spatial, tokens)
-        if not number:
+    def map_kind(self) -> str:
+        """Return in what form the last map came; refuse a network without one."""
+        latest = {kind: max(seen.values())[0] for kind, seen in self.seen.items() if kind != "attention"}
+        if not latest:
             raise UserError(
                 f"architecture {title(self.network)} has no spatial map of more than one cell, "
                 "so it has no class-activation map"
             )
-        return name
+        if latest.get("attended", 0) > latest.get("map", 0):
+            return "attended"
+        return max(latest.keys() - {"attended"}, key=latest.__getitem__)
 
-    def attention_layer(self) -> str:
-        """Return the module whose output is the last attention matrix; refuse a network without one."""
-        if "attention" not in self.last:
+    def layer(self, kind: str, shallow: bool) -> str:
+        """Return the module that made the last output of a kind, or a shallower one; refuse a network without it."""
+        if kind not in self.seen:
             raise UserError(
                 f"architecture {title(self.network)} has no attention over the whole image that can be read: "
                 "cam must be gradcam"
             )
-        return self.last["attention"][1]
+        names, cells = list(self.seen[kind]), [cells for _, cells in self.seen[kind].values()]
+        if not shallow:
+            return names[-1]
+        if finer := [name for name, count in zip(names, cells, strict=True) if count > cells[-1]]:
+            return finer[-1]
+        blocks = [name for name in names if name.rpartition(".")[2].isdigit()] or names  # not what is inside of them
+        return blocks[(len(blocks) - 1) // 2]
 
-    def _note(self, kind: str, name: str) -> None:
+    def _note(self, kind: str, name: str, cells: int) -> None:
+        seen = self.seen.setdefault(kind, {})
+        seen.pop(name, None)  # a module that is used again made what it returned last
         self.noted += 1
-        self.last[kind] = (self.noted, name)
+        seen[name] = (self.noted, cells)
 
     def _note_input(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Note whose output enters attention."""
         entering = args[0] if args else None
         self.tokens_entering = 0
-        if isinstance(entering, Tensor) and entering.ndim == 3 and self._is_map(entering):
+        if isinstance(entering, Tensor) and entering.ndim == 3 and (cells := self._cells(entering)):
             self.tokens_entering = entering.shape[1]
             if maker := self.made_by.get(id(entering)):
-                self._note("attended", maker[0])
+                self._note("attended", maker[0], cells)
 
     def _note_output(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Note an output that is a map, or an attention matrix."""
@@ -185,11 +198,13 @@ class _Trace:
             return
         if not name.startswith(self.inside):
             self.made_by[id(output)] = (name, output)
-            if self._is_map(output):
-                self._note("map" if output.ndim == 4 else "tokens", name)
+            if cells := self._cells(output):
+                self._note("map" if output.ndim == 4 else "tokens", name, cells)
         # Windows make the batch larger, and attention between channels has no side of the tokens' length.
         elif name.endswith(".attn_drop") and output.ndim == 4 and output.shape[::3] == (1, self.tokens_entering):
-            self._note("attention", name)
+            self._note("attention", name, self.tokens_entering)
 
-    def _is_map(self, output: Tensor) -> bool:
-        return output.shape[0] == 1 and as_map(output, self.frame) is not None
+    def _cells(self, output: Tensor) -> int:
+        """Return how many cells the map has that an output is; 0 if it is none."""
+        found = as_map(output, self.frame) if output.shape[0] == 1 else None
+        return 0 if found is None else math.prod(found.shape[2:])

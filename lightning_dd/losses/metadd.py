@@ -21,12 +21,15 @@ from lightning_dd.losses.meta_features import POSITIVITY_FORMS, map_entropy, map
 from lightning_dd.utils.errors import UserError, check_count, check_range, unknown_name
 
 KL_DIRECTIONS = ("reverse", "forward")
+LAYERS = {"last": (False,), "shallow": (True,), "both": (False, True)}
+"""Of which layers maps are made by name: whether each is shallow."""
 _NAMES = {
     "kl_direction": KL_DIRECTIONS,
     "consensus": ("ensemble", "distiller"),
     "positivity_form": POSITIVITY_FORMS,
     "cam": CAM_KINDS,
     "cam_class": ("label", "prediction"),
+    "layers": tuple(LAYERS),
     "normalisation": NORMALISATIONS,
 }
 _SMALLEST = 1e-12
@@ -61,6 +64,9 @@ class MetaOptions:
         normalisation: of maps, ``minmax`` or ``max``.
         detach_weights: take Grad-CAM's weights for constant; False is the exact derivative.
         grid: side of the grid that maps are compared on.
+        layers: maps are of the ``last`` one of a network, of a ``shallow`` one
+            (:func:`~lightning_dd.losses.cam_layers.find_layer`), or of ``both``, each compared with its like, which
+            takes a pass for each.
 
     Raises:
         UserError: a setting is out of range.
@@ -92,6 +98,7 @@ class MetaOptions:
     normalisation: str = "minmax"
     detach_weights: bool = True
     grid: int = 14
+    layers: str = "last"
 
     def __post_init__(self) -> None:
         weights = {name: getattr(self, name) for name in ("variance", "cross_entropy", "positivity")}
@@ -126,7 +133,7 @@ class MetaOptions:
         A subclass whose term depends on the maps while ``variance`` may be 0 overrides :attr:`uses_maps`, too.
 
         Args:
-            maps: ``(M, N, I, J)`` normalised, of M architectures.
+            maps: ``(M, N, I, J)`` normalised, of M architectures; those of a second layer follow as further N.
             alive: ``(M, N)`` bool; the maps that are not are zeros.
             logits: ``(M, N, C)``.
             labels: ``(N, C)`` rows.

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from lightning_dd.losses.cam import class_activation_map, normalise_maps
+from lightning_dd.losses.cam_layers import find_layer
 from lightning_dd.losses.gradients import attach_gradients, no_float16
-from lightning_dd.losses.metadd import MetaOptions, metadd_loss
+from lightning_dd.losses.metadd import LAYERS, MetaOptions, metadd_loss
 from lightning_dd.models.interface import Network
 from lightning_dd.utils.errors import UserError
 
@@ -30,7 +31,7 @@ class Architecture:
         network: in inference mode, its parameters without gradient.
         adapt: from the images given to the loss, ``(N, C, H, W)``, to the network's own preprocessing,
             differentiable; None if they are the same.
-        layer: the module that its map is made of; None finds it.
+        layer: the module that its map is made of, in place of the last one; None finds it.
         cam: overrides the options' kind of map for this network.
         name: put before error messages.
     """
@@ -50,7 +51,7 @@ class MetaLoss(NamedTuple):
     terms: dict[str, Tensor]
     """See :class:`~lightning_dd.losses.metadd.WeightedTerms`."""
     maps: Tensor
-    """``(M, N, grid, grid)`` normalised maps without graph; dead ones are zeros."""
+    """``(M, N, grid, grid)`` normalised maps without graph; dead ones are zeros. Those of a second layer are N more."""
 
 
 class _View(NamedTuple):
@@ -172,16 +173,22 @@ def _look(
             return _View(logits, logits, logits)
         kind = architecture.cam or options.cam
         classes = labels.argmax(1) if options.cam_class == "label" else None
+        cams = []
         try:
-            cam = class_activation_map(
-                architecture.network, adapted, classes, kind, architecture.layer, options.detach_weights
-            )
+            for shallow in LAYERS[options.layers]:
+                layer = architecture.layer
+                if shallow:
+                    layer = find_layer(architecture.network, adapted, kind == "attention", shallow)
+                cams.append(
+                    class_activation_map(architecture.network, adapted, classes, kind, layer, options.detach_weights)
+                )
         except UserError as error:
             if not architecture.name:
                 raise
             raise UserError(f"{architecture.name}: {error}") from error
-    maps, alive = normalise_maps(cam.maps, (options.grid, options.grid), options.normalisation)
-    return _View(maps, alive, cam.logits.to(maps.dtype))
+    normalised = [normalise_maps(cam.maps, (options.grid, options.grid), options.normalisation) for cam in cams]
+    maps, alive = (torch.cat(parts) for parts in zip(*normalised, strict=True))
+    return _View(maps, alive, cams[0].logits.to(maps.dtype))
 
 
 def _check(architectures: Sequence[Architecture]) -> None:
