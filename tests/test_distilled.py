@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from lightning_dd.data.preprocess import fit_preprocessing
 from lightning_dd.distilled.set import FORMAT_VERSION, DistilledSet
+from lightning_dd.losses.labels import student_loss
 from lightning_dd.utils.errors import UserError
 
 
@@ -26,6 +27,7 @@ def make_set(kind="zca", **changes):
         "method": "FRePo",
         "config": {"ipc": 2, "architecture": "conv"},
         "training": {"outer_step": 7},
+        "run": {"seed_everything": 3},
     }
     return DistilledSet(**(settings | changes))
 
@@ -36,13 +38,31 @@ def test_round_trip_keeps_everything(tmp_path, kind):
     loaded = DistilledSet.load(distilled.save(tmp_path / "deep" / "set.safetensors"))
     for name in ("images", "labels", "classes"):
         assert torch.equal(getattr(loaded, name), getattr(distilled, name))
-    for name in ("label_kind", "class_names", "data", "method", "config", "training", "ipc", "architecture"):
+    for name in ("label_kind", "class_names", "data", "method", "config", "training", "run", "ipc", "architecture"):
         assert getattr(loaded, name) == getattr(distilled, name)
     pixels = torch.rand(5, 1, 4, 4)
     assert torch.equal(loaded.test_transform(pixels), distilled.preprocessing(pixels))
     assert len(loaded.dataset) == len(loaded) == 6
     assert loaded.pixels().min() >= 0
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["set.safetensors"]  # no temporary left
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [("learned", "half squared error"), ("hard", "cross-entropy"), ("soft", "KL divergence")]
+)
+def test_a_set_brings_the_loss_of_its_labels_and_says_so(kind, name, tmp_path):
+    labels = torch.eye(3)[torch.arange(3).repeat_interleave(2)]
+    distilled = make_set(label_kind=kind, labels=labels, temperature=4.0 if kind == "soft" else 1.0)
+    outputs = torch.randn(6, 3, generator=torch.Generator().manual_seed(2))
+    expected = student_loss(outputs, labels, kind, distilled.temperature)
+    assert distilled.loss(outputs, labels).equal(expected)
+    shown = repr(distilled)
+    assert name in shown
+    assert "FRePo of MNIST5k" in shown
+    assert "\n" not in shown
+    assert len(shown) < 160
+    with safe_open(distilled.save(tmp_path / "set.safetensors"), framework="pt") as file:
+        assert json.loads(file.metadata()["lightning_dd"])["loss"].startswith(name)
 
 
 def test_pixels_undo_the_preprocessing():

@@ -15,10 +15,10 @@ from lightning_dd.distillers import DC, DM, DSA
 from lightning_dd.distillers.base import Probe
 from lightning_dd.distillers.dc import LOOPS
 from lightning_dd.distillers.matching import measure_batch_statistics
+from lightning_dd.losses.labels import student_loss
 from lightning_dd.losses.matching import class_mean_distance, gradient_distance
 from lightning_dd.models import build_network
 from lightning_dd.models.pool import rest
-from lightning_dd.students.recipe import student_loss
 from lightning_dd.utils.errors import UserError
 
 TINY = {"architecture": "convnet:width=4,depth=2", "real_per_class": 6, "probe": Probe(steps=2)}

@@ -17,6 +17,7 @@ from lightning_dd.distilled.set import DistilledSet
 from lightning_dd.distillers import MTT
 from lightning_dd.distillers.base import Probe
 from lightning_dd.distillers.checkpoint import distilled_from_checkpoint
+from lightning_dd.losses.labels import student_loss
 from lightning_dd.losses.metadd import MetaOptions
 from lightning_dd.losses.trajectory import (
     InnerStep,
@@ -31,7 +32,6 @@ from lightning_dd.models import build_network
 from lightning_dd.models.pool import rest
 from lightning_dd.pretrained import ClassifierRecipe, Task, experts
 from lightning_dd.pretrained.experts import ExpertRecipe, Trajectories, expert_file
-from lightning_dd.students.recipe import student_loss
 from lightning_dd.utils.errors import UserError
 from lightning_dd.utils.seeding import make_generator
 

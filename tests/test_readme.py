@@ -8,16 +8,23 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from helpers import make_distilled
 
 from lightning_dd import DistilledSet
 from lightning_dd.cli import main
+from lightning_dd.data import MNIST5k
+from lightning_dd.models import build_network
 from lightning_dd.parsing import find_configuration
+from lightning_dd.students.loop import train_student
+from lightning_dd.students.recipe import Recipe
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-EXAMPLES = re.findall(r"<!-- example: [^>]*-->\n```python\n(.*?)```", TEXT, re.DOTALL)
+EXAMPLES = re.findall(r"<!-- example: run [^>]*-->\n```python\n(.*?)```", TEXT, re.DOTALL)
+PLAIN = re.search(r"<!-- example: plain [^>]*-->\n```python\n(.*?)```", TEXT, re.DOTALL)[1]
 
 
 @pytest.mark.parametrize(("code", "method"), list(zip(EXAMPLES, ["FRePo", "MeanFeatures"], strict=True)))
@@ -28,6 +35,22 @@ def test_the_examples_run_as_printed(code, method, tmp_path):
     runpy.run_path(str(script))
     distilled = DistilledSet.load(next(tmp_path.rglob("last.safetensors")))
     assert (distilled.method, len(distilled)) == (method, 10)
+
+
+def test_plain_pytorch_reaches_what_a_student_reaches(tmp_path, capsys):
+    distilled = make_distilled(ipc=2, data=MNIST5k)
+    distilled.save("runs/demo/distil/best.safetensors")
+    exec(compile(PLAIN.replace("range(500)", "range(60)"), "README", "exec"), {})
+    own = float(capsys.readouterr().out.removeprefix("accuracy"))
+    student = build_network("conv:width=32,norm=none", 10, distilled.image_shape, seed=0)
+    train_student(student, distilled, Recipe(steps=60, lr=1e-3, warmup=0, augment="none"), seed=0)
+    test = MNIST5k()
+    test.setup("test")
+    with torch.no_grad():
+        outputs = student(distilled.test_transform(test.test.pixels(slice(None))))
+    expected = (outputs.argmax(1) == test.test.labels).float().mean().item()
+    assert expected > 0.4  # ten times chance would be 1
+    assert own == pytest.approx(expected, abs=0.05)
 
 
 def test_what_a_contributor_copies_runs_from_a_package_of_their_own(tmp_path, monkeypatch):

@@ -8,8 +8,9 @@ from pytorch_lightning import Callback
 from lightning_dd.data import DATA_SETS
 from lightning_dd.distilled import DistilledData
 from lightning_dd.evaluators.evaluate import evaluate_files
+from lightning_dd.losses.labels import student_loss
 from lightning_dd.students import Student
-from lightning_dd.students.recipe import PROTOCOLS, SCHEDULES, Recipe, protocol, student_loss
+from lightning_dd.students.recipe import PROTOCOLS, SCHEDULES, Recipe, protocol
 from lightning_dd.utils.errors import UserError
 
 SMALL = "conv:width=4,depth=2,norm=none"

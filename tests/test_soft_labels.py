@@ -18,13 +18,14 @@ from lightning_dd.distilled.views import SoftViews, SyntheticBatches, ViewStyle,
 from lightning_dd.distillers import Random
 from lightning_dd.distillers.base import Probe
 from lightning_dd.evaluators.matrix import random_real
+from lightning_dd.losses.labels import student_loss
 from lightning_dd.models import build_network
 from lightning_dd.models.pool import rest
 from lightning_dd.pretrained.classifier import Teacher
 from lightning_dd.pretrained.task import Task
 from lightning_dd.students import Student
 from lightning_dd.students.loop import train_student
-from lightning_dd.students.recipe import Recipe, student_loss
+from lightning_dd.students.recipe import Recipe
 from lightning_dd.synthetic import Labels, TeacherLabels
 from lightning_dd.synthetic.labels import labelled_views, relabel
 from lightning_dd.utils.errors import UserError

@@ -26,6 +26,7 @@ from lightning_dd.data.preprocess import Preprocessing
 from lightning_dd.distilled.views import SoftViews
 from lightning_dd.jobs import tensor_digest
 from lightning_dd.losses.krr import LABEL_KINDS
+from lightning_dd.losses.labels import loss_name, student_loss
 from lightning_dd.models.factory import Architectures
 from lightning_dd.utils.errors import UserError, check_range, unknown_name
 from lightning_dd.utils.files import write_atomically
@@ -37,14 +38,14 @@ _HEADER, _CHECKSUM = "lightning_dd", "checksum"
 _LARGEST_HEADER = 2**24  # characters
 _FARTHEST_PIXEL = 100.0  # learned pixels leave [0, 1], by less than 1 in good runs; no image of any use goes further
 _PREFIX, _VIEWS = "preprocessing.", "views."
-_PLAIN = {"data": dict, "method": str, "config": dict, "training": dict}  # fields that the header holds as they are
+_PLAIN = {"data": dict, "method": str, "config": dict, "training": dict, "run": dict}  # header fields as they are
 _TYPES: dict[str, Any] = {"format_version": int, "label_kind": str, "class_names": list, **_PLAIN}
 _TYPES["temperature"] = int | float
 _DTYPES = {"images": torch.float32, "labels": torch.float32, "classes": torch.int64}
 _DATA_TYPES = {"name": str, "spec": dict, "fingerprint": str, "mirror": bool}
 
 
-@dataclass
+@dataclass(repr=False)
 class DistilledSet:
     """A distilled set and what it takes to use it.
 
@@ -59,7 +60,9 @@ class DistilledSet:
         data: where it came from, as :meth:`~lightning_dd.data.RealData.origin` says it.
         method: name of the distiller, or ``random-real``.
         config: the distiller's whole configuration, plain values.
-        training: outer step, validation score, seed and library versions at the time of writing.
+        training: outer step, validation score, seed, library versions and commit at the time of writing.
+        run: the whole run as ``lightning-dd fit`` takes it: seed, trainer with its callbacks, model and data, without
+            paths; empty in older files and in sets that no run has made.
         temperature: students fit ``softmax(logits / temperature)``; for soft labels only.
         views: crops and mixtures of the images with the teacher's logits of each; for soft labels only. They take the
             place of an augmentation; ``labels`` are for students that do without them.
@@ -79,6 +82,7 @@ class DistilledSet:
     method: str = "unknown"
     config: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
+    run: dict[str, Any] = field(default_factory=dict)
     temperature: float = 1.0
     views: SoftViews | None = None
 
@@ -120,6 +124,27 @@ class DistilledSet:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def __repr__(self) -> str:
+        size = "x".join(map(str, self.image_shape))
+        return (
+            f"DistilledSet({self.method} of {self.data.get('name', 'unknown data')}, {self.num_classes} classes x "
+            f"{self.ipc} of {size}, {self.label_kind} labels; train with .loss: {self.loss_name})"
+        )
+
+    @property
+    def loss_name(self) -> str:
+        """What :meth:`loss` is, in words."""
+        return loss_name(self.label_kind, self.temperature)
+
+    def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        """Return the loss that fits these labels, the one students are trained with.
+
+        Args:
+            outputs: logits of a network ``(B, num_classes)``.
+            labels: rows of :attr:`labels` ``(B, num_classes)``, with their values unchanged.
+        """
+        return student_loss(outputs, labels, self.label_kind, self.temperature)
 
     @property
     def num_classes(self) -> int:
@@ -172,6 +197,7 @@ class DistilledSet:
         header = {
             "format_version": FORMAT_VERSION if soft else 1,
             "label_kind": self.label_kind,
+            "loss": self.loss_name,
             "class_names": list(self.class_names),
             "ipc": self.ipc,
             "label_scale": float(self.labels.norm(dim=1).mean()),
@@ -231,7 +257,8 @@ class DistilledSet:
             label_kind=header["label_kind"],
             class_names=tuple(header["class_names"]),
             preprocessing=Preprocessing.from_state_dict(preprocessing),
-            **{name: header[name] for name in _PLAIN},
+            **{name: header[name] for name in _PLAIN if name != "run"},
+            run=header.get("run", {}),  # older files lack it
             temperature=header.get("temperature", 1.0),
             views=SoftViews.from_state_dict(views) if views else None,
         )

@@ -13,10 +13,10 @@ from lightning_dd.data.images import Batch
 from lightning_dd.distillers.matching import ClassMatching, measure_batch_statistics
 from lightning_dd.losses.gradients import attach_gradients
 from lightning_dd.losses.krr import centred_one_hot
+from lightning_dd.losses.labels import student_loss
 from lightning_dd.losses.matching import gradient_distance
 from lightning_dd.models.interface import Network
 from lightning_dd.models.pool import ModelPool
-from lightning_dd.students.recipe import student_loss
 from lightning_dd.utils.errors import UserError, check_range
 
 LOOPS = {1: (1, 1), 10: (10, 50), 20: (20, 25), 30: (30, 20), 40: (40, 15), 50: (50, 10)}

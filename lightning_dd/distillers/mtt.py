@@ -13,12 +13,12 @@ from lightning_dd.data.sampling import ShuffledStream
 from lightning_dd.distilled.set import DistilledSet
 from lightning_dd.distillers.base import Distiller
 from lightning_dd.losses import trajectory
+from lightning_dd.losses.labels import student_loss
 from lightning_dd.losses.trajectory import InnerStep, Stretch, functional_loss
 from lightning_dd.models.factory import Architectures
 from lightning_dd.models.interface import Network
 from lightning_dd.models.pool import rest
 from lightning_dd.pretrained.experts import ExpertRecipe, Trajectories, expert_file
-from lightning_dd.students.recipe import student_loss
 from lightning_dd.synthetic.labels import Labels
 from lightning_dd.utils.errors import UserError, check_range
 

@@ -10,9 +10,9 @@ from torch import Tensor
 from lightning_dd.data.images import Batch
 from lightning_dd.data.sampling import ShuffledStream, next_batch
 from lightning_dd.distillers.base import Distiller
+from lightning_dd.losses.labels import student_loss
 from lightning_dd.models.interface import Network
 from lightning_dd.models.pool import ModelPool
-from lightning_dd.students.recipe import student_loss
 from lightning_dd.utils.errors import check_range
 from lightning_dd.utils.seeding import make_generator
 

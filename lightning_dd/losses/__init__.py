@@ -13,6 +13,7 @@ from lightning_dd.losses.krr import (
     label_margin_loss,
     scaled_cross_entropy,
 )
+from lightning_dd.losses.labels import loss_name, student_loss
 from lightning_dd.losses.matching import StatisticsDistance, class_mean_distance, gradient_distance
 from lightning_dd.losses.meta_features import (
     focus_weights,
@@ -61,6 +62,7 @@ __all__ = [
     "label_distribution",
     "label_margin",
     "label_margin_loss",
+    "loss_name",
     "map_entropy",
     "map_variance",
     "meta_partition",
@@ -71,6 +73,7 @@ __all__ = [
     "prediction_logits",
     "scaled_cross_entropy",
     "shared_map",
+    "student_loss",
     "trajectory_loss",
     "unrolled",
 ]

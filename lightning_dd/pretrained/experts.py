@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from lightning_dd.augment.siamese import siamese
 from lightning_dd.data.sampling import next_batch
 from lightning_dd.losses.krr import centred_one_hot, initial_labels
+from lightning_dd.losses.labels import student_loss
 from lightning_dd.losses.trajectory import parameter_vector
 from lightning_dd.models.factory import build_network
 from lightning_dd.models.interface import Network
 from lightning_dd.pretrained.task import Made, Task, fit, train_once
-from lightning_dd.students.recipe import Recipe, student_loss
+from lightning_dd.students.recipe import Recipe
 from lightning_dd.utils.errors import UserError, check_range
 from lightning_dd.utils.seeding import derive_seed, make_generator
 

@@ -15,8 +15,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 from lightning_dd.augment.frepo import Augmentation
 from lightning_dd.distilled.set import DistilledSet
 from lightning_dd.distilled.views import SyntheticBatches
+from lightning_dd.losses.labels import student_loss
 from lightning_dd.models.interface import Network
-from lightning_dd.students.recipe import Recipe, student_loss
+from lightning_dd.students.recipe import Recipe
 from lightning_dd.utils.seeding import derive_seed, make_generator, seeded
 
 

@@ -10,12 +10,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
 from lightning_dd.augment.frepo import Augmentation
 from lightning_dd.augment.siamese import digits, siamese
-from lightning_dd.losses.krr import half_squared_error
 from lightning_dd.utils.errors import check_range, unknown_name
 
 _FREPO_STEPS = {10: 1000, 100: 2000, 200: 20000, 400: 5000, 500: 5000, 1000: 10000, 2000: 40000, 5000: 40000}
@@ -26,9 +24,9 @@ class Recipe:
     """How a student is trained. The defaults are FRePo's evaluation (Zhou et al. 2022, code).
 
     Regression labels are fitted with half the squared error, hard labels with cross-entropy, soft ones with a
-    divergence (:func:`student_loss`). The learning rate warms up linearly from 0 over ``warmup`` steps (at most half
-    the run) and then follows ``schedule``: step by step, or where the length is in epochs epoch by epoch, as the
-    published codes do. Published recipes are in :data:`PROTOCOLS`.
+    divergence (:func:`~lightning_dd.losses.labels.student_loss`). The learning rate warms up linearly from 0 over
+    ``warmup`` steps (at most half the run) and then follows ``schedule``: step by step, or where the length is in
+    epochs epoch by epoch, as the published codes do. Published recipes are in :data:`PROTOCOLS`.
 
     Args:
         steps: training steps; ``None`` takes ``epochs``, or without those FRePo's table by the number of images.
@@ -206,35 +204,6 @@ SCHEDULES: dict[str, Callable[[int, int, int, float], float]] = {
     "step": warmup_step,
     "constant": warmup_constant,
 }
-
-
-def student_loss(
-    logits: Tensor, labels: Tensor, label_kind: str, temperature: float = 1.0, temperature_squared: bool = False
-) -> Tensor:
-    """Loss of a student: half squared error for regression labels, cross-entropy for hard ones, KL for soft ones.
-
-    Soft labels are a teacher's logits: the loss is the mean over rows of
-    ``KL(softmax(labels / T) || softmax(logits / T))``, *without* the factor ``T^2`` of Hinton et al. (2015), as
-    SRe2L and RDED train their students, unless it is asked for (SRe2L does for Tiny ImageNet).
-
-    Args:
-        logits: ``(N, C)``.
-        labels: ``(N, C)`` in the form named by ``label_kind``.
-        label_kind: ``learned``, ``centred``, ``hard`` or ``soft``.
-        temperature: T, for soft labels.
-        temperature_squared: multiply by ``T^2``, for soft labels.
-
-    Example:
-        >>> student_loss(torch.zeros(1, 2), torch.tensor([[3.0, 3.0]]), "soft", temperature=20.0)
-        tensor(0.)
-    """
-    if label_kind == "hard":
-        return F.cross_entropy(logits.float(), labels)
-    if label_kind == "soft":
-        own, target = (F.log_softmax(rows.float() / temperature, dim=1) for rows in (logits, labels))
-        scale = temperature**2 if temperature_squared else 1.0
-        return scale * F.kl_div(own, target, reduction="batchmean", log_target=True)
-    return half_squared_error(logits, labels)
 
 
 _RDED_RATES = (
