@@ -123,11 +123,12 @@ def evaluate(
     devices: int = 1,
     strategy: str = "auto",
     workers: int | str = 1,
+    names: Sequence[str] = (),
 ) -> list[Row]:
     """Train architectures x seeds on distilled sets and on random real images, as ``lightning-dd evaluate`` does.
 
     Args:
-        sets: distilled-set files, or sets, which are written to ``output/sets``; one or several.
+        sets: distilled-set files, folders of runs, or sets, which are written to ``output/sets``; one or several.
         architectures: names of the factory, or of groups (:mod:`lightning_dd.models.zoo`).
         output: folder of the report and the TensorBoard logs; a finished student found there is not trained again.
         seeds: students per architecture and source.
@@ -144,6 +145,8 @@ def evaluate(
         devices: processes per student.
         strategy: Lightning's Trainer argument, ``ddp`` for several processes.
         workers: processes of this machine that train students side by side, or ``auto`` for one per core.
+        names: what the sets are called in the report; without them the files' names, or for ``best`` and ``last``
+            method, data, images per class and seed.
 
     Returns:
         One row per student, with accuracies in [0, 1].
@@ -161,4 +164,4 @@ def evaluate(
     changes = {"steps": steps, "lr": lr, "batch_size": batch_size, "augment": augment, "ema": ema}
     recipes = {name: published(name, **changes) for name in ([protocol] if isinstance(protocol, str) else protocol)}
     choice, hardware = DataChoice(data, data_args or {}, root), Hardware(accelerator, devices, strategy)
-    return evaluate_files(files, architectures, str(output), seeds, recipes, choice, hardware, workers)
+    return evaluate_files(files, architectures, str(output), seeds, recipes, choice, hardware, workers, names)

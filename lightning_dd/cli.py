@@ -1,5 +1,6 @@
 """The command line: a thin dispatcher. Nothing heavy is imported before the verb is known."""
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -41,7 +42,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     try:
-        return _dispatch([word for word in arguments if word != "--debug"])
+        status = _dispatch([word for word in arguments if word != "--debug"])
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # whoever reads the output has read enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes
+        return 1
     except UserError as error:
         if debug:
             raise

@@ -1,5 +1,6 @@
 """The verbs that are a stock LightningCLI: fit, validate, test, predict."""
 
+import shlex
 from collections.abc import Sequence
 from typing import Any
 
@@ -114,6 +115,20 @@ class Cli(LightningCLI):
                 published = _counted(self.parser.parse_args(["fit", *cell.arguments()]).fit)
                 told.append(statement(cell, ipc, run, published))
             print(min(told, key=len), flush=True)
+
+    @rank_zero_only
+    def after_fit(self) -> None:
+        """Say where the result is, and the command that comes next."""
+        exports = [item for item in self.trainer.callbacks if isinstance(item, callbacks.ExportDistilledSet)]  # type: ignore[attr-defined]
+        if not isinstance(self.model, distillers.Distiller) or not exports:
+            return
+        folder, best = exports[-1].folder, exports[-1].best
+        if best is not None:
+            print(f"best set, {exports[-1].monitor} {best:.3f}: {folder / 'best.safetensors'}")
+        print(f"last set, outer step {self.trainer.global_step}: {folder / 'last.safetensors'}")
+        chosen = f"{shlex.quote(self.model.student_architecture)} unseen-small"
+        report = shlex.quote(str(folder / "report"))
+        print(f"next: lightning-dd evaluate {shlex.quote(str(folder))} --architectures {chosen} --output {report}")
 
     def _parse_ckpt_path(self) -> None:
         """Check the path, and leave the command line as it is.

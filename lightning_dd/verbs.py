@@ -66,6 +66,7 @@ class Evaluate(_Students, _Data, _Workers, Verb):
     ema: float | None = option("decay of a moving average of the weights; 0 for none", None)
     devices: int = option("processes per student", 1)
     strategy: str = option("Lightning's Trainer argument, ddp for several processes", "auto")
+    names: list[str] = option("what the sets are called in the report, one for each file", list, words=True)
 
     def run(self) -> None:
         """Train and report."""

@@ -1,6 +1,8 @@
 """The command line: help at once, one line for every mistake, configuration as Lightning's users know it."""
 
+import json
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -223,6 +225,21 @@ def test_fit_writes_a_set_that_evaluate_and_export_take(capsys, tmp_path):
     assert Path("out/set.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_fit_ends_with_the_exact_next_command_which_runs(capsys, tmp_path):
+    assert main(["fit", *QUICK]) == 0
+    said = capsys.readouterr().out
+    run = Path("runs/mnist5k-frepo/version_0")
+    for line in (f"{run / 'best.safetensors'}", f"last set, outer step 2: {run / 'last.safetensors'}"):
+        assert line in said
+    words = shlex.split(next(line for line in said.splitlines() if line.startswith("next: ")).removeprefix("next: "))
+    assert words[:3] == ["lightning-dd", "evaluate", str(run)]
+    words[words.index("unseen-small")] = "convnet:width=4,depth=2"
+    assert main([*words[1:], "--steps=1", "--seeds=1", "--accelerator=cpu"]) == 0
+    rows = json.loads((run / "report" / "results.json").read_text())
+    assert {row["set"] for row in rows} == {"FRePo-MNIST5k-ipc1-seed0"}
+    assert {row["architecture"] for row in rows} == {"conv:width=4,norm=none", "convnet:width=4,depth=2"}
+
+
 def test_resuming_with_another_setting_is_refused_not_silently_overridden(capsys, tmp_path):
     assert main(["fit", *QUICK, "--trainer.callbacks.every_n_train_steps=2"]) == 0
     checkpoint = next((tmp_path / "runs").rglob("last.ckpt"))
@@ -279,6 +296,7 @@ def test_validation_and_checkpoints_follow_the_length_of_the_run(monkeypatch):
         seen["keep"] = self.checkpoint_callback._every_n_train_steps
 
     monkeypatch.setattr("pytorch_lightning.Trainer.fit", fit)
+    monkeypatch.setattr("lightning_dd.lightning_cli.Cli.after_fit", lambda self: None)
     for steps, options, expected in (
         (400, [], {"validate": 100, "keep": 100}),
         (20_000, [], {"validate": 5000, "keep": 1000}),
@@ -305,6 +323,15 @@ def test_list_architectures_takes_a_pattern(capsys):
     assert main(["list", "architectures", "resnet10t"]) == 0
     assert capsys.readouterr().out.split() == ["resnet10t", "timm"]
     assert status(["list", "colours"]) == 2
+
+
+def test_a_reader_that_stops_reading_is_no_error():
+    script = (
+        "import os, sys\nfrom lightning_dd.cli import main\n"
+        "reader, writer = os.pipe()\nos.close(reader)\nos.dup2(writer, 1)\nsys.exit(main(['list', 'configs']))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (1, "")
 
 
 def test_debug_shows_where_an_error_was_raised():

@@ -461,6 +461,23 @@ def test_sets_of_one_method_are_one_line_with_a_spread_over_distillations(tmp_pa
     assert "Paired difference to `seed0 x2`" in markdown(rows)
 
 
+def test_sets_of_runs_are_called_after_what_they_hold_or_as_the_user_says(tmp_path):
+    for run, method in (("one", "DM"), ("two", "FRePo"), ("three", "FRePo")):
+        made = make_distilled(ipc=2, training={"seed": 3}, method=method)
+        made.save(tmp_path / run / "best.safetensors")
+        made.save(tmp_path / run / "last.safetensors")
+    asked = [str(tmp_path / "one"), str(tmp_path / "two"), str(tmp_path / "three" / "last.safetensors")]
+    found, _ = evaluate.check_asked(asked, [SMALL], "report", 1, 1)
+    assert list(found) == ["DM-TinyData-ipc2-seed3", "FRePo-TinyData-ipc2-seed3", "three-FRePo-TinyData-ipc2-seed3"]
+    assert found["DM-TinyData-ipc2-seed3"] == str(tmp_path / "one" / "best.safetensors")
+    found, _ = evaluate.check_asked(asked, [SMALL], "report", 1, 1, ["a", "b", "c"])
+    assert list(found) == ["a", "b", "c"]
+    with pytest.raises(UserError, match="names must be 3 different ones, one for each file, got a, a"):
+        evaluate.check_asked(asked, [SMALL], "report", 1, 1, ["a", "a"])
+    with pytest.raises(UserError, match=r"holds neither best\.safetensors nor last\.safetensors"):
+        evaluate.check_asked([str(tmp_path)], [SMALL], "report", 1, 1)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

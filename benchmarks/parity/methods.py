@@ -22,9 +22,9 @@ from lightning_dd.data.images import Batch
 from lightning_dd.distillers import DC, DM, SRe2L
 from lightning_dd.distillers.sre2l import Windows
 from lightning_dd.losses import krr
+from lightning_dd.losses.labels import student_loss
 from lightning_dd.losses.trajectory import InnerStep, Stretch, constant_memory, functional_loss, parameter_vector
 from lightning_dd.models import build_network
-from lightning_dd.losses.labels import student_loss
 from parity.official import NUMBERS, Line, checkout, copies_of, copy_weights, relative, run_script, watched
 
 CLASSES, PER_CLASS, SHAPE = 3, 12, (3, 32, 32)

@@ -214,15 +214,15 @@ class DistilledSet:
 
     @classmethod
     def load(cls, path: Path | str) -> "DistilledSet":
-        """Read a file written by :meth:`save`. Nothing that it says is executed, and no path in it is opened.
+        """Read a file written by :meth:`save`, or the best one of a run's folder.
+
+        Nothing that it says is executed, and no path in it is opened.
 
         Raises:
             UserError: the file is missing, truncated, of another kind, of a newer format, inconsistent, implausible, or
                 not as it was written.
         """
-        path = Path(path)
-        if not path.is_file():
-            raise UserError(f"distilled set '{path}': no such file")
+        path = find_set(path)
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
@@ -264,6 +264,24 @@ class DistilledSet:
         )
         _check_plausible(made)
         return made
+
+
+def find_set(path: Path | str) -> Path:
+    """Return the file that is meant: a file as it is, of a run's folder ``best.safetensors`` or else ``last``.
+
+    Raises:
+        UserError: there is none.
+    """
+    path = Path(path)
+    if path.is_dir():
+        found = [path / f"{name}.safetensors" for name in ("best", "last")]
+        there = [file for file in found if file.is_file()]
+        if not there:
+            raise UserError(f"distilled set '{path}': the folder holds neither best.safetensors nor last.safetensors")
+        return there[0]
+    if not path.is_file():
+        raise UserError(f"distilled set '{path}': no such file")
+    return path
 
 
 def library_versions(

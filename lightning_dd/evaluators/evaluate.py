@@ -13,7 +13,7 @@ from typing import Any
 from lightning_dd.data.base import RealData
 from lightning_dd.data.parts import DataChoice
 from lightning_dd.distilled.datamodule import check_match, real_data_of
-from lightning_dd.distilled.set import DistilledSet, library_versions
+from lightning_dd.distilled.set import DistilledSet, find_set, library_versions
 from lightning_dd.evaluators.matrix import ALL_REAL, DISTILLED, RANDOM_REAL, Cell, Hardware, Row, run_cell
 from lightning_dd.evaluators.report import bar_figure, markdown, summarise
 from lightning_dd.jobs import Job, Ledger, Tick, check_workers, device_of, place, run_jobs, tensor_digest
@@ -37,6 +37,7 @@ def evaluate_files(
     data: DataChoice = DataChoice(),  # noqa: B008  (frozen)
     hardware: Hardware = Hardware(),  # noqa: B008
     workers: int | str = 1,
+    names: Sequence[str] = (),
 ) -> list[Row]:
     """Train every architecture and seed on every set and on random real images, and write the report.
 
@@ -49,9 +50,9 @@ def evaluate_files(
     Returns:
         One row per student; nothing on processes that do not write the report.
     """
-    names, folder = check_asked(files, architectures, output, seeds, workers)
+    named, folder = check_asked(files, architectures, output, seeds, workers, names)
     recipes = {"": recipe} if isinstance(recipe, Recipe) else dict(recipe)
-    bench = Bench(names, recipes, folder, data, hardware)
+    bench = Bench(named, recipes, folder, data, hardware)
     architectures = bench.architectures(architectures)
     cells = [
         Cell(name, architecture, source, seed, protocol)
@@ -176,22 +177,43 @@ class Bench:
 
 
 def check_asked(
-    files: Sequence[str], architectures: Sequence[str], output: str, seeds: int, workers: int | str
+    files: Sequence[str],
+    architectures: Sequence[str],
+    output: str,
+    seeds: int,
+    workers: int | str,
+    names: Sequence[str] = (),
 ) -> tuple[dict[str, str], Path]:
-    """Refuse to evaluate nothing; return the files by name (stem, or folder and stem), and the folder of the report."""
+    """Refuse to evaluate nothing; return the files by name, and the folder of the report.
+
+    A set is called as ``names`` says, else after its file; files that every run calls the same, ``best`` and ``last``,
+    are called after method, data, images per class and seed.
+    """
     check_range("at least 1", seeds=seeds)
     check_workers(workers)
     if not files or not architectures:
         raise UserError("name at least one file and one architecture")
+    if names and (len(names) != len(files) or len(set(names)) != len(names)):
+        raise UserError(f"names must be {len(files)} different ones, one for each file, got {', '.join(names)}")
     found: dict[str, str] = {}
-    for file in files:
-        name = Path(file).stem
-        if name in found:
-            name = f"{Path(file).parent.name}-{name}"
-        if name in found:
-            raise UserError(f"two files give the same set name '{name}': rename one")
-        found[name] = file
+    for index, path in enumerate(map(find_set, files)):
+        name = names[index] if names else _name_of(path)
+        choices = (name, f"{path.parent.name}-{name}", f"{path.parent.name}-{name}-{path.stem}")
+        free = [choice for choice in choices if choice not in found]
+        if not free:
+            raise UserError(f"two files give the same set name '{name}': say --names, one for each file")
+        found[free[0]] = str(path)
     return found, require_writable(output)
+
+
+def _name_of(path: Path) -> str:
+    """Name a set after its file, or after what it holds where files of all runs are called alike."""
+    if path.stem not in ("best", "last"):
+        return path.stem
+    held = DistilledSet.load(path)
+    parts = [held.method, str(held.data.get("name", "unknown")), f"ipc{held.ipc}"]
+    parts += [f"seed{held.training['seed']}"] if "seed" in held.training else []
+    return re.sub(r"[^\w.=-]+", "-", "-".join(parts))  # folders are called so
 
 
 def _in_groups(rows: Sequence[Row], sets: Mapping[str, DistilledSet]) -> list[Row]:

@@ -18,7 +18,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from lightning_dd.data.parts import DataChoice
-from lightning_dd.distilled.set import DistilledSet
+from lightning_dd.distilled.set import DistilledSet, find_set
 from lightning_dd.evaluators.evaluate import Bench, check_asked
 from lightning_dd.evaluators.matrix import (
     ALL_REAL,
@@ -107,7 +107,7 @@ def score_files(
     if _CONTROL in names:
         raise UserError(f"a set must not be called '{_CONTROL}': rename {names[_CONTROL]}")
     recipes = {_OWN: recipe, _PLAIN: replace(recipe, augment="none"), _FULL: full}
-    bench = Bench(names | ({_CONTROL: control} if control else {}), recipes, folder, data, hardware)
+    bench = Bench(names | ({_CONTROL: str(find_set(control))} if control else {}), recipes, folder, data, hardware)
     for name in names:
         _check_control(name, bench.sets[name], bench.sets.get(_CONTROL))
     architectures = bench.architectures(architectures)
