@@ -204,7 +204,8 @@ def trials(plan: dict[str, Any], stage: dict[str, Any]) -> Iterator[tuple[Trial,
 
 def merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
     """Return a mapping with the entries of another one in it, level by level."""
-    both = {name: merged(old[name], new[name]) for name in old.keys() & new.keys() if isinstance(new[name], Mapping)}
+    pairs = {name: (old[name], new[name]) for name in old.keys() & new.keys()}
+    both = {name: merged(*pair) for name, pair in pairs.items() if all(isinstance(part, Mapping) for part in pair)}
     return {**old, **new, **both}
 
 
