@@ -406,7 +406,7 @@ def test_an_output_folder_that_cannot_be_written_is_refused_before_the_first_ste
     ("settings", "message"),
     [
         ({"ipc": 0}, r"ipc \(images per class\) must be at least 1, got 0"),
-        ({"init": "zeros"}, "init must be 'real' or 'noise', got 'zeros'"),
+        ({"init": "zeros"}, "init must be 'real', 'patches' or 'noise', got 'zeros'"),
         ({"labels": "fuzzy"}, "labels of FRePo must be one of"),
         ({"lr": -1.0}, "lr must be positive"),
         ({"real_batch_size": 0}, "real_batch_size must be at least 1"),

@@ -1,5 +1,6 @@
 """Soft labels with stored views: what the teacher saw is what the student sees, in the file and in every trainer."""
 
+import copy
 import json
 from dataclasses import replace
 
@@ -120,6 +121,30 @@ def test_a_view_is_the_crop_the_mirror_and_the_partners_view_in_the_box():
         mixed[row][top:bottom, left:right] = alone[partner][top:bottom, left:right]
     replayed, _ = views.replay(images, epoch, torch.arange(6))
     torch.testing.assert_close(replayed[:, 0], torch.stack(mixed), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("mix", ["cutmix", "none"])
+def test_in_train_mode_a_view_is_labelled_by_the_statistics_of_the_batch_students_see_it_in(mix):
+    images, network = images_of(), teacher()
+    for layer in network.norms:
+        layer.running_mean.normal_(), layer.running_var.uniform_(1, 2)
+    kept = {name: value.clone() for name, value in network.state_dict().items()}
+    style = ViewStyle(0.5, mix=mix, batch_size=4)
+    drawn = (3, style, True, torch.Generator().manual_seed(3))
+    views = labelled_views(committee_of(network), images, *drawn, as_batches=True)
+    assert not network.training
+    assert all(torch.equal(kept[name], value) for name, value in network.state_dict().items() if "num_" not in name)
+    rows = 0
+    for step, (view, logits) in enumerate(SyntheticBatches(images, None, 4, steps=3, seed=0, views=views)):
+        epoch = views.order[step].long()
+        assert torch.equal(view, views.look(images, step, epoch[:4]))
+        trained = copy.deepcopy(network).train()
+        torch.testing.assert_close(logits, trained(view), rtol=2e-3, atol=2e-3)
+        assert not torch.allclose(logits, network(view), atol=0.05)
+        filled = trained(views.look(images, step, epoch[2:]))[2:]  # two rows are left out of this epoch's one batch
+        torch.testing.assert_close(views.logits[step, epoch[4:]].float(), filled, rtol=2e-3, atol=2e-3)
+        rows += len(view)
+    assert rows == 12
 
 
 def test_views_are_drawn_as_published():
@@ -471,6 +496,7 @@ def test_beside_soft_labels_stand_random_real_images_with_hard_ones():
     ("changes", "message"),
     [
         ({"epochs": -1}, "labels.epochs must be at least 0, got -1"),
+        ({"epochs": 0, "train_mode": True}, "labels.train_mode is of stored views: set labels.epochs above 0"),
         ({"min_scale": 0.0}, r"labels.min_scale must be in \(0, 1\], got 0.0"),
         ({"temperature": 0.0}, "temperature must be positive, got 0.0"),
     ],

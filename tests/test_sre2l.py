@@ -1,5 +1,7 @@
 """SRe2L: batch statistics, recovery group by group, the clip to pixels, and bad settings."""
 
+import math
+
 import pytest
 import torch
 from helpers import TinyData, tiny_trainer
@@ -12,11 +14,12 @@ from lightning_dd.augment.crops import resample
 from lightning_dd.callbacks import MetaDD, PoolAlternation
 from lightning_dd.distillers import SRe2L
 from lightning_dd.distillers.base import Probe
-from lightning_dd.distillers.sre2l import recovery_groups
+from lightning_dd.distillers.sre2l import Voter, recovery_groups
 from lightning_dd.losses.matching import StatisticsDistance, batch_norm_layers
 from lightning_dd.models import build_network
+from lightning_dd.models.factory import NetworkMixture
 from lightning_dd.models.pool import rest
-from lightning_dd.pretrained import ClassifierRecipe
+from lightning_dd.pretrained import ClassifierRecipe, Committee
 from lightning_dd.pretrained.classifier import Teacher
 from lightning_dd.pretrained.task import Task
 from lightning_dd.synthetic import TeacherLabels
@@ -170,6 +173,69 @@ def test_recovering_groups_together_is_recovering_each_alone(classes, rows, tmp_
     torch.testing.assert_close(images.grad, 2 * expected, rtol=1e-3, atol=1e-5)
 
 
+COMMITTEE = Teacher(
+    {"convnet:width=4,depth=2,norm=batch": 1, "conv:width=4,depth=2": 1, "resnet18:channels=[4,4,4,4]": 2},
+    steps=40,
+    lr=0.02,
+)
+
+
+def gradient_of(model, images):
+    images = images.detach().clone().requires_grad_()
+    return torch.autograd.grad(model.outer_terms(images, model.synthetic.labels)["recovery"], images)[0]
+
+
+@pytest.mark.parametrize("logits_from", ["each", "primary"])
+def test_voters_terms_are_added_by_their_votes(logits_from, tmp_path, monkeypatch):
+    model = run(tmp_path, 0, teacher=COMMITTEE, voters=2, logits_from=logits_from)
+    monkeypatch.setattr(model.trainer.fit_loop.epoch_loop, "_batches_that_stepped", 0)
+    committee = model.committee()
+    committee.accuracies = [0.5, 0.6, 0.55]
+    voters = model.draw_voters()
+    votes = [voter.statistics for voter in voters]
+    if logits_from == "primary":
+        assert voters[0].network is committee.main is committee.networks[2]
+        assert [voter.fit for voter in voters] == [1, 0, 0]
+        assert sorted(votes) == pytest.approx([0, 1 / (1 + math.e**2), 1 / (1 + math.e**-2)])  # 10 points over 5
+    else:
+        assert [voter.fit for voter in voters] == votes
+        assert sum(votes) == pytest.approx(1)
+        assert voters[0].network is not voters[1].network
+    images = torch.randn(6, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    found, expected = gradient_of(model, images), torch.zeros_like(images)
+    for voter in voters:
+        for weights, share in (((1.0, 0.0), voter.fit), ((0.0, 1.0), voter.statistics)):
+            monkeypatch.setattr(model, "draw_voters", [Voter(voter.network, *weights)].copy)
+            expected += share * gradient_of(model, images)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-6)
+
+
+def test_voters_are_drawn_without_replacement_by_their_weights_and_vote_by_accuracy():
+    networks = [build_network("convnet:width=1,depth=1", 3, (1, 8, 8), seed=seed) for seed in range(3)]
+    committee = Committee(networks, NetworkMixture.parse({"a": 1, "b": 1, "c": 8}), [0.4, 0.5, 0.5])
+    generator, drawn = torch.Generator().manual_seed(0), []
+    for _ in range(200):
+        (first, share), (second, other) = committee.voters(2, generator)
+        assert first is not second
+        assert (share < other) == (first is networks[0])
+        assert (share == other) == (networks[0] not in (first, second))
+        drawn.append(first)
+    assert 0.7 < sum(network is networks[2] for network in drawn) / 200 < 0.9
+    assert all(networks[2] is not network for network, _ in committee.voters(2, generator, main=False))
+
+
+def test_a_committee_recovers_and_a_resumed_one_equals_it(tmp_path):
+    def fit(folder, **kwargs):
+        model = SRe2L(**(TINY | {"teacher": COMMITTEE, "voters": 2, "init": "patches"}))
+        keep = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=2, save_top_k=-1)
+        tiny_trainer(folder, 4, callbacks=[keep], enable_checkpointing=True).fit(model, data(), **kwargs)
+        return model.synthetic.images
+
+    straight = fit(tmp_path / "a")
+    assert torch.equal(straight, fit(tmp_path / "b", ckpt_path=str(tmp_path / "a" / "step=2.ckpt"), weights_only=True))
+    assert not torch.equal(straight, run(tmp_path, 4, teacher=COMMITTEE, init="patches").synthetic.images)
+
+
 def test_a_window_is_shared_by_its_group_and_drawn_anew_at_each_step(tmp_path):
     model = SRe2L(**(TINY | {"ipc": 200, "jitter": (-2, 2), "min_scale": 0.3}))
     tiny_trainer(tmp_path, 0, callbacks=[]).fit(SRe2L(**TINY), data())
@@ -209,7 +275,7 @@ def test_recovery_lowers_both_terms(tmp_path):
         pixels = source.preprocessing.clipped(model.synthetic.images.detach())
         groups = torch.cat([rows for block in recovery_groups(3, 2) for rows in block])
         windows = end.draw_windows()._replace(crops=torch.tensor([[0.0, 0.0, 1.0, 1.0]] * 2))
-        terms.append([float(term) for term in end.recovery_loss(pixels[groups], labels[groups], windows)])
+        terms.append([float(term) for term in end.recovery_loss(pixels[groups], labels[groups], windows, end.network)])
     (fit_before, distance_before), (fit_after, distance_after) = terms
     assert fit_after < 0.5 * fit_before
     assert distance_after < 0.8 * distance_before
@@ -307,6 +373,9 @@ def test_a_teacher_without_batch_normalisation_is_refused_before_it_is_trained(t
         ({"labels": "learned"}, "labels of SRe2L must be one of hard, soft, got 'learned'"),
         ({"bn_weight": -1.0}, "bn_weight must be at least 0, got -1.0"),
         ({"jitter": -1}, r"jitter must be at least 0, or a pair of the smallest and the largest roll, got -1"),
+        ({"voters": 2}, "voters must be from 1 to the number of teachers in all, 1, got 2"),
+        ({"logits_from": "primary"}, "voters must be from 1 to the number of teachers beside its main one, 0, got 1"),
+        ({"logits_from": "first"}, "unknown logits_from 'first'"),
         ({"min_scale": 0.0}, r"min_scale must be in \(0, 1\], got 0.0"),
     ],
 )

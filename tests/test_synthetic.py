@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers import split_of
 
-from lightning_dd.data.images import DataFacts
+from lightning_dd.data.images import DataFacts, Patches, Split
 from lightning_dd.data.preprocess import Preprocessing
 from lightning_dd.data.sampling import draw_per_class
 from lightning_dd.distillers import FRePo, Random
@@ -52,6 +52,23 @@ def test_real_initialisation_takes_distinct_rows_of_the_right_class_in_blocks():
     other = synthetic_set(4, 3, (1, 1, 1))
     other.parameterisation.start("real", split_of(images, labels), 4, generator(2))
     assert not torch.equal(other.images, synthetic.images)
+
+
+def test_patches_are_square_crops_of_pixels_brought_to_full_size_and_normalised_afterwards():
+    side, labels = 16, torch.arange(2).repeat(20)
+    ramp = (torch.arange(side) + 0.5) / side
+    pixels = torch.stack([ramp.expand(side, side), ramp[:, None].expand(side, side), torch.zeros(side, side)])
+    split = Split(pixels.repeat(40, 1, 1, 1), labels, Preprocessing([0.5] * 3, [0.5] * 3), keep_normalised=True)
+    synthetic = synthetic_set(15, 2, (3, side, side))
+    synthetic.parameterisation.start("real", Patches(split, generator()), 15, generator())
+    across, down, other = (0.5 * synthetic.images.detach() + 0.5).unbind(1)
+    torch.testing.assert_close(other, torch.zeros_like(other))
+    torch.testing.assert_close(across, across[:, :1].expand_as(across))
+    widths, heights = across[:, 0, -2] - across[:, 0, 1], down[:, -2, 0] - down[:, 1, 0]
+    torch.testing.assert_close(widths, heights)
+    shares = widths * side / (side - 3)
+    assert 0.45 < float(shares.min()) < 0.65 < 0.85 < float(shares.max()) <= 1.01
+    assert len(across[:, 0, 0].unique()) > 5  # from different places
 
 
 def test_noise_is_standard_normal_and_repeatable():

@@ -155,8 +155,8 @@ def sre2l(folder: Path) -> list[Line]:
         layer._forward_hooks.clear()
     images = seen.parameters[0].clone().requires_grad_()
     windows = Windows(torch.tensor([[0.0, 0.0, 1.0, 1.0]]), torch.zeros(1).bool(), torch.zeros(1, 2).long())
-    ours: Any = SimpleNamespace(network=teacher, first_bn_weight=10.0)
-    fit, distance = SRe2L.recovery_loss(ours, images, torch.eye(100), windows)
+    ours: Any = SimpleNamespace(first_bn_weight=10.0)
+    fit, distance = SRe2L.recovery_loss(ours, images, torch.eye(100), windows, teacher)
     loss = fit + 0.01 * distance
     found = float(loss.detach()), torch.autograd.grad(loss, images)[0]
     return compare("SRe2L, recovery", official, found, seen.losses[0], seen.gradients[0])

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_dd.augment.crops import draw_crops, resample
 from lightning_dd.data.preprocess import Preprocessing, to_unit
 
 Rows = Tensor | slice
@@ -174,3 +175,24 @@ class Split:
 
 def _at(values: Tensor, rows: Rows) -> Tensor:
     return values[rows if isinstance(rows, slice) else rows.to(values.device)]
+
+
+class Patches(Split):
+    """A split of whose images random square crops are drawn, brought to full size: the pool that RDED chooses from.
+
+    Args:
+        split: the whole images.
+        generator: CPU generator.
+        min_scale: smallest area of a crop as a share of the image's.
+    """
+
+    def __init__(self, split: Split, generator: torch.Generator, min_scale: float = 0.25) -> None:
+        self.__dict__.update(split.__dict__ | {"_kept": None})  # crops are made of pixels, and normalised afterwards
+        self._generator, self._min_scale = generator, min_scale
+
+    def pixels(self, rows: Rows) -> Tensor:
+        """Return crops of these rows as pixels ``(B, C, H, W)`` in [0, 1], float32, on the split's device."""
+        pixels = super().pixels(rows)
+        sides = pixels.shape[2], pixels.shape[3]
+        crops = draw_crops(len(pixels), sides, self._min_scale, self._generator, ratio=1.0).to(pixels.device)
+        return resample(pixels, crops, torch.zeros(len(pixels), dtype=torch.bool, device=pixels.device))

@@ -9,7 +9,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from lightning_dd.data.base import RealData
-from lightning_dd.data.images import DataFacts, Split
+from lightning_dd.data.images import DataFacts, Patches, Split
 from lightning_dd.distilled.set import DistilledSet, library_versions
 from lightning_dd.distillers.checkpoint import Resumable
 from lightning_dd.losses.krr import LABEL_KINDS
@@ -73,7 +73,8 @@ class Distiller(Resumable, ScoredModule):
         labels: ``learned``, ``centred`` (FRePo's start values, fixed) or ``hard`` (one-hot, fixed) as far as the method
             defines them (:attr:`label_kinds`); ``soft`` for a teacher's, or any
             :class:`~lightning_dd.synthetic.Labels` object, which the finished set gets.
-        init: ``real`` starts from random training images, ``noise`` from a standard normal; latents ignore it.
+        init: ``real`` starts from random training images, ``patches`` from random square crops of them
+            (:class:`~lightning_dd.data.images.Patches`), ``noise`` from a standard normal; latents ignore it.
         parameterisation: what the images are learned through; ``None`` is :class:`~lightning_dd.synthetic.Pixels`.
         lr: outer learning rate.
         probe: the student that is trained for each validation score, by the method's own protocol unless it names one.
@@ -126,8 +127,8 @@ class Distiller(Resumable, ScoredModule):
         if ipc < 1:
             raise UserError(f"ipc (images per class) must be at least 1, got {ipc}")
         check_range("positive", lr=lr)
-        if init not in ("real", "noise"):
-            raise UserError(f"init must be 'real' or 'noise', got '{init}'")
+        if init not in ("real", "patches", "noise"):
+            raise UserError(f"init must be 'real', 'patches' or 'noise', got '{init}'")
         self.architectures, self.networks = architecture, NetworkMixture.parse(architecture)
         self.architecture = self.networks.main
         self.ipc, self.label_kind, self.init, self.lr = ipc, kind, init, lr
@@ -234,9 +235,15 @@ class Distiller(Resumable, ScoredModule):
 
     def initialise(self, train: Split) -> None:
         """Fill the new synthetic set for a first fit; every rank draws the same."""
-        parameterisation = self.synthetic.parameterisation
+        self.start(self.synthetic.parameterisation, train)
+
+    def start(self, parameterisation: Parameterisation, train: Split) -> None:
+        """Fill tensors that have just been built; with those of the same options, it gives the same each time."""
+        generator, init = make_generator(self.seed, "init"), self.init
+        if init == "patches":
+            train, init = Patches(train, generator), "real"
         parameterisation.prepare(self.task)
-        parameterisation.start(self.init, train, self.ipc, make_generator(self.seed, "init"))
+        parameterisation.start(init, train, self.ipc, generator)
 
     def training_step(self, batch: int, batch_idx: int) -> Tensor:
         """One outer step; ``batch`` only counts."""

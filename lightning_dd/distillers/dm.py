@@ -7,8 +7,8 @@ from torch import Tensor
 
 from lightning_dd.augment.frepo import apply
 from lightning_dd.data.images import Batch
-from lightning_dd.distillers.matching import ClassMatching, batch_statistics
-from lightning_dd.losses.matching import class_mean_distance
+from lightning_dd.distillers.matching import ClassMatching
+from lightning_dd.losses.matching import batch_statistics, class_mean_distance
 from lightning_dd.models.interface import Network, features_in_slices, network_features
 
 

@@ -1,7 +1,5 @@
 """Distillers that compare the synthetic images of each class with real ones of that class."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -12,6 +10,7 @@ from lightning_dd.augment.siamese import siamese
 from lightning_dd.data.images import Batch
 from lightning_dd.data.sampling import ClassBlocks
 from lightning_dd.distillers.pooled import PoolDistiller
+from lightning_dd.losses.matching import batch_statistics
 from lightning_dd.models.factory import Architectures
 from lightning_dd.models.interface import Network
 from lightning_dd.synthetic.labels import Labels
@@ -105,23 +104,6 @@ class ClassMatching(PoolDistiller):
     def _make_augmentations(self, mirror: bool = True) -> None:
         self.siamese = siamese(self.augment, mirror)
         self.inner_augmentation = siamese(self.augment, mirror, shared=False)
-
-
-@contextmanager
-def batch_statistics(network: Network) -> Iterator[bool]:
-    """Within the block, let batch normalisation use the statistics of its batch and remember them.
-
-    Yields:
-        Whether the network has any.
-    """
-    layers = [module for module in network.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    for layer in layers:
-        layer.train()
-    try:
-        yield bool(layers)
-    finally:
-        for layer in layers:
-            layer.eval()
 
 
 @torch.no_grad()

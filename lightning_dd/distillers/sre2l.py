@@ -12,12 +12,14 @@ from lightning_dd.distillers.teacher import TeacherDistiller
 from lightning_dd.losses.gradients import attach_gradients, no_float16
 from lightning_dd.losses.matching import StatisticsDistance, batch_norm_layers
 from lightning_dd.models.factory import Architectures
+from lightning_dd.models.interface import Network
 from lightning_dd.students.recipe import warmup_cosine
 from lightning_dd.synthetic.labels import Labels
-from lightning_dd.utils.errors import UserError, check_range
+from lightning_dd.utils.errors import UserError, check_range, unknown_name
 
 _CLASSES = 100
 """Classes in a recovery group at most, as in the paper's code."""
+LOGITS_FROM = ("each", "primary")
 _ROWS = 512
 """Images in one forward pass of the teacher."""
 
@@ -33,6 +35,14 @@ class Windows(NamedTuple):
     """``(G, 2)`` int64: pixels down and to the right, rolled around the border."""
 
 
+class Voter(NamedTuple):
+    """A teacher that looks in one step, and what its two terms weigh."""
+
+    network: Network
+    fit: float
+    statistics: float
+
+
 class SRe2L(TeacherDistiller):
     """Squeeze the data into a teacher, recover images from it, and relabel them with its answers.
 
@@ -41,19 +51,28 @@ class SRe2L(TeacherDistiller):
     from those the teacher's batch normalisation remembers. The loss is the sum over groups, and Adam acts on each pixel
     alone, so that groups do not touch each other; MetaDD may couple them.
 
+    A committee of teachers (several architectures of ``teacher``) takes turns, or several of it vote in each step. Two
+    that do, over images that start from patches, are CV-DD (Cui et al. 2025, arXiv 2501.07575), but that its two are
+    drawn once for all steps of a group. Statistics of convolutions (G-VBSM) are not compared.
+
     After each step images are clipped to pixels in [0, 1]; for whitened data they are un-whitened, clipped and
     whitened again. Crops and rolls act on the images as the teacher sees them. Latents of a generator are not clipped.
 
     Args:
         architecture: of the students.
         labels: ``soft``, or ``hard``.
-        init: ``noise``, or ``real``.
+        init: ``noise``, ``real`` or ``patches``, as for every distiller.
         lr: Adam's learning rate, decayed by a cosine to 0 over the run.
         bn_weight: weight of the statistics' distance. Deep teachers need a smaller one: the sum has more layers.
         first_bn_weight: of the first layer in that distance.
         min_scale: smallest area of the random crop as a share of the image's; 1 for none.
         jitter: largest roll in pixels, down and to the right, as in the paper's code; a pair is smallest and largest.
         flip: mirror half of the windows, where the data may be mirrored.
+        voters: teachers of the committee that look in a step, drawn anew each time by their weights. Each one's loss
+            counts by its accuracy (:meth:`~lightning_dd.pretrained.Committee.voters`).
+        logits_from: ``each`` voter has a cross-entropy; with ``primary`` that of the committee's main teacher is the
+            only one, and the statistics are those of voters drawn from the others (after PRISM, Moser et al. 2025,
+            arXiv 2511.09905).
         **kwargs: see :class:`TeacherDistiller`. The teacher must have batch normalisation.
 
     Raises:
@@ -73,6 +92,8 @@ class SRe2L(TeacherDistiller):
         min_scale: float = 0.08,
         jitter: int | tuple[int, int] = 4,
         flip: bool = True,
+        voters: int = 1,
+        logits_from: str = "each",
         **kwargs: Any,
     ) -> None:
         super().__init__(architecture=architecture, labels=labels, init=init, lr=lr, **kwargs)
@@ -81,8 +102,15 @@ class SRe2L(TeacherDistiller):
             raise UserError(f"jitter must be at least 0, or a pair of the smallest and the largest roll, got {jitter}")
         check_range("at least 0", bn_weight=bn_weight, first_bn_weight=first_bn_weight)
         check_range("in (0, 1]", min_scale=min_scale)
+        if logits_from not in LOGITS_FROM:
+            raise unknown_name("logits_from", logits_from, LOGITS_FROM)
+        others = len(self.teacher.mixture(architecture).names) - (logits_from == "primary")
+        if not 1 <= voters <= others:
+            asked = "beside its main one" if logits_from == "primary" else "in all"
+            raise UserError(f"voters must be from 1 to the number of teachers {asked}, {others}, got {voters}")
         self.bn_weight, self.first_bn_weight = bn_weight, first_bn_weight
         self.min_scale, self.jitter, self.flip = min_scale, (low, high), flip
+        self.voters, self.logits_from = voters, logits_from
 
     def initialise(self, train: Split) -> None:
         """Refuse a teacher without batch normalisation before it is trained; then start from noise."""
@@ -96,30 +124,46 @@ class SRe2L(TeacherDistiller):
 
     def outer_terms(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Return the sum over groups of cross-entropy and statistics; its gradient is gathered pass by pass."""
-        windows = self.draw_windows()
+        windows, voters = self.draw_windows(), self.draw_voters()
         gathered, losses, start = torch.zeros_like(images), [], 0
         for block in recovery_groups(self.facts.num_classes, self.ipc):
             for rows in torch.split(block, max(1, _ROWS // block.shape[1])):
                 part = Windows(*(drawn[start : start + len(rows)] for drawn in windows))
                 start += len(rows)
                 index = rows.flatten().to(images.device)
-                pixels = images.detach()[index].requires_grad_()
-                with no_float16(images.device.type):
-                    fit, distance = self.recovery_loss(pixels, labels.detach()[index], part)
-                loss = fit + self.bn_weight * distance
-                gathered[index] = torch.autograd.grad(loss, pixels)[0]
-                losses.append(torch.stack([fit.detach(), distance.detach(), loss.detach()]))
+                for voter in voters:
+                    pixels = images.detach()[index].requires_grad_()
+                    with no_float16(images.device.type):
+                        fit, distance = self.recovery_loss(pixels, labels.detach()[index], part, voter.network)
+                    weighted = (voter.fit, fit), (voter.statistics, self.bn_weight * distance)
+                    loss = torch.stack([weight * term for weight, term in weighted if weight]).sum()
+                    gathered[index] += torch.autograd.grad(loss, pixels)[0]
+                    watched = voter.fit * fit.detach(), voter.statistics * distance.detach(), loss.detach()
+                    losses.append(torch.stack(watched))
         fit, distance, total = torch.stack(losses).sum(0)
         self.watch(**{"recovery/cross_entropy": fit, "recovery/statistics": distance})
         return {"recovery": attach_gradients(total, [images], [gathered])}
 
-    def recovery_loss(self, images: Tensor, labels: Tensor, windows: Windows) -> tuple[Tensor, Tensor]:
-        """Return the cross-entropy and the statistics' distance, each summed over G groups.
+    def draw_voters(self) -> list[Voter]:
+        """Draw the teachers that look in this step."""
+        if self.voters == 1 and self.logits_from == "each":
+            return [Voter(self.network, 1.0, 1.0)]
+        committee, primary = self.committee(), self.logits_from == "primary"
+        drawn = committee.voters(self.voters, self.step_generator("teacher"), main=not primary)
+        if primary:
+            return [Voter(committee.main, 1.0, 0.0), *(Voter(network, 0.0, share) for network, share in drawn)]
+        return [Voter(network, share, share) for network, share in drawn]
+
+    def recovery_loss(
+        self, images: Tensor, labels: Tensor, windows: Windows, teacher: Network
+    ) -> tuple[Tensor, Tensor]:
+        """Return a teacher's cross-entropy and its statistics' distance, each summed over G groups.
 
         Args:
             images: ``(G * size, C, H, W)``, group by group.
             labels: ``(G * size, num_classes)`` one-hot.
             windows: of the G groups.
+            teacher: in inference mode.
         """
         groups = len(windows.crops)
         size = len(images) // groups
@@ -127,7 +171,6 @@ class SRe2L(TeacherDistiller):
         parts = torch.split(resample(images, crops, flips), size)
         shown = [part.roll(tuple(shift), (2, 3)) for part, shift in zip(parts, windows.shifts.tolist(), strict=True)]
         distance = StatisticsDistance(groups, self.first_bn_weight)
-        teacher = self.network
         with distance.watch(teacher):
             logits = teacher(torch.cat(shown).contiguous(memory_format=torch.channels_last))
         return groups * F.cross_entropy(logits.float(), labels), distance.total()

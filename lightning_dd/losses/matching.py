@@ -75,6 +75,30 @@ def batch_norm_layers(network: nn.Module) -> list[_BatchNorm]:
     ]
 
 
+@contextmanager
+def batch_statistics(network: nn.Module, remember: bool = True) -> Iterator[bool]:
+    """Within the block, let batch normalisation use the statistics of its batch.
+
+    Args:
+        network: in inference mode, as it is afterwards.
+        remember: take them into the running statistics, too.
+
+    Yields:
+        Whether the network has any.
+    """
+    layers = [module for module in network.modules() if isinstance(module, _BatchNorm)]
+    momenta = [layer.momentum for layer in layers]
+    for layer in layers:
+        layer.train()
+        layer.momentum = layer.momentum if remember else 0.0
+    try:
+        yield bool(layers)
+    finally:
+        for layer, momentum in zip(layers, momenta, strict=True):
+            layer.eval()
+            layer.momentum = momentum
+
+
 class StatisticsDistance:
     """The distance between statistics at the inputs of batch normalisation and the running ones, layer by layer.
 

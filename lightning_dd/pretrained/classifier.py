@@ -1,5 +1,6 @@
 """Classifiers trained on the real data: teachers, committees of them, and the architectures that MetaDD compares."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 from lightning_dd.augment.crops import draw_crops, draw_padded, resample
 from lightning_dd.augment.frepo import Augmentation, Operation
 from lightning_dd.data.sampling import answers, next_batch
+from lightning_dd.losses.matching import batch_statistics
 from lightning_dd.models.factory import Architectures, NetworkMixture, build_network
 from lightning_dd.models.interface import Network
 from lightning_dd.models.pool import rest
@@ -22,6 +24,8 @@ from lightning_dd.utils.seeding import derive_seed, make_generator, seeded
 
 _ROWS = 512
 """Images in one forward pass of a teacher."""
+_PRIOR = 5.0
+"""Points of accuracy that make a teacher's vote e times as large."""
 
 _SGD = Recipe(lr=0.1, warmup=0, final_lr=0.0, augment="none", optimizer="sgd", momentum=0.9, schedule="cosine")
 
@@ -263,10 +267,8 @@ class Teacher(ClassifierRecipe):
             UserError: one cannot be trained or read, or is at chance.
         """
         mixture = self.mixture(otherwise)
-        networks = [
-            trained_classifier(name, task, self, self.seed, self.file, self.weights)[0] for name in mixture.names
-        ]
-        return Committee(networks, mixture)
+        trained = [trained_classifier(name, task, self, self.seed, self.file, self.weights) for name in mixture.names]
+        return Committee([network for network, _ in trained], mixture, [accuracy for _, accuracy in trained])
 
 
 class Committee:
@@ -275,10 +277,12 @@ class Committee:
     Args:
         networks: in inference mode, their parameters without gradient, on one device.
         mixture: their architectures and weights, in the same order.
+        accuracies: on the validation split, in [0, 1], likewise; ``None`` takes all for equally good.
     """
 
-    def __init__(self, networks: list[Network], mixture: NetworkMixture) -> None:
+    def __init__(self, networks: list[Network], mixture: NetworkMixture, accuracies: list[float] | None = None) -> None:
         self.networks, self.mixture = networks, mixture
+        self.accuracies = [1.0] * len(networks) if accuracies is None else accuracies
 
     def __len__(self) -> int:
         return len(self.networks)
@@ -297,18 +301,39 @@ class Committee:
         """Draw one of them by their weights."""
         return self.networks[self.mixture.names.index(self.mixture.draw(generator))]
 
+    def voters(self, count: int, generator: torch.Generator, main: bool = True) -> list[tuple[Network, float]]:
+        """Draw some of them by their weights, without replacement, each with its share of the votes.
+
+        A share is the softmax, over those drawn, of accuracies in percent over 5: the prior of CV-DD (Cui et al. 2025,
+        arXiv 2501.07575; its accuracies are of students of what each teacher recovered alone).
+
+        Args:
+            count: at most all.
+            generator: CPU generator.
+            main: whether the teacher with the largest weight may be drawn.
+        """
+        weights = torch.tensor(self.mixture.probabilities)
+        if not main:
+            weights[self.mixture.names.index(self.mixture.main)] = 0
+        drawn = torch.multinomial(weights, count, generator=generator).tolist()
+        shares = torch.tensor([100 * self.accuracies[index] / _PRIOR for index in drawn]).softmax(0).tolist()
+        return [(self.networks[index], share) for index, share in zip(drawn, shares, strict=True)]
+
     @torch.no_grad()
-    def logits(self, images: Tensor) -> Tensor:
+    def logits(self, images: Tensor, as_batch: bool = False) -> Tensor:
         """Return the weighted mean of the teachers' logits ``(N, num_classes)``: float32, on their device.
 
         Args:
             images: ``(N, C, H, W)``, normalised, on any device.
+            as_batch: batch normalisation uses the statistics of these images, and not those it remembers.
         """
         here = images.to(self.device)
-        with torch.autocast(here.device.type, enabled=False):
-            answers = [
-                torch.cat([teacher(part).float() for part in torch.split(here, _ROWS)]) for teacher in self.networks
-            ]
+        parts = [here] if as_batch else torch.split(here, _ROWS)
+        answers = []
+        for teacher in self.networks:
+            alone = batch_statistics(teacher, remember=False) if as_batch else nullcontext()
+            with torch.autocast(here.device.type, enabled=False), alone:
+                answers.append(torch.cat([teacher(part).float() for part in parts]))
         if len(answers) == 1:
             return answers[0]
         weights = torch.tensor(self.mixture.probabilities, device=here.device)

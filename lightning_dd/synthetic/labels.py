@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from lightning_dd.pretrained.classifier import Committee, Teacher
 from lightning_dd.pretrained.task import Task
 from lightning_dd.students.recipe import protocol as published
 from lightning_dd.utils.arguments import RemembersArguments, plain_values
-from lightning_dd.utils.errors import check_range
+from lightning_dd.utils.errors import UserError, check_range
 from lightning_dd.utils.seeding import make_generator
 
 _ROWS = 512
@@ -85,6 +86,8 @@ class TeacherLabels(Labels):
         tiles: along a side of an image, shuffled in every view; ``None`` takes the method's own, or 1 for none.
         protocol: the published recipe of the students, whose batches are mixed among themselves with one box, or one
             share, for all; ``None`` takes the method's own, or ``sre2l``.
+        train_mode: views are labelled in the batches that students see them in, and the teachers' batch normalisation
+            uses the statistics of each batch (batch-specific soft labels of CV-DD, Cui et al. 2025, arXiv 2501.07575).
 
     Raises:
         UserError: a number is out of range, or a name is unknown.
@@ -101,14 +104,17 @@ class TeacherLabels(Labels):
         mix: str = "cutmix",
         tiles: int | None = None,
         protocol: str | None = None,
+        train_mode: bool = False,
     ) -> None:
         super().__init__(while_distilling)
         self.protocol = protocol or "sre2l"
         self.students = published(self.protocol)
         check_range("at least 0", "labels.", epochs=epochs)
         check_range("positive", "labels.", temperature=temperature)
+        if train_mode and not epochs:
+            raise UserError("labels.train_mode is of stored views: set labels.epochs above 0")
         self.teacher = Teacher(**teacher) if isinstance(teacher, dict) else teacher
-        self.epochs, self.temperature = epochs, temperature
+        self.epochs, self.temperature, self.train_mode = epochs, temperature, train_mode
         self.style = ViewStyle(0.08 if min_scale is None else min_scale, padding, mix, 1 if tiles is None else tiles)
         self._committee: Committee | None = None
         self._done: tuple[Tensor, DistilledSet] | None = None
@@ -131,7 +137,7 @@ class TeacherLabels(Labels):
             batch_size = self.students.batch_for(len(distilled), distilled.num_classes)
             style = replace(self.style, batch_size=batch_size)
             drawn = (self.epochs if views else 0, style, distilled.mirror, make_generator(seed, "views"), black)
-            labelled = labelled_views(committee, distilled.images, *drawn)
+            labelled = labelled_views(committee, distilled.images, *drawn, as_batches=self.train_mode)
             labels = committee.logits(distilled.images).cpu()
         done = replace(distilled, labels=labels, label_kind="soft", temperature=self.temperature, views=labelled)
         if views:
@@ -171,6 +177,7 @@ def labelled_views(
     mirror: bool,
     generator: torch.Generator,
     black: Tensor | None = None,
+    as_batches: bool = False,
 ) -> SoftViews | None:
     """Draw views of a set and have teachers label each.
 
@@ -182,6 +189,8 @@ def labelled_views(
         mirror: whether views may be mirrored.
         generator: CPU generator.
         black: ``(C,)``, normalised, for a style that pads.
+        as_batches: label them in the students' batches, by the statistics of each; one that is not full, which students
+            leave out, is filled up with rows before it.
 
     Returns:
         The views on the CPU; ``None`` for 0 epochs.
@@ -194,9 +203,19 @@ def labelled_views(
     count, channels, height, width = images.shape
     shape, classes = (channels, height, width), committee.main.num_classes
     views = draw_views(epochs, shape, count, classes, generator, style, mirror, black)
+    if as_batches and views.order is None:
+        views = replace(views, order=torch.rand(epochs, count, generator=generator).argsort(1).int())
     shown, here = images.to(committee.device), views.to(committee.device)
-    logits = [  # a forward pass goes across epochs: a small set fills it
+    if as_batches:
+        logits = torch.empty(epochs, count, classes, dtype=torch.float16, device=committee.device)
+        size = min(style.batch_size, count)
+        for epoch, order in enumerate(cast(Tensor, here.order).long()):
+            part = [order[-size:]] * bool(count % size)
+            for rows in (*part, *torch.split(order[: count - count % size], size)):
+                logits[epoch, rows] = committee.logits(here.look(shown, epoch, rows), as_batch=True).half()
+        return replace(views, logits=logits.cpu())
+    parts = [  # a forward pass goes across epochs: a small set fills it
         committee.logits(here.look(shown, places // count, places % count)).half()
         for places in torch.split(torch.arange(epochs * count, device=committee.device), _ROWS)
     ]
-    return replace(views, logits=torch.cat(logits).view(epochs, count, -1).cpu())
+    return replace(views, logits=torch.cat(parts).view(epochs, count, -1).cpu())
