@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from helpers import TinyData, tiny_trainer
-from pytorch_lightning import Callback
+from pytorch_lightning import Callback, Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import nn
 from torch.nn import functional as F
@@ -236,6 +236,68 @@ def test_a_committee_recovers_and_a_resumed_one_equals_it(tmp_path):
     assert not torch.equal(straight, run(tmp_path, 4, teacher=COMMITTEE, init="patches").synthetic.images)
 
 
+POOLED = Teacher("resnet18:channels=[4,4,4,4]", steps=40, lr=0.02)
+STAGES = {"teacher": POOLED, "init": "real", "stages": 3, "residual": 0.25, "coarse": 0.75}
+
+
+class Sizes(Callback):
+    """The sides of the images that the teacher is shown, step by step."""
+
+    def on_train_start(self, trainer, pl_module):
+        self.seen = []
+        hook = lambda module, given: self.seen.append(tuple(given[0].shape[2:]))  # noqa: E731
+        self.handle = pl_module.network.register_forward_pre_hook(hook)
+
+    def on_train_end(self, *args):
+        self.handle.remove()
+
+
+def test_every_other_stage_before_the_last_is_coarse(tmp_path):
+    watch = Sizes()
+    run(tmp_path, trainer=tiny_trainer(tmp_path, 7, callbacks=[watch]), **STAGES)
+    assert watch.seen[:7] == [(8, 8)] * 2 + [(6, 6)] * 2 + [(8, 8)] * 3
+
+
+def test_a_stage_begins_with_a_share_of_the_images_of_the_start(tmp_path, monkeypatch):
+    start = run(tmp_path, 0, **STAGES).synthetic.images.detach()
+    model = run(tmp_path, 7, **STAGES)
+    (optimizer,) = model.trainer.optimizers
+    images = model.synthetic.images
+    for step in range(7):
+        monkeypatch.setattr(Trainer, "global_step", step)
+        before = images.detach().clone()
+        assert optimizer.state
+        model.on_train_batch_start(0, 0)
+        if step in (2, 4):
+            torch.testing.assert_close(images.detach(), 0.25 * before + 0.75 * start)
+            assert not optimizer.state  # Adam begins anew
+            optimizer.state[images] = {"step": 1}
+        else:
+            assert torch.equal(images, before)
+
+
+def test_a_run_in_stages_resumes_exactly(tmp_path):
+    def fit(folder, **kwargs):
+        model = SRe2L(**(TINY | STAGES))
+        keep = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+        tiny_trainer(folder, 6, callbacks=[keep], enable_checkpointing=True).fit(model, data(), **kwargs)
+        return model.synthetic.images
+
+    straight = fit(tmp_path / "a")
+    for step in (2, 3):  # before a stage begins, and within it
+        ckpt_path = str(tmp_path / "a" / f"step={step}.ckpt")
+        assert torch.equal(straight, fit(tmp_path / f"b{step}", ckpt_path=ckpt_path, weights_only=True))
+    assert not torch.equal(straight, run(tmp_path, 6, **(STAGES | {"residual": 1.0})).synthetic.images)
+
+
+def test_coarse_stages_need_teachers_of_any_size(tmp_path, monkeypatch):
+    monkeypatch.setattr("lightning_dd.pretrained.classifier._fit", None)
+    with pytest.raises(
+        UserError, match=r"'convnet:width=4,depth=2,norm=batch' takes none but those of \[8, 8\] pixels"
+    ):
+        run(tmp_path, **(STAGES | {"teacher": TEACHER}))
+
+
 def test_a_window_is_shared_by_its_group_and_drawn_anew_at_each_step(tmp_path):
     model = SRe2L(**(TINY | {"ipc": 200, "jitter": (-2, 2), "min_scale": 0.3}))
     tiny_trainer(tmp_path, 0, callbacks=[]).fit(SRe2L(**TINY), data())
@@ -375,6 +437,9 @@ def test_a_teacher_without_batch_normalisation_is_refused_before_it_is_trained(t
         ({"jitter": -1}, r"jitter must be at least 0, or a pair of the smallest and the largest roll, got -1"),
         ({"voters": 2}, "voters must be from 1 to the number of teachers in all, 1, got 2"),
         ({"logits_from": "primary"}, "voters must be from 1 to the number of teachers beside its main one, 0, got 1"),
+        ({"residual": 0.5}, "residual and coarse are of runs in several stages: set stages to 2 or more"),
+        ({"residual": 0.5, "stages": 2}, "init must be real or patches, not noise"),
+        ({"coarse": 0.0, "stages": 2}, r"coarse must be in \(0, 1\], got 0.0"),
         ({"logits_from": "first"}, "unknown logits_from 'first'"),
         ({"min_scale": 0.0}, r"min_scale must be in \(0, 1\], got 0.0"),
     ],

@@ -15,6 +15,7 @@ from lightning_dd.models.factory import Architectures
 from lightning_dd.models.interface import Network
 from lightning_dd.students.recipe import warmup_cosine
 from lightning_dd.synthetic.labels import Labels
+from lightning_dd.synthetic.parameterisation import SyntheticSet
 from lightning_dd.utils.errors import UserError, check_range, unknown_name
 
 _CLASSES = 100
@@ -73,6 +74,12 @@ class SRe2L(TeacherDistiller):
         logits_from: ``each`` voter has a cross-entropy; with ``primary`` that of the committee's main teacher is the
             only one, and the statistics are those of voters drawn from the others (after PRISM, Moser et al. 2025,
             arXiv 2511.09905).
+        stages: equal parts of the run, for what follows. Four with ``residual: 0.5`` and a start from patches are FADRM
+            (Cui et al. 2025, arXiv 2506.24125), on ImageNet with ``coarse: 0.9``.
+        residual: share of itself that an image keeps when a stage begins, from the second on; the rest is the real one
+            that it started from. Adam begins anew with it. 1 changes nothing.
+        coarse: side that images are shown to the teachers in, as a share of the full one, in the last stage but one and
+            in every other before it; a step then takes less time. Teachers must take any size.
         **kwargs: see :class:`TeacherDistiller`. The teacher must have batch normalisation.
 
     Raises:
@@ -94,6 +101,9 @@ class SRe2L(TeacherDistiller):
         flip: bool = True,
         voters: int = 1,
         logits_from: str = "each",
+        stages: int = 1,
+        residual: float = 1.0,
+        coarse: float = 1.0,
         **kwargs: Any,
     ) -> None:
         super().__init__(architecture=architecture, labels=labels, init=init, lr=lr, **kwargs)
@@ -111,20 +121,57 @@ class SRe2L(TeacherDistiller):
         self.bn_weight, self.first_bn_weight = bn_weight, first_bn_weight
         self.min_scale, self.jitter, self.flip = min_scale, (low, high), flip
         self.voters, self.logits_from = voters, logits_from
+        check_range("at least 1", stages=stages)
+        check_range("in (0, 1]", residual=residual, coarse=coarse)
+        if stages == 1 and (residual < 1 or coarse < 1):
+            raise UserError("residual and coarse are of runs in several stages: set stages to 2 or more")
+        if residual < 1 and init == "noise":
+            raise UserError("residual mixes in the real images of the start: init must be real or patches, not noise")
+        self.stages, self.residual, self.coarse = stages, residual, coarse
 
     def initialise(self, train: Split) -> None:
-        """Refuse a teacher without batch normalisation before it is trained; then start from noise."""
+        """Refuse a teacher of no use before it is trained; then start from noise, or what is asked for."""
         for teacher in self.teacher.mixture(self.architectures).names:
-            if not batch_norm_layers(self.build_network(0, teacher)):
+            network = self.build_network(0, teacher)
+            if not batch_norm_layers(network):
                 raise UserError(
                     f"SRe2L recovers images from batch statistics, and its teacher '{teacher}' keeps none: choose one "
                     "with batch normalisation, as convnet:norm=batch or torchvision/resnet18"
                 )
+            if self.coarse < 1:
+                self._refuse_fixed_size(network, teacher)
         super().initialise(train)
+
+    def coarser(self, images: Tensor) -> Tensor:
+        """Return images ``(N, C, H, W)`` of the sides of coarse stages."""
+        sides = [max(1, round(self.coarse * side)) for side in images.shape[2:]]
+        return F.interpolate(images, sides, mode="bilinear", antialias=True)
+
+    @property
+    def stage(self) -> tuple[int, bool]:
+        """The current outer step's stage, counted from 0, and whether it is the stage's first step."""
+        step, length = self.trainer.global_step, max(1, self.trainer.max_steps // self.stages)
+        stage = min(step // length, self.stages - 1)
+        return stage, step == stage * length
+
+    def on_train_batch_start(self, batch: int, batch_idx: int) -> None:
+        """Mix the start into the images where a stage begins."""
+        stage, first = self.stage
+        if self.residual == 1 or not first or stage == 0:
+            return
+        began = SyntheticSet(self.parameterisation[0].again(), self.ipc, self.label_kind, self.task).parameterisation
+        self.start(began, self.task.train)
+        with torch.no_grad():
+            for own, real in zip(self.synthetic.parameterisation.parameters(), began.parameters(), strict=True):
+                if own.requires_grad:
+                    own.lerp_(real.to(own.device), 1 - self.residual)
+        for optimizer in self.trainer.optimizers:
+            optimizer.state.clear()
 
     def outer_terms(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Return the sum over groups of cross-entropy and statistics; its gradient is gathered pass by pass."""
         windows, voters = self.draw_windows(), self.draw_voters()
+        coarse = self.coarse < 1 and (self.stages - self.stage[0]) % 2 == 0
         gathered, losses, start = torch.zeros_like(images), [], 0
         for block in recovery_groups(self.facts.num_classes, self.ipc):
             for rows in torch.split(block, max(1, _ROWS // block.shape[1])):
@@ -134,7 +181,8 @@ class SRe2L(TeacherDistiller):
                 for voter in voters:
                     pixels = images.detach()[index].requires_grad_()
                     with no_float16(images.device.type):
-                        fit, distance = self.recovery_loss(pixels, labels.detach()[index], part, voter.network)
+                        seen = self.coarser(pixels) if coarse else pixels
+                        fit, distance = self.recovery_loss(seen, labels.detach()[index], part, voter.network)
                     weighted = (voter.fit, fit), (voter.statistics, self.bn_weight * distance)
                     loss = torch.stack([weight * term for weight, term in weighted if weight]).sum()
                     gathered[index] += torch.autograd.grad(loss, pixels)[0]
@@ -198,6 +246,16 @@ class SRe2L(TeacherDistiller):
         """Step, and bring the images back to what pixels in [0, 1] can be."""
         super().optimizer_step(*args, **kwargs)
         self.synthetic.parameterisation.clip(self.task.preprocessing)
+
+    def _refuse_fixed_size(self, network: Network, teacher: str) -> None:
+        channels, *sides = self.facts.image_shape
+        try:
+            network.eval()(self.coarser(torch.zeros(1, channels, *sides)))
+        except RuntimeError:
+            raise UserError(
+                f"coarse={self.coarse} shows teachers smaller images, and '{teacher}' takes none but those of {sides} "
+                "pixels: choose one that pools its whole last map, as torchvision/resnet18"
+            ) from None
 
 
 def recovery_groups(num_classes: int, ipc: int, largest: int = _CLASSES) -> list[Tensor]:
