@@ -158,7 +158,8 @@ def option(text: str, default: Any = MISSING, **kind: bool) -> Any:
     Args:
         text: the help.
         default: a value, or a function that makes one.
-        kind: ``words=True`` takes several words, ``positional=True`` needs no ``--name``.
+        kind: ``words=True`` takes several words, ``positional=True`` needs no ``--name``, ``flag=True`` is true where
+            it is named.
     """
     fallback: dict[str, Any] = {"default_factory" if callable(default) else "default": default}
     return field(metadata={"help": text, **kind}, **fallback)
@@ -167,7 +168,9 @@ def option(text: str, default: Any = MISSING, **kind: bool) -> Any:
 def parse_verb(name: str, verb: type[Any], arguments: Sequence[str]) -> Any:
     """Return a verb with the options of a command line; after a mistake, say it in one line and exit with status 2."""
     parser = OneLineErrors(prog=f"lightning-dd {name}", description=(verb.__doc__ or "").partition("\n")[0])
-    parser.add_argument("--config", action=ActionConfigFile, help="a YAML file with any of these options")
+    own_config = any(item.name == "config" for item in fields(verb))
+    if not own_config:
+        parser.add_argument("--config", action=ActionConfigFile, help="a YAML file with any of these options")
     hints = get_type_hints(verb)
     for item in fields(verb):
         words, required = item.metadata.get("words", False), item.default is MISSING and item.default_factory is MISSING
@@ -176,10 +179,13 @@ def parse_verb(name: str, verb: type[Any], arguments: Sequence[str]) -> Any:
             settings["nargs"] = "+"
         if not required:
             settings["default"] = item.default_factory() if item.default is MISSING else item.default  # type: ignore[operator]
-        if item.metadata.get("positional", False):
+        if item.metadata.get("flag", False):
+            parser.add_argument(f"--{item.name}", action="store_true", help=item.metadata["help"])
+        elif item.metadata.get("positional", False):
             parser.add_argument(item.name, **(settings if required or words else settings | {"nargs": "?"}))
         else:
             parser.add_argument(f"--{item.name}", required=required, **settings)
-    parsed = parser.instantiate(parser.parse_args(with_paths(arguments))).as_dict()
-    parsed.pop("config", None)
+    parsed = parser.instantiate(parser.parse_args(arguments if own_config else with_paths(arguments))).as_dict()
+    if not own_config:
+        parsed.pop("config", None)
     return verb(**parsed)

@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning_dd import applications
 from lightning_dd.parsing import Verb, option
-from lightning_dd.utils.errors import unknown_name
+from lightning_dd.utils.errors import printable, unknown_name
 
 ARCHITECTURES = "as name or name:option=value,..., or groups: unseen-small, unseen, frepo-cross, zoo-small"
 
@@ -103,6 +103,48 @@ class Scores(_Students, _Data, _Workers, Verb):
         on_all = protocol("frepo", **full, augment=recipe.augment)
         trained = (self.files, self.architectures, self.output, self.seeds, recipe, on_all)
         score_files(*trained, self.control, self.choice(), Hardware(self.accelerator), self.workers)
+
+
+@dataclass(kw_only=True)
+class Info(Verb):
+    """Say what a distilled set is and how it was made."""
+
+    file: str = option("a distilled-set file, or a run's folder", positional=True)
+    config: bool = option("print the run as a configuration that fit takes instead", False, flag=True)
+
+    def run(self) -> None:
+        """Print it."""
+        from lightning_dd.distilled.card import facts_of
+        from lightning_dd.distilled.set import DistilledSet, find_set
+
+        path = find_set(self.file)
+        distilled = DistilledSet.load(path)
+        if self.config:
+            import yaml
+
+            from lightning_dd.reproduce import run_of
+
+            print(yaml.safe_dump(run_of(distilled), sort_keys=False, allow_unicode=True), end="")
+            return
+        for name, text in facts_of(distilled, path).items():
+            print(f"{name:<14} {printable(text)}")
+
+
+@dataclass(kw_only=True)
+class Reproduce(Verb):
+    """Run a distilled set's own run again and compare."""
+
+    file: str = option("a distilled-set file, or a run's folder", positional=True)
+    output: str = option("a new folder for the run", "runs/reproduced")
+    root: str | None = option("folder of the real data on this machine, where it is your own", None)
+    accelerator: str = option("Lightning's Trainer argument", "auto")
+    trust: bool = option("let the file name classes of other packages, which are imported and run", False)
+
+    def run(self) -> None:
+        """Run and compare."""
+        from lightning_dd.reproduce import reproduce
+
+        print(reproduce(**vars(self)))
 
 
 @dataclass(kw_only=True)
@@ -236,6 +278,8 @@ VERBS: dict[str, type[Verb]] = {
     "scores": Scores,
     "membership": applications.Membership,
     "continual": applications.Continual,
+    "info": Info,
+    "reproduce": Reproduce,
     "relabel": Relabel,
     "export": Export,
     "convert": Convert,

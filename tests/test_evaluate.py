@@ -452,11 +452,14 @@ def test_sets_of_one_method_are_one_line_with_a_spread_over_distillations(tmp_pa
         files.append(str(made.save(tmp_path / f"seed{seed}.safetensors")))
     other = make_distilled(ipc=2, training={"seed": 0}, method="Other")
     files.append(str(other.save(tmp_path / "other.safetensors")))
+    added = make_distilled(ipc=2, training={"seed": 0}, run={"trainer": {"callbacks+": [{"class_path": "MetaDD"}]}})
+    files.append(str(added.save(tmp_path / "metadd.safetensors")))
     rows = evaluate_files(files, [SMALL, "convnet:width=4,depth=2"], str(tmp_path / "r"), 2, Recipe(steps=2))
     lines = summarise(rows)
     assert [(line.set, line.distilled.sets, line.distilled.count) for line in lines[::2]] == [
         ("seed0 x2", 2, 4),
         ("other", 1, 2),
+        ("metadd", 1, 2),
     ]
     assert "Paired difference to `seed0 x2`" in markdown(rows)
 

@@ -18,7 +18,7 @@ LAYERS = [
     {"distillers", "evaluators"},
     {"callbacks"},
     {"api"},
-    {"lightning_cli", "experiment"},
+    {"lightning_cli", "experiment", "reproduce"},
     {"applications"},
     {"verbs"},
     {"cli"},

@@ -12,6 +12,7 @@ from lightning_dd.data.base import RealData
 from lightning_dd.data.images import DataFacts, Patches, Split
 from lightning_dd.distilled.set import DistilledSet, library_versions
 from lightning_dd.distillers.checkpoint import Resumable
+from lightning_dd.distillers.run import run_settings
 from lightning_dd.losses.krr import LABEL_KINDS
 from lightning_dd.models.factory import Architectures, NetworkMixture, build_network
 from lightning_dd.models.interface import Network
@@ -22,7 +23,8 @@ from lightning_dd.students.recipe import Recipe
 from lightning_dd.students.recipe import protocol as published
 from lightning_dd.synthetic.labels import Labels, TeacherLabels
 from lightning_dd.synthetic.parameterisation import Parameterisation, Pixels, SyntheticSet
-from lightning_dd.utils.arguments import plain_values, public_settings, revive
+from lightning_dd.utils.arguments import RemembersArguments, plain_values, public_settings, revive, without_places
+from lightning_dd.utils.commit import source_commit
 from lightning_dd.utils.errors import UserError, check_range
 from lightning_dd.utils.scoring import ScoredModule
 from lightning_dd.utils.seeding import derive_seed, make_generator
@@ -85,6 +87,7 @@ class Distiller(Resumable, ScoredModule):
     Attributes:
         synthetic: the synthetic set; there from ``setup`` on.
         task: what is distilled: facts, preprocessing and real data; there from ``setup`` on.
+        run: the whole run in plain values (:mod:`lightning_dd.distillers.run`); there from ``setup`` for a fit on.
 
     Raises:
         UserError: an argument is out of range.
@@ -135,6 +138,7 @@ class Distiller(Resumable, ScoredModule):
         self.probe = Probe(**probe) if isinstance(probe, dict) else probe
         self.train_missing, self.seed = train_missing, seed
         self._watched: dict[str, Tensor] = {}
+        self.run: dict[str, Any] = {}
 
     @abstractmethod
     def outer_terms(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
@@ -206,8 +210,9 @@ class Distiller(Resumable, ScoredModule):
             preprocessing=self.task.preprocessing,
             data=self.task.origin,
             method=type(self).__name__,
-            config={**public_settings(self.hparams), "student_architecture": self.student_architecture},
-            training={"seed": self.seed, "versions": library_versions(), **training},
+            config=without_places({**public_settings(self.hparams), "student_architecture": self.student_architecture}),
+            training={"seed": self.seed, "versions": library_versions(), "commit": source_commit(), **training},
+            run=self.run,
         )
         if self.label_strategy is not None:
             return self.label_strategy.finish(distilled, self.committee, self.seed, views)
@@ -222,6 +227,8 @@ class Distiller(Resumable, ScoredModule):
         if not isinstance(data, RealData):
             raise UserError(f"a distiller needs a RealData module as its data, got {type(data).__name__}")
         self.task = Task.of(data, self.trainer, self.train_missing)
+        if stage == "fit":
+            self.run = run_settings(self, self.trainer)
         self.make_accuracy(self.facts.num_classes)
         if not hasattr(self, "synthetic"):
             self.make_synthetic()
@@ -292,7 +299,7 @@ class Distiller(Resumable, ScoredModule):
         return (self.trainer.global_step + 1) % every == 0
 
 
-class OuterTerm(Callback, ABC):
+class OuterTerm(Callback, RemembersArguments, ABC):
     """Add a term to the outer loss of whatever distiller is fitted. A subclass answers :meth:`add`.
 
     Example::

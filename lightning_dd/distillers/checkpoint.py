@@ -28,6 +28,7 @@ class Resumable(LightningModule, ABC):
     """
 
     task: Task
+    run: dict[str, Any]
 
     @abstractmethod
     def make_synthetic(self) -> None:
@@ -61,6 +62,7 @@ class Resumable(LightningModule, ABC):
             "facts": self.task.facts.to_dict(),
             "preprocessing": self.task.preprocessing.state_dict(),
             "origin": self.task.origin,
+            "run": self.run,
             "ranks": ranks,
         }
 
@@ -81,6 +83,7 @@ class Resumable(LightningModule, ABC):
             refuse_other("other data", facts.to_dict(), self.task.facts.to_dict())
         else:
             self.task = Task(facts, Preprocessing.from_state_dict(state["preprocessing"]), state["origin"])
+            self.run = state.get("run", {})  # checkpoints of before lack it
             self.make_synthetic()
         if self._is_fitting():
             ranks, world_size = state["ranks"], self.trainer.world_size

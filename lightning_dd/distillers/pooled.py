@@ -13,6 +13,7 @@ from lightning_dd.distillers.base import Distiller
 from lightning_dd.losses.labels import student_loss
 from lightning_dd.models.interface import Network
 from lightning_dd.models.pool import ModelPool
+from lightning_dd.utils.arguments import RemembersArguments
 from lightning_dd.utils.errors import check_range
 from lightning_dd.utils.seeding import make_generator
 
@@ -167,7 +168,7 @@ class PoolDistiller(Distiller):
         self._inner_generator.set_state(state["inner"].cpu())
 
 
-class PoolAlternation(Callback):
+class PoolAlternation(Callback, RemembersArguments):
     """After an outer step, train the network it used, then draw the next one.
 
     This callback owns *when*: how many inner steps follow which outer step. The pool owns *how* a network is

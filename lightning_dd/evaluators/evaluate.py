@@ -222,7 +222,8 @@ def _in_groups(rows: Sequence[Row], sets: Mapping[str, DistilledSet]) -> list[Ro
     def origin(name: str) -> str:
         distilled = sets[name]
         config = {key: value for key, value in public_settings(distilled.config).items() if key != "seed"}
-        return json.dumps([distilled.method, distilled.label_kind, config, distilled.data], sort_keys=True)
+        run = {key: value for key, value in distilled.run.items() if key != "seed_everything"}  # MetaDD among it
+        return json.dumps([distilled.method, distilled.label_kind, config, distilled.data, run], sort_keys=True)
 
     group = {name: _group_name(names) for names in grouped(sets, origin).values() for name in names}
     seeds = {name: distilled.training.get("seed") for name, distilled in sets.items()}

@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -148,6 +149,22 @@ def nothing_imported() -> Iterator[None]:
         yield
     finally:
         _MAY_IMPORT.reset(token)
+
+
+def without_places(value: Any) -> Any:
+    """Return plain settings without what names a place of this machine or a host: such a path is left as its name.
+
+    Example:
+        >>> without_places({"root": "photos", "files": ["/home/me/a.pt", "conv:width=32"]})
+        {'files': ['a.pt', 'conv:width=32']}
+    """
+    if isinstance(value, dict):
+        return {key: without_places(item) for key, item in value.items() if key not in ("root", "dirpath")}
+    if isinstance(value, list):
+        return [without_places(item) for item in value]
+    if isinstance(value, str) and re.match(r"[/~\\]|\.\./|[A-Za-z]:\\|[a-z]+://", value):
+        return re.split(r"[/\\]", value.rstrip("/"))[-1]
+    return value
 
 
 def public_settings(hparams: Any) -> dict[str, Any]:
