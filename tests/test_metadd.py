@@ -15,10 +15,10 @@ from safetensors.torch import save_file
 from lightning_dd.callbacks import MetaDD, MetaFeatureImages, PoolAlternation
 from lightning_dd.callbacks.architectures import Look
 from lightning_dd.callbacks.pictures import feature_figure
-from lightning_dd.distillers import FRePo, PoolDistiller
+from lightning_dd.distillers import DM, FRePo, PoolDistiller
 from lightning_dd.distillers.base import Probe
 from lightning_dd.losses.meta_features import focus_weights
-from lightning_dd.losses.metadd import MetaOptions
+from lightning_dd.losses.metadd import MetaOptions, label_distribution
 from lightning_dd.losses.metadd_gradient import naive_loss
 from lightning_dd.pretrained import ClassifierRecipe, Task, trained_classifier
 from lightning_dd.synthetic import Pixels
@@ -300,6 +300,29 @@ def test_one_architecture_may_look_where_no_maps_are_compared(tmp_path):
     kinds = metadd(looks={ARCHITECTURES[1]: Look(cam="gradcam")})
     fit(tmp_path, kinds, 1)
     assert [architecture.cam for architecture in kinds.architectures] == [None, "gradcam", None]
+
+
+CLOM = {"variance": 0.0, "kl": 0.0, "per_step": 1, "weight": 200.0}  # the rest of its form is metadd()'s own
+MATCHING = {"architecture": "convnet:width=4,depth=2", "ipc": 2, "real_per_class": 4, "probe": Probe(steps=3)}
+
+
+@pytest.mark.parametrize(("cls", "settings"), [(DM, MATCHING), (FRePo, TINY)])
+def test_cloms_form_is_a_setting_for_any_method(cls, settings, tmp_path):
+    callback = metadd(**CLOM)
+    model, trainer = fit(tmp_path, callback, 3, model=cls(**settings))
+    plain = cls(**settings)
+    tiny_trainer(tmp_path, 3).fit(plain, SixteenPixels(val_fraction=0.25))
+    assert not torch.equal(model.synthetic.images, plain.synthetic.images)
+    assert "outer/metadd" in trainer.callback_metrics  # the last step carries it as every step does
+    images, labels = (part.detach() for part in model.synthetic())
+    images.requires_grad_()
+    term = callback.add(trainer, model, images, labels, images.sum())[1]["metadd"]
+    (architecture,) = callback.looking_at(3)
+    target = label_distribution(labels, model.label_kind)
+    by_hand = 200 * torch.nn.functional.cross_entropy(architecture.network(images), target)
+    torch.testing.assert_close(term, by_hand)
+    gradients = [torch.autograd.grad(value, images)[0] for value in (term, by_hand)]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
 
 
 def test_whitened_images_are_unwhitened_for_the_architectures(tmp_path):
