@@ -189,8 +189,9 @@ def test_bad_test_data():
     data.setup("fit")
     with pytest.raises(UserError, match=r"Toy \(test split\): labels must be in \[0, 3\)"):
         data.setup("test")
-    few = raw(FOUR, [0, 0, 1, 1], ("a", "b", "c"))  # a test split need not hold every class
-    Toy(test=few).setup("test")
+    few = raw(FOUR, [0, 0, 1, 1], ("a", "b", "c"))
+    with pytest.raises(UserError, match=r"Toy \(test split\): class 'c' has no images; every class needs at least one"):
+        Toy(test=few).setup("test")
 
 
 @pytest.mark.parametrize("fraction", [0.5, 0.01])

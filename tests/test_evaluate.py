@@ -44,6 +44,14 @@ def row(architecture="conv", source=DISTILLED, seed=0, accuracy=0.5, seen=False,
     return Row("set", architecture, seen, source, seed, accuracy, best, None, 10, 1, "FRePo")
 
 
+class Darker(TinyData):
+    """The same classes and shapes, other pixels."""
+
+    def read(self, *, train):
+        raw = super().read(train=train)
+        return raw._replace(images=raw.images // 2)
+
+
 # ---- students ----------------------------------------------------------------------------------------------------
 
 
@@ -433,6 +441,22 @@ def test_fit_and_test_take_the_real_data_by_name_or_path(tmp_path, capsys):
     assert main(["fit", *asked, *real, "--trainer.default_root_dir=run"]) == 0
     assert main(["test", *asked, *real, f"--ckpt_path={next(Path('run').rglob('last.ckpt'))}"]) == 0
     assert "test/accuracy" in capsys.readouterr().out
+
+
+def test_other_data_of_the_same_classes_is_said_at_once_and_in_the_report(tmp_path):
+    file = str(make_distilled(ipc=2).save(tmp_path / "mine.safetensors"))
+    with pytest.warns(
+        UserWarning, match="'mine' is scored on other data than the set was made from: .* of Darker here"
+    ):
+        evaluate_files([file], [SMALL], str(tmp_path / "a"), 1, Recipe(steps=2), DataChoice("test_evaluate.Darker"))
+    said = "**Scored on other data than the set was made from:** mine."
+    assert said in (tmp_path / "a" / "results.md").read_text()
+    evaluate_files([file], [SMALL], str(tmp_path / "b"), 1, Recipe(steps=2), DataChoice("test_evaluate.TinyData"))
+    assert said not in (tmp_path / "b" / "results.md").read_text()
+    asked = ["fit", "--data=DistilledData", f"--data.file={file}", "--model=Student", f"--model.architecture={SMALL}"]
+    asked += ["--trainer.accelerator=cpu", "--trainer.logger=false", "--trainer.max_steps=1"]
+    with pytest.warns(UserWarning, match="scored on other data"):
+        assert main([*asked, "--data.real=test_evaluate.Darker"]) == 0
 
 
 def test_other_test_images_are_another_result(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any, cast
 
 from pytorch_lightning import LightningDataModule
+from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -43,6 +44,7 @@ class DistilledData(LightningDataModule):
         super().__init__()
         check_range("at least 1", "data.", batch_size=batch_size)
         self.distilled = file if isinstance(file, DistilledSet) else DistilledSet.load(file)
+        self._says_what_differs = self.distilled is not file  # whoever brings sets says it once for all students
         self.real = real_data_of(self.distilled) if real is None else _like(self.distilled, real)
         self.batch_size, self.seed = batch_size, seed
         self.suit(500, 0)
@@ -72,6 +74,8 @@ class DistilledData(LightningDataModule):
         self.real.trainer = self.trainer
         self.real.setup(stage)
         check_match(self.distilled, self.real)
+        if self._says_what_differs and (difference := other_data(self.distilled, self.real)):
+            rank_zero_warn(difference)
         assert self.real.train is not None
         device = self.real.train.device
         self._images, self._labels = self.distilled.images.to(device), self.distilled.labels.to(device)
@@ -187,3 +191,14 @@ def check_match(distilled: DistilledSet, real: RealData) -> None:
             raise UserError(f"{what} disagree: the distilled set has {ours}, {facts.name} has {theirs}")
     if distilled.class_names != facts.class_names:
         raise UserError(f"class names or their order disagree between the distilled set and {facts.name}")
+
+
+def other_data(distilled: DistilledSet, real: RealData) -> str | None:
+    """Say in one line that a set is scored on other data than it was made from; ``None`` where that is not known."""
+    made_from, here = distilled.data.get("fingerprint"), real.facts.fingerprint
+    if made_from in (None, here):
+        return None
+    return (
+        f"scored on other data than the set was made from: the training images of {real.facts.name} here (fingerprint "
+        f"{here}) are not the set's ({made_from}); another folder, or other arguments as val_fraction"
+    )

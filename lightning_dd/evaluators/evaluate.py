@@ -10,9 +10,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pytorch_lightning.utilities import rank_zero_warn
+
 from lightning_dd.data.base import RealData
 from lightning_dd.data.parts import DataChoice
-from lightning_dd.distilled.datamodule import check_match, real_data_of
+from lightning_dd.distilled.datamodule import check_match, other_data, real_data_of
 from lightning_dd.distilled.set import DistilledSet, find_set, library_versions
 from lightning_dd.evaluators.matrix import ALL_REAL, DISTILLED, RANDOM_REAL, Cell, Hardware, Row, run_cell
 from lightning_dd.evaluators.report import bar_figure, markdown, summarise
@@ -54,6 +56,8 @@ def evaluate_files(
     recipes = {"": recipe} if isinstance(recipe, Recipe) else dict(recipe)
     bench = Bench(named, recipes, folder, data, hardware)
     architectures = bench.architectures(architectures)
+    for name, difference in bench.elsewhere.items():
+        rank_zero_warn(f"'{name}' is {difference}")
     cells = [
         Cell(name, architecture, source, seed, protocol)
         for protocol in recipes
@@ -95,6 +99,8 @@ class Bench:
         for name, distilled in self.sets.items():
             self.reals[name] = self._real(name, distilled)
             check_match(distilled, self.reals[name])
+        found = {name: other_data(distilled, self.reals[name]) for name, distilled in self.sets.items()}
+        self.elsewhere = {name: difference for name, difference in found.items() if difference}
 
     def __reduce__(self) -> tuple[type["Bench"], tuple[Any, ...]]:
         return Bench, (self.files, self.recipes, self.folder, self.data, self.hardware)
@@ -132,7 +138,8 @@ class Bench:
 
     def row(self, cell: Cell) -> Row:
         """Return the row of a cell whose student, or one like it, has been trained."""
-        own = {"set": cell.set_name, "protocol": cell.protocol}
+        elsewhere = cell.set_name in self.elsewhere
+        own: dict[str, Any] = {"set": cell.set_name, "protocol": cell.protocol, "other_data": elsewhere}
         own |= {"method": self.sets[cell.set_name].method} if cell.source == DISTILLED else {}
         return Row(**(self.ledger.need(self._identity(cell)) | own))
 

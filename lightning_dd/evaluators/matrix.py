@@ -64,6 +64,8 @@ class Row:
     protocol: str = ""
     seconds: float = 0.0
     """Wall time of training and testing this student."""
+    other_data: bool = False
+    """Whether the real data here is not what the set was made from."""
 
 
 @dataclass(frozen=True)

@@ -121,8 +121,11 @@ def _note(rows: Sequence[Row], lines: Sequence[Line]) -> str:
     students = max(line.distilled.count // line.distilled.sets for line in lines)
     many = max(line.distilled.sets for line in lines)
     spread = f"over {many} distilled sets of {students} students each" if many > 1 else f"over {students} student seeds"
+    elsewhere = sorted({row.set for row in rows if row.other_data})
+    warning = f"**Scored on other data than the set was made from:** {', '.join(elsewhere)}.\n\n" if elsewhere else ""
     return (
-        f"Test accuracy in %, mean ± sample standard deviation {spread}; {sizes} image(s) per class, {steps} steps. "
+        f"{warning}Test accuracy in %, mean ± sample standard deviation {spread}; {sizes} image(s) per class, "
+        f"{steps} steps. "
         "`last` is the last step, `best` the step with the best validation accuracy. `random real`: as many random "
         "real training images, drawn anew for each seed, same recipe, last step. `gain`: with its 95 % bootstrap "
         "interval. `seen`: the set was distilled with an architecture of that name."
