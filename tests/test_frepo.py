@@ -27,6 +27,7 @@ OPTIONS = [
     {"views": 2},
     {"outer": "cross_entropy"},
     {"kernels": 2},
+    {"mixing_start": 5, "architecture": {"conv:width=4,depth=2": 0.5, "conv:width=4,depth=1": 0.5}, "lifetime": 1},
 ]
 
 

@@ -113,6 +113,28 @@ def test_fresh_networks_draw_their_architecture_by_its_probability():
     assert seen == {"one", "other"}
 
 
+@pytest.mark.parametrize("start", [0, 4])
+def test_unlike_architectures_are_drawn_from_mixing_start_on(start, tmp_path):
+    seen = []
+
+    class Watched(FRePo):
+        def outer_loss(self, network, images, labels, real):
+            seen.append(self.pool.current.architecture)
+            return super().outer_loss(network, images, labels, real)
+
+    main = "conv:width=4,depth=2"
+    mixture = {main: 0.5, "conv:width=4,depth=1": 0.25, "conv:width=4,depth=2,norm=none": 0.25}
+    settings = {"pool_size": 2, "lifetime": 0, "real_batch_size": 8, "probe": Probe(steps=1)}
+    model = Watched(architecture=mixture, mixing_start=start, **settings)
+    tiny_trainer(tmp_path, 16).fit(model, TinyData())
+    assert (set(seen[:4]) == {main}) == (start == 4)
+    assert len(set(seen[4:])) == 3
+    with pytest.raises(UserError, match="mixing_start needs several architectures to mix, got 'conv'"):
+        FRePo(mixing_start=1)
+    with pytest.raises(UserError, match="mixing_start must be at least 0, got -1"):
+        FRePo(mixing_start=-1)
+
+
 def test_balanced_terms_are_in_units_of_what_is_usual_for_the_architecture():
     pool = make_pool(size=2, lifetime=9, architectures=["one", "other"])
     sizes = {"one": 100.0, "other": 0.01}

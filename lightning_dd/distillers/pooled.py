@@ -14,7 +14,7 @@ from lightning_dd.losses.labels import student_loss
 from lightning_dd.models.interface import Network
 from lightning_dd.models.pool import ModelPool
 from lightning_dd.utils.arguments import RemembersArguments
-from lightning_dd.utils.errors import check_range
+from lightning_dd.utils.errors import UserError, check_range
 from lightning_dd.utils.seeding import make_generator
 
 
@@ -37,6 +37,8 @@ class PoolDistiller(Distiller):
         inner_batch_size: synthetic images per inner step, drawn without replacement, at most all of them.
         balance: where several architectures are mixed, divide the outer loss by the size that is usual for the
             current one's (:meth:`~lightning_dd.models.pool.ModelPool.balanced`).
+        mixing_start: outer steps in which fresh networks are of the main architecture only, where several are mixed:
+            unlike ones that look from the first step on can keep a set from converging.
         **kwargs: see :class:`Distiller`.
 
     Attributes:
@@ -53,13 +55,18 @@ class PoolDistiller(Distiller):
         inner_lr: float = 3e-4,
         inner_batch_size: int = 1000,
         balance: bool = True,
+        mixing_start: int = 0,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        check_range("at least 0", mixing_start=mixing_start)
+        if mixing_start and len(self.networks.names) == 1:
+            raise UserError(f"mixing_start needs several architectures to mix, got '{self.architecture}'")
         check_range("at least 1", real_batch_size=real_batch_size, inner_batch_size=inner_batch_size)
         check_range("positive", inner_lr=inner_lr)
         self.real_batch_size, self.pool_size, self.lifetime = real_batch_size, pool_size, lifetime
         self.inner_lr, self.inner_batch_size, self.balance = inner_lr, inner_batch_size, balance
+        self.mixing_start = mixing_start
 
     @abstractmethod
     def outer_loss(self, network: Network, images: Tensor, labels: Tensor, real: Batch) -> dict[str, Tensor]:
@@ -115,6 +122,7 @@ class PoolDistiller(Distiller):
             lifetime=self.lifetime,
             generator=generator,
             device=device,
+            mixed=self.mixing_start == 0,
         )
 
     def configure_inner_optimizer(self, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
@@ -148,6 +156,7 @@ class PoolDistiller(Distiller):
 
         Otherwise it was too old, and a fresh one stands in its place.
         """
+        self.pool.mixed = self.trainer.global_step >= self.mixing_start
         with self.trainer.precision_plugin.train_step_context():
             return self.pool.advance(self.inner_loss)
 

@@ -51,6 +51,10 @@ class ModelPool:
         lifetime: inner steps a network takes before it is replaced; 0 replaces it every time.
         generator: CPU generator for the networks' architectures and seeds, and for the choice of the next.
         device: where the networks live.
+        mixed: whether fresh networks draw their architecture; otherwise all are of the main one.
+
+    Attributes:
+        mixed: the same, of the networks to come.
 
     Raises:
         UserError: ``size`` or ``lifetime`` is out of range.
@@ -65,10 +69,11 @@ class ModelPool:
         lifetime: int,
         generator: torch.Generator,
         device: torch.device | str = "cpu",
+        mixed: bool = True,
     ) -> None:
         check_range("at least 1", pool_size=size)
         check_range("at least 0", lifetime=lifetime)
-        self.lifetime, self.mixture = lifetime, mixture
+        self.lifetime, self.mixture, self.mixed = lifetime, mixture, mixed
         self._build, self._build_optimizer = build, build_optimizer
         self._generator, self._device = generator, device
         self._sizes: dict[str, Tensor] = {}
@@ -171,7 +176,7 @@ class ModelPool:
         self._generator.set_state(state["generator"].cpu())
 
     def _draw(self) -> tuple[str, Network]:
-        architecture = self.mixture.draw(self._generator)
+        architecture = self.mixture.draw(self._generator) if self.mixed else self.mixture.main
         seed = int(torch.randint(2**62, (), generator=self._generator))
         return architecture, self._build(seed, architecture)
 
