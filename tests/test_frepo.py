@@ -27,6 +27,7 @@ OPTIONS = [
     {"views": 2},
     {"outer": "cross_entropy"},
     {"kernels": 2},
+    {"perturb": 0.1, "kernels": 2},
     {"mixing_start": 5, "architecture": {"conv:width=4,depth=2": 0.5, "conv:width=4,depth=1": 0.5}, "lifetime": 1},
 ]
 
@@ -75,6 +76,7 @@ def test_a_resumed_run_equals_the_run_never_interrupted(options, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"perturb": -0.1}, "perturb must be at least 0, got -0.1"),
         ({"views": -1}, "views must be at least 0, got -1"),
         ({"kernels": 0}, "kernels must be from 1 to pool_size, 3, got 0"),
         ({"kernels": 4}, "kernels must be from 1 to pool_size, 3, got 4"),

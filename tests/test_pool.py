@@ -8,7 +8,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from lightning_dd.distillers import FRePo
 from lightning_dd.distillers.base import Probe
 from lightning_dd.models.factory import NetworkMixture
-from lightning_dd.models.pool import ModelPool
+from lightning_dd.models.pool import ModelPool, perturbed
 from lightning_dd.utils.errors import UserError
 from lightning_dd.utils.seeding import seeded
 
@@ -215,3 +215,59 @@ def test_bad_settings_and_foreign_states_give_one_line():
         make_pool(size=2).load_state_dict(make_pool(size=3).state_dict())
     with pytest.raises(UserError, match="pool has architecture 'other', the run has none"):
         make_pool(size=2).load_state_dict(make_pool(size=2, architectures="other").state_dict())
+
+
+def test_noise_on_weights_is_relative_seeded_and_gone_bit_for_bit():
+    pool = make_pool(size=1)
+    network, images = pool.network, torch.ones(2, 1, 8, 8, requires_grad=True)
+    parameters, before = list(network.parameters()), weights(network).clone()
+    with perturbed(network, 0.1, torch.Generator().manual_seed(0)):
+        noisy = [parameter.clone() for parameter in network.parameters()]
+        assert not any(parameter.requires_grad for parameter in network.parameters())
+        loss = inner_loss_of(network, images)
+    assert all(left is right for left, right in zip(parameters, network.parameters(), strict=True))
+    assert torch.equal(weights(network), before)
+    for changed, parameter in zip(noisy, parameters, strict=True):
+        share = (changed - parameter).square().mean().sqrt() / parameter.square().mean().sqrt()
+        assert share.item() == pytest.approx(0.1, rel=0.5 if parameter.numel() < 100 else 0.1)
+    (gradient,) = torch.autograd.grad(loss, images)  # after the block, and yet that of the noisy weights
+    twin = LinearNetwork()
+    for weight, value in zip(twin.parameters(), noisy, strict=True):
+        weight.data.copy_(value)
+    torch.testing.assert_close(gradient, torch.autograd.grad(inner_loss_of(twin, images), images)[0])
+    with pytest.raises(KeyError), perturbed(network, 0.1, torch.Generator().manual_seed(1)):
+        raise KeyError
+    assert torch.equal(weights(network), before)
+    pool.advance(inner_loss)  # the optimizer still holds the network's own weights
+    assert not torch.equal(weights(network), before)
+
+
+def inner_loss_of(network, images):
+    return network(images).square().mean()
+
+
+def test_noise_is_there_while_networks_look_and_not_while_they_learn(tmp_path):
+    seen = {"outer": [], "inner": []}
+
+    class Watched(FRePo):
+        def look(self, network, support, query):
+            seen["outer"].append(weights(network).clone())
+            return super().look(network, support, query)
+
+        def inner_loss(self, network):
+            seen["inner"].append(weights(network).clone())
+            return super().inner_loss(network)
+
+    def first_looks(perturb):
+        for kind in seen.values():
+            kind.clear()
+        settings = {"pool_size": 2, "kernels": 2, "real_batch_size": 8, "probe": Probe(steps=1)}
+        model = Watched(architecture="conv:width=4,depth=2", perturb=perturb, **settings)
+        tiny_trainer(tmp_path, 1).fit(model, TinyData())
+        return [*seen["outer"], *seen["inner"]]
+
+    plain, noisy = first_looks(0.0), first_looks(0.2)
+    assert torch.equal(plain[0], plain[2])
+    assert torch.equal(plain[2], noisy[2])
+    for left, right in zip(plain[:2], noisy[:2], strict=True):  # the current network and the other one
+        assert 0.1 < (left - right).norm() / left.norm() < 0.3

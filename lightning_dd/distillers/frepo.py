@@ -82,12 +82,13 @@ class FRePo(PoolDistiller):
         """The error of the ridge prediction, and the margin term of learned labels."""
         support, shown = self.draw_views(images, real.images)
         support_labels = labels.repeat(len(support) // len(labels), 1)
-        networks = [network]
+        looks = [self.look(network, support, shown)]
         if self.kernels > 1:
-            networks += self.pool.others(self.kernels - 1, self.step_generator("kernels"))
-        features, query = krr.averaged_kernel(
-            [(self.features(each, support), features_in_slices(each, shown, self.features)) for each in networks]
-        )
+            others = self.pool.others(self.kernels - 1, self.step_generator("kernels"))
+            for place, other in enumerate(others, start=1):
+                with self.perturbed(other, place):
+                    looks.append(self.look(other, support, shown))
+        features, query = krr.averaged_kernel(looks)
         prediction = krr.krr_predict(features, support_labels, query, self.ridge)
         terms = {"krr": self.prediction_error(prediction.values, real.labels)}
         if self.label_kind == "learned":
@@ -102,6 +103,10 @@ class FRePo(PoolDistiller):
             }
         )
         return terms
+
+    def look(self, network: Network, support: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
+        """Return a network's features of synthetic images, and without graph of real ones: ``(N, num_features)``."""
+        return self.features(network, support), features_in_slices(network, query, self.features)
 
     def prediction_error(self, prediction: Tensor, classes: Tensor) -> Tensor:
         """Return the outer loss of predictions ``(B, num_classes)`` of real images of these classes ``(B,)``."""

@@ -1,6 +1,7 @@
 """Distillers that look through a pool of partly trained networks, and the clock that trains the pool."""
 
 from abc import abstractmethod
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from lightning_dd.data.sampling import ShuffledStream, next_batch
 from lightning_dd.distillers.base import Distiller
 from lightning_dd.losses.labels import student_loss
 from lightning_dd.models.interface import Network
-from lightning_dd.models.pool import ModelPool
+from lightning_dd.models.pool import ModelPool, perturbed
 from lightning_dd.utils.arguments import RemembersArguments
 from lightning_dd.utils.errors import UserError, check_range
 from lightning_dd.utils.seeding import make_generator
@@ -39,6 +40,8 @@ class PoolDistiller(Distiller):
             current one's (:meth:`~lightning_dd.models.pool.ModelPool.balanced`).
         mixing_start: outer steps in which fresh networks are of the main architecture only, where several are mixed:
             unlike ones that look from the first step on can keep a set from converging.
+        perturb: noise on a network's weights while it looks, relative to their size
+            (:func:`~lightning_dd.models.pool.perturbed`); inner steps train it without.
         **kwargs: see :class:`Distiller`.
 
     Attributes:
@@ -56,17 +59,18 @@ class PoolDistiller(Distiller):
         inner_batch_size: int = 1000,
         balance: bool = True,
         mixing_start: int = 0,
+        perturb: float = 0.0,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        check_range("at least 0", mixing_start=mixing_start)
+        check_range("at least 0", mixing_start=mixing_start, perturb=perturb)
         if mixing_start and len(self.networks.names) == 1:
             raise UserError(f"mixing_start needs several architectures to mix, got '{self.architecture}'")
         check_range("at least 1", real_batch_size=real_batch_size, inner_batch_size=inner_batch_size)
         check_range("positive", inner_lr=inner_lr)
         self.real_batch_size, self.pool_size, self.lifetime = real_batch_size, pool_size, lifetime
         self.inner_lr, self.inner_batch_size, self.balance = inner_lr, inner_batch_size, balance
-        self.mixing_start = mixing_start
+        self.mixing_start, self.perturb = mixing_start, perturb
 
     @abstractmethod
     def outer_loss(self, network: Network, images: Tensor, labels: Tensor, real: Batch) -> dict[str, Tensor]:
@@ -82,8 +86,15 @@ class PoolDistiller(Distiller):
     def outer_terms(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Return :meth:`outer_loss` on the current network and a real batch."""
         self.watch(**{"pool/age": torch.tensor(float(self.pool.current.age))})
-        terms = self.outer_loss(self.network, images, labels, self.draw_real())
+        with self.perturbed(self.network):
+            terms = self.outer_loss(self.network, images, labels, self.draw_real())
         return self.pool.balanced(terms) if self.balance else terms
+
+    def perturbed(self, network: Network, place: int = 0) -> AbstractContextManager[None]:
+        """Return a block in which a network, the ``place``-th of this step, looks with the noise asked for."""
+        if self.perturb == 0:
+            return nullcontext()
+        return perturbed(network, self.perturb, self.step_generator("perturb", place, device=self.device))
 
     def draw_real(self) -> Batch:
         """Draw the next ``real_batch_size`` training images of a shuffled stream: ``(B, C, H, W)``, and classes."""

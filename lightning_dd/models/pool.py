@@ -4,7 +4,8 @@ Plain torch and no Lightning: a distiller keeps a pool outside its module tree, 
 networks nor refuses their backward passes, and every rank trains its own.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -200,3 +201,31 @@ class ModelPool:
 def rest(network: Network) -> None:
     """Put a network in inference mode, its parameters without gradient."""
     network.eval().requires_grad_(False)
+
+
+@contextmanager
+def perturbed(network: Network, share: float, generator: torch.Generator) -> Iterator[None]:
+    """Within the block, have a network look with noise on its parameters (Acc-DD, arXiv 2212.06152).
+
+    Gaussian noise of ``share`` times the root mean square of a tensor is added to it. Copies stand in for the
+    parameters, which are not written to: a graph made in the block stays valid, and what was there comes back bit for
+    bit.
+
+    Args:
+        network: whose parameters are to be noisy.
+        share: relative size of the noise.
+        generator: on the network's device.
+    """
+    owned = [(module, dict(module.named_parameters(recurse=False))) for module in network.modules()]
+    try:
+        for module, parameters in owned:
+            for name, parameter in parameters.items():
+                weight = parameter.detach()
+                size = share * weight.square().mean().sqrt()
+                noisy = weight + size * torch.empty_like(weight).normal_(generator=generator)
+                setattr(module, name, nn.Parameter(noisy, requires_grad=parameter.requires_grad))
+        yield
+    finally:
+        for module, parameters in owned:
+            for name, parameter in parameters.items():
+                setattr(module, name, parameter)
