@@ -78,7 +78,7 @@ def test_a_resumed_run_equals_the_run_never_interrupted(options, tmp_path):
     [
         ({"perturb": -0.1}, "perturb must be at least 0, got -0.1"),
         ({"views": -1}, "views must be at least 0, got -1"),
-        ({"kernels": 0}, "kernels must be from 1 to pool_size, 3, got 0"),
+        ({"kernels": 0}, "kernels must be at least 1, got 0"),
         ({"kernels": 4}, "kernels must be from 1 to pool_size, 3, got 4"),
         ({"outer": "ce"}, "unknown outer loss 'ce'; known: cross_entropy, mse"),
         ({"augment": "flip_crops"}, "unknown augmentation 'crops'; did you mean 'crop'"),

@@ -68,7 +68,8 @@ class FRePo(PoolDistiller):
     ) -> None:
         super().__init__(lr=lr, **kwargs)
         check_range("at least 0", views=views, scale_lr=scale_lr)
-        if not 1 <= kernels <= self.pool_size:
+        check_range("at least 1", kernels=kernels, pool_size=self.pool_size)
+        if kernels > self.pool_size:
             raise UserError(f"kernels must be from 1 to pool_size, {self.pool_size}, got {kernels}")
         if outer not in OUTER:
             raise unknown_name("outer loss", outer, OUTER)
