@@ -229,6 +229,8 @@ def test_a_regression_networks_answer_becomes_a_sure_prediction(classes):
     logits = random(2, classes)
     assert torch.isfinite(agreement_kl(100 * logits, prediction_logits(-answers, "centred"), 1.0, "reverse"))
     assert torch.equal(prediction_logits(logits, "hard"), logits)
+    assert torch.equal(prediction_logits(logits, "soft"), logits)
+    assert torch.equal(label_distribution(logits, "soft"), logits.softmax(1))
     near = (answers + 0.01 * logits).requires_grad_()
     assert torch.autograd.gradcheck(lambda y: prediction_logits(y.abs() + 0.1, "learned"), near)
 
@@ -306,5 +308,5 @@ def test_bad_architectures_are_one_line(architectures, batch, loss):
         assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="needs at least one architecture"):
         loss([], *batch, "learned", MetaOptions())
-    with pytest.raises(UserError, match="unknown label kind 'soft'"):
-        loss(architectures, *batch, "soft", MetaOptions())
+    with pytest.raises(UserError, match="unknown label kind 'fuzzy'"):
+        loss(architectures, *batch, "fuzzy", MetaOptions())

@@ -10,6 +10,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from safetensors import safe_open
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.utils import vector_to_parameters
 
 from lightning_dd.augment.siamese import apply, siamese
 from lightning_dd.callbacks import MetaDD
@@ -373,6 +374,83 @@ def test_every_part_learns_at_its_own_rate(tmp_path, labels, names):
     assert all(parameter.grad is None for parameter in model.network.parameters())
 
 
+def test_start_epochs_come_from_a_window_that_grows(tmp_path):
+    class Keep(Callback):
+        def __init__(self):
+            self.epochs = []
+
+        def on_train_batch_end(self, trainer, pl_module, *args):
+            kept = pl_module._trajectories[pl_module.architecture]
+            now = parameter_vector(pl_module.network)
+            self.epochs += [
+                epoch for epoch in range(5) for expert in range(2) if torch.equal(now, kept.snapshot(expert, epoch))
+            ]
+
+    keep, window = Keep(), {"min_start_epoch": 1, "early_max_start_epoch": 2, "max_start_epoch": 5, "window_growth": 12}
+    trainer = tiny_trainer(tmp_path, 40, callbacks=[keep])
+    model = fitted(tmp_path, trainer=trainer, trajectory_epochs=6, **window)
+    assert [model.max_start_epoch_at(step) for step in (0, 3, 4, 7, 8, 11, 12, 1000)] == [2, 2, 3, 3, 4, 4, 5, 5]
+    assert len(keep.epochs) == 40
+    assert set(keep.epochs[:4]) == {1}
+    assert set(keep.epochs[:8]) <= {1, 2}
+    assert set(keep.epochs) == {1, 2, 3, 4}
+
+
+def test_logits_start_from_experts_answers_to_images_they_get_right(tmp_path):
+    model = fitted(tmp_path, 0, labels="logits", ipc=2, trajectory_epochs=12, expert_lr=0.1)
+    train, network, kept = model.trainer.datamodule.train.everything(), model.network, model._trajectories
+    answers = []
+    for expert in range(2):
+        vector_to_parameters(kept[model.architecture].snapshot(expert, 12).clone(), network.parameters())
+        answers.append(network(model.synthetic.images).detach())
+    classes = model.synthetic.classes
+    right = [answer.argmax(1) == classes for answer in answers]
+    for row in range(6):
+        assert any(torch.equal(model.synthetic.images[row], image) for image in train.images[train.labels == row // 2])
+        mean = torch.stack([answers[expert][row] for expert in range(2) if right[expert][row]]).mean(0)
+        torch.testing.assert_close(model.synthetic.labels[row].detach(), mean)
+    assert not all(torch.equal(model.synthetic.labels[row], answers[0][row]) for row in range(6))
+
+
+def test_images_that_no_expert_gets_right_are_not_started_from(tmp_path):
+    model = fitted(tmp_path, 0, labels="logits", trajectory_epochs=12, expert_lr=0.1)
+    train = model.trainer.datamodule.train
+    wanted = torch.arange(len(train.labels)) % 4 == 1
+
+    def answers(expert, images):
+        known = (images.flatten(1)[:, None] == train.everything().images.flatten(1)[None]).all(2).float().argmax(1)
+        return torch.nn.functional.one_hot((train.labels + (~wanted).long())[known] % 3, 3).float()
+
+    model._answers = answers
+    assert torch.equal(model._known(train).everything().images, train.take(wanted).images)
+    wanted &= train.labels != 1
+    assert torch.equal(model._known(train).everything().images, train.take(wanted | (train.labels == 1)).images)
+
+
+def test_logits_are_learned_with_momentum_and_a_file_calls_them_soft(tmp_path):
+    start, model = (fitted(tmp_path, steps, labels="logits") for steps in (0, 3))
+    assert not torch.equal(start.synthetic.labels, model.synthetic.labels)
+    momenta = [group["momentum"] for group in model.trainer.optimizers[0].param_groups]
+    assert momenta == [0.5, 0.9, 0.5]  # images, logits, step size
+    assert model.expert_recipe.labels == "hard"
+    loaded = DistilledSet.load(model.distilled_set().save(tmp_path / "set.safetensors"))
+    assert (loaded.label_kind, loaded.temperature) == ("soft", 1.0)
+    assert torch.equal(loaded.labels, model.synthetic.labels.detach())
+
+
+def test_the_loss_of_logits_has_the_gradient_of_a_cross_entropy_twice():
+    generator = make_generator(0, "logits")
+    outputs, labels = (torch.randn(5, 4, generator=generator).requires_grad_() for _ in range(2))
+
+    def second(loss):
+        (first,) = torch.autograd.grad(loss, outputs, create_graph=True)
+        return first, torch.autograd.grad(first.square().sum(), labels)[0]
+
+    by_definition = -(labels.softmax(1) * outputs.log_softmax(1)).sum(1).mean()
+    for ours, expected in zip(second(student_loss(outputs, labels, "soft")), second(by_definition), strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
 def test_the_step_size_stays_positive(tmp_path):
     class Push(Callback):
         def on_before_optimizer_step(self, trainer, pl_module, optimizer):
@@ -422,8 +500,9 @@ def checkpointing(folder, steps, every):
     return tiny_trainer(folder, steps, callbacks=[keep], enable_checkpointing=True, val_check_interval=4)
 
 
-def test_a_resumed_run_equals_the_run_never_interrupted(tmp_path):
-    straight, resumed = mtt(labels="learned"), mtt(labels="learned")
+@pytest.mark.parametrize("labels", ["learned", "logits"])
+def test_a_resumed_run_equals_the_run_never_interrupted(tmp_path, labels):
+    straight, resumed = (mtt(labels=labels, early_max_start_epoch=1, window_growth=6) for _ in range(2))
     checkpointing(tmp_path, 9, every=5).fit(straight, TinyData())
     checkpoint = str(tmp_path / "step=5.ckpt")
     checkpointing(tmp_path / "b", 9, every=100).fit(resumed, TinyData(), ckpt_path=checkpoint, weights_only=True)
@@ -483,9 +562,12 @@ def test_two_processes_share_set_step_size_and_experts(tmp_path, cache):
             {"trajectory_epochs": 2},
             r"trajectory_epochs must be at least max_start_epoch - 1 \+ expert_epochs = 3, got 2",
         ),
+        ({"min_start_epoch": 2}, "start epochs need 0 <= min_start_epoch < early_max_start_epoch"),
+        ({"early_max_start_epoch": 3}, "<= max_start_epoch, got 0, 3 and 2"),
+        ({"window_growth": 0}, "window_growth must be at least 1, got 0"),
         ({"expert_lr": 0.0}, "expert_lr must be positive"),
         ({"augment": "flip_nonsense"}, "unknown augmentation 'nonsense'"),
-        ({"labels": "fuzzy"}, "labels of MTT must be one of hard, centred, learned"),
+        ({"labels": "fuzzy"}, "labels of MTT must be one of hard, centred, learned, logits, soft"),
     ],
 )
 def test_bad_settings_are_refused_at_once(settings, message):

@@ -19,7 +19,7 @@ EXPORTED = [getattr(lightning_dd.distillers, name) for name in lightning_dd.dist
 METHODS = [cls for cls in EXPORTED if issubclass(cls, Distiller) and not cls.__abstractmethods__]
 AXES = {
     "parameterisation": ("pixels", "latents"),
-    "labels": ("learned", "centred", "hard", "soft", "committee"),
+    "labels": ("learned", "centred", "hard", "logits", "soft", "committee"),
     "networks": ("one", "several"),
     "invariance": ("plain", "metadd"),
 }
@@ -82,7 +82,7 @@ def test_every_combination_runs_or_is_refused_in_one_line(
     assert torch.equal(distilled.images, start.images) != cls.learns
     assert (distilled.views is not None) == (labels == "soft")
     loaded = DistilledSet.load(distilled.save(tmp_path / "set.safetensors"))
-    assert loaded.label_kind == ("soft" if of_a_teacher else labels)
+    assert loaded.label_kind == ("soft" if of_a_teacher or labels == "logits" else labels)
     assert torch.equal(loaded.images, distilled.images)
 
 

@@ -147,6 +147,11 @@ class Split:
         """Return the same pixels and classes through another map, normalised as they are drawn."""
         return Split(self._source, self.labels, preprocessing, self.device, self.threads, rows=self._rows)
 
+    def only(self, rows: Tensor) -> "Split":
+        """Return these rows ``(B,)``, or those of a mask ``(N,)``, as a split of their own."""
+        source, labels, places = self._source, _at(self.labels, rows), _at(self._rows, rows)
+        return Split(source, labels, self.preprocessing, self.device, self.threads, rows=places)
+
     def read_ahead(self, rows: Rows) -> None:
         """Begin to read rows that will be drawn next; nothing but time depends on it."""
         if self.threads == 0 or self._kept is not None:

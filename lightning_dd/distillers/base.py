@@ -73,7 +73,7 @@ class Distiller(Resumable, ScoredModule):
         architecture: the network to distil with, as ``name`` or ``name:option=value,...``; several names, or names
             with probabilities, of which the most probable one stands for "the same" architecture.
         labels: ``learned``, ``centred`` (FRePo's start values, fixed) or ``hard`` (one-hot, fixed) as far as the method
-            defines them (:attr:`label_kinds`); ``soft`` for a teacher's, or any
+            defines them (:attr:`label_kinds`; MTT learns ``logits``, too); ``soft`` for a teacher's, or any
             :class:`~lightning_dd.synthetic.Labels` object, which the finished set gets.
         init: ``real`` starts from random training images, ``patches`` from random square crops of them
             (:class:`~lightning_dd.data.images.Patches`), ``noise`` from a standard normal; latents ignore it.
@@ -134,7 +134,8 @@ class Distiller(Resumable, ScoredModule):
             raise UserError(f"init must be 'real', 'patches' or 'noise', got '{init}'")
         self.architectures, self.networks = architecture, NetworkMixture.parse(architecture)
         self.architecture = self.networks.main
-        self.ipc, self.label_kind, self.init, self.lr = ipc, kind, init, lr
+        self.ipc, self.init, self.lr = ipc, init, lr
+        self.label_kind = "soft" if kind == "logits" else kind  # what a file calls labels that a softmax takes
         self.probe = Probe(**probe) if isinstance(probe, dict) else probe
         self.train_missing, self.seed = train_missing, seed
         self._watched: dict[str, Tensor] = {}

@@ -208,10 +208,10 @@ def metadd_loss(
 def label_distribution(labels: Tensor, label_kind: str) -> Tensor:
     """Turn label rows ``(N, C)`` of a kind into distributions over classes, with graph to learned labels.
 
-    ``hard`` rows are distributions. ``centred`` and ``learned`` ones are regression targets around FRePo's
-    ``(onehot - 1/C) / sqrt(C/10)``: that map is undone, what is negative cut off, and the rest scaled to sum 1. A
-    start label gives back its one-hot row exactly (to rounding), learned soft labels keep what they say of other
-    classes, and no temperature is needed, as a softmax would.
+    ``hard`` rows are distributions, ``soft`` ones logits. ``centred`` and ``learned`` ones are regression targets
+    around FRePo's ``(onehot - 1/C) / sqrt(C/10)``: that map is undone, what is negative cut off, and the rest scaled to
+    sum 1. A start label gives back its one-hot row exactly (to rounding), learned soft labels keep what they say of
+    other classes, and no temperature is needed, as a softmax would.
 
     Raises:
         UserError: the kind is unknown.
@@ -221,11 +221,11 @@ def label_distribution(labels: Tensor, label_kind: str) -> Tensor:
         tensor([[1.0000, 0.0000],
                 [0.5900, 0.4100]])
     """
-    if label_kind not in LABEL_KINDS:
-        raise unknown_name("label kind", label_kind, LABEL_KINDS)
+    if label_kind not in (*LABEL_KINDS, "soft"):
+        raise unknown_name("label kind", label_kind, (*LABEL_KINDS, "soft"))
     rows = wide(labels)
-    if label_kind == "hard":
-        return rows
+    if label_kind in ("hard", "soft"):
+        return rows if label_kind == "hard" else rows.softmax(1)
     count = rows.shape[1]
     positive = (rows * math.sqrt(count / 10) + 1 / count).clamp(min=0)
     return positive / positive.sum(1, keepdim=True).clamp(min=_SMALLEST)
@@ -234,10 +234,10 @@ def label_distribution(labels: Tensor, label_kind: str) -> Tensor:
 def prediction_logits(outputs: Tensor, label_kind: str) -> Tensor:
     """Return logits whose softmax is what a network trained on labels of a kind predicts, ``(N, C)``, with graph.
 
-    Trained on ``hard`` labels, it returns logits. Trained by regression on ``learned`` or ``centred`` ones (FRePo),
-    it does not: the softmax of a perfect answer, .95 for the class and -.05... for nine others, peaks at .23. Its
-    answer is read as its labels are, by :func:`label_distribution`, with a hundredth of it spread evenly: the perfect
-    answer peaks at .99, that of a network which knows nothing, zeros, is even, and no divergence is infinite. A
+    Trained on ``hard`` or ``soft`` labels, it returns logits. Trained by regression on ``learned`` or ``centred`` ones
+    (FRePo), it does not: the softmax of a perfect answer, .95 for the class and -.05... for nine others, peaks at .23.
+    Its answer is read as its labels are, by :func:`label_distribution`, with a hundredth of it spread evenly: the
+    perfect answer peaks at .99, that of a network which knows nothing, zeros, is even, and no divergence is infinite. A
     temperature would serve one number of classes and one peak alone.
 
     Example:
@@ -245,7 +245,7 @@ def prediction_logits(outputs: Tensor, label_kind: str) -> Tensor:
         >>> prediction_logits(outputs, "learned").softmax(1).amax(1).round(decimals=3).tolist()
         [0.9909999966621399, 0.10000000149011612]
     """
-    if label_kind == "hard":
+    if label_kind in ("hard", "soft"):
         return outputs
     return ((1 - _DOUBT) * label_distribution(outputs, label_kind) + _DOUBT / outputs.shape[1]).log()
 

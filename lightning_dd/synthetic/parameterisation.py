@@ -114,12 +114,12 @@ class SyntheticSet(nn.Module):
     """Images that a parameterisation makes, and labels, in blocks of ``ipc`` rows per class, classes in order.
 
     Images live in normalised space. Labels start from :func:`~lightning_dd.losses.krr.initial_labels`; those of the
-    kind ``learned`` are a parameter, the others are fixed.
+    kinds ``learned`` and ``soft`` (logits) are a parameter, the others are fixed.
 
     Args:
         parameterisation: what the images are learned through; its tensors are made here.
         ipc: images per class, at least 1.
-        label_kind: ``learned``, ``centred`` or ``hard``.
+        label_kind: ``learned``, ``soft``, ``centred`` or ``hard``.
         task: what is distilled.
 
     Attributes:
@@ -138,7 +138,7 @@ class SyntheticSet(nn.Module):
         parameterisation.build(self.classes, task)
         self.parameterisation = parameterisation
         labels = initial_labels(self.classes, num_classes, label_kind)
-        if label_kind == "learned":
+        if label_kind in ("learned", "soft"):
             self.labels = nn.Parameter(labels)
         else:
             self.register_buffer("labels", labels)
@@ -163,7 +163,7 @@ class SyntheticSet(nn.Module):
             label_lr: that of learned labels; ``None`` is the same.
         """
         groups = self.parameterisation.parameter_groups(lr)
-        if self.label_kind != "learned":
+        if not isinstance(self.labels, nn.Parameter):
             return groups
         if label_lr is None and len(groups) == 1:
             return [{**groups[0], "params": [*groups[0]["params"], self.labels]}]
