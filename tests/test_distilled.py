@@ -8,7 +8,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lightning_dd.data.preprocess import fit_preprocessing
-from lightning_dd.distilled.set import FORMAT_VERSION, DistilledSet
+from lightning_dd.distilled.header import FORMAT_VERSION
+from lightning_dd.distilled.set import DistilledSet
 from lightning_dd.losses.labels import student_loss
 from lightning_dd.utils.errors import UserError
 

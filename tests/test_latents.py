@@ -72,7 +72,7 @@ def test_bad_options_are_named(options, message):
 def test_a_level_beyond_the_last_block_and_a_selecting_method_are_refused():
     with pytest.raises(UserError, match=r"level must be 0 to 2 \(the generator's blocks for this image size\), got 3"):
         latents(level=3)
-    with pytest.raises(UserError, match="Random selects real images: parameterisation must be Pixels"):
+    with pytest.raises(UserError, match="Random selects real images: parameterisation must be one of Pixels, "):
         Random(labels="hard", parameterisation=Latents())
 
 

@@ -11,14 +11,14 @@ from lightning_dd.callbacks import MetaDD
 from lightning_dd.distilled.set import DistilledSet
 from lightning_dd.distillers import Distiller
 from lightning_dd.pretrained import Teacher
-from lightning_dd.synthetic import Latents, Pixels, TeacherLabels
+from lightning_dd.synthetic import Latents, MultiFormation, Pixels, TeacherLabels
 from lightning_dd.utils.errors import UserError
 
 NETWORKS = ("convnet:width=4,depth=2,norm=batch", "conv:width=4,depth=2,norm=batch")
 EXPORTED = [getattr(lightning_dd.distillers, name) for name in lightning_dd.distillers.__all__]
 METHODS = [cls for cls in EXPORTED if issubclass(cls, Distiller) and not cls.__abstractmethods__]
 AXES = {
-    "parameterisation": ("pixels", "latents"),
+    "parameterisation": ("pixels", "latents", "multiformation"),
     "labels": ("learned", "centred", "hard", "logits", "soft", "committee"),
     "networks": ("one", "several"),
     "invariance": ("plain", "metadd"),
@@ -38,9 +38,13 @@ def quick_stages(monkeypatch):
 
 def build(cls, parameterisation="pixels", labels="hard", networks="one", **changes):
     names = [name.replace(",norm=batch", ",norm=none") if cls.__name__ == "MTT" else name for name in NETWORKS]
-    space = {"pixels": Pixels(), "latents": Latents(width=4, steps=2)}[parameterisation]
+    spaces = {"pixels": Pixels(), "latents": Latents(width=4, steps=2), "multiformation": MultiFormation()}
     of_teachers = {"soft": TeacherLabels(epochs=1), "committee": TeacherLabels(Teacher(list(NETWORKS)), epochs=0)}
-    settings = tiny_settings(cls) | {"ipc": 2, "parameterisation": space, "labels": of_teachers.get(labels, labels)}
+    settings = tiny_settings(cls) | {
+        "ipc": 2,
+        "parameterisation": spaces[parameterisation],
+        "labels": of_teachers.get(labels, labels),
+    }
     if "teacher" in settings:
         settings["teacher"] = Teacher(steps=2)  # of the distiller's own architectures
     settings["architecture"] = names[0] if networks == "one" else {names[0]: 3, names[1]: 1}
@@ -77,7 +81,8 @@ def test_every_combination_runs_or_is_refused_in_one_line(
     trainer.fit(model, TinyData(val_fraction=0.25))
     assert trainer.global_step == 2
     distilled = model.distilled_set()
-    assert distilled.images.shape == (6, 1, 8, 8)
+    assert distilled.images.shape == (24 if parameterisation == "multiformation" else 6, 1, 8, 8)
+    assert distilled.ipc == 2
     assert torch.isfinite(distilled.images).all()
     assert torch.equal(distilled.images, start.images) != cls.learns
     assert (distilled.views is not None) == (labels == "soft")
@@ -101,13 +106,14 @@ def test_two_processes_hold_one_synthetic_set(cls, tmp_path):
 
 
 @pytest.mark.parametrize("cls", METHODS, ids=lambda cls: cls.__name__)
-def test_a_resumed_run_equals_the_run_never_interrupted(cls, tmp_path):
+@pytest.mark.parametrize("parameterisation", ["pixels", "multiformation"])
+def test_a_resumed_run_equals_the_run_never_interrupted(cls, parameterisation, tmp_path):
     def fit(folder, steps, model, **kwargs):
         keep = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=2, save_top_k=-1)
         trainer = tiny_trainer(folder, steps, callbacks=[keep], enable_checkpointing=True)
         trainer.fit(model, TinyData(val_fraction=0.25), **kwargs)
 
-    straight, resumed = build(cls, labels=cls.label_kinds[0]), build(cls, labels=cls.label_kinds[0])
+    straight, resumed = (build(cls, parameterisation, cls.label_kinds[0]) for _ in range(2))
     fit(tmp_path / "a", 5, straight)
     fit(tmp_path / "b", 5, resumed, ckpt_path=str(tmp_path / "a" / "step=2.ckpt"), weights_only=True)
     for name, value in straight.state_dict().items():

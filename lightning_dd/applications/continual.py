@@ -312,7 +312,7 @@ def _score(course: Course, lesson: Lesson, tick: Tick) -> Record:
     real, seed = course.seen_data(lesson.step), course.seed("student", lesson.number)
     recipe, device = recipe_on(course.experiment, lesson.line), device_of(course.experiment.accelerator)
     scores = score_student(lesson.architecture, memory, real, recipe, seed, device)
-    return {"images": len(memory), "class_names": list(memory.class_names), **scores}
+    return {"images": len(memory) * memory.ipc // memory.shown_ipc, "class_names": list(memory.class_names), **scores}
 
 
 def _mean(values: Sequence[Sequence[float]]) -> list[float]:

@@ -81,9 +81,10 @@ class SyntheticImages(Pictures):
         if name is None and not boards:
             return
         distilled = distiller.distilled_set(views=False)
+        grid = image_grid(distilled.pixels(), distilled.shown_ipc)
         heat_map = label_heat_map(distilled.labels, distilled.class_names)
         for board in boards:
-            board.add_image("synthetic/images", image_grid(distilled.pixels(), distilled.ipc), trainer.global_step)
+            board.add_image("synthetic/images", grid, trainer.global_step)
             board.add_figure("synthetic/labels", heat_map, trainer.global_step)
         if name is not None:
             write_picture(distilled, self.folder / f"{name}.png")
@@ -130,7 +131,7 @@ class MetaFeatureImages(Pictures):
 
 def write_picture(distilled: DistilledSet, path: Path | str) -> Path:
     """Write a distilled set's images as one PNG, a column per class."""
-    grid = image_grid(distilled.pixels(), distilled.ipc)
+    grid = image_grid(distilled.pixels(), distilled.shown_ipc)
     return write_atomically(path, lambda temporary: save_image(grid, temporary))
 
 

@@ -102,7 +102,9 @@ class Preprocessing:
         return images.clamp(-mean / std, (1 - mean) / std)
 
     def to(self, device: torch.device | str) -> "Preprocessing":
-        """Return the same map with its tensors on a device, for many small batches there."""
+        """Return the same map with its tensors on a device, for many small batches there; itself if it is there."""
+        if self.mean.device == torch.device(device):
+            return self
         return Preprocessing(**{name: value.to(device) for name, value in self.state_dict().items()})
 
     def state_dict(self) -> dict[str, Tensor]:

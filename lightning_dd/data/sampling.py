@@ -111,23 +111,32 @@ class ClassBlocks:
         return self.rows.gather(1, chosen).flatten()
 
 
-def draw_per_class(labels: Tensor, count: int, num_classes: int, generator: torch.Generator) -> Tensor:
+def draw_per_class(
+    labels: Tensor, count: int, num_classes: int, generator: torch.Generator, repeat: bool = False
+) -> Tensor:
     """Draw ``count`` rows of every class without replacement, by a CPU generator.
+
+    Args:
+        labels: classes ``(N,)``.
+        count: rows of every class.
+        num_classes: number of classes.
+        generator: CPU generator.
+        repeat: begin again with the rows of a class that has too few.
 
     Returns:
         ``(num_classes * count,)`` int64 indices on the CPU, in blocks by class.
 
     Raises:
-        UserError: a class has fewer than ``count`` rows.
+        UserError: a class has fewer than ``count`` rows, or none that could be repeated.
     """
     shuffled = torch.randperm(len(labels), generator=generator)
     blocks = ClassBlocks(labels.cpu()[shuffled], num_classes)
-    if blocks.smallest < count:
+    if blocks.smallest < (1 if repeat else count):
         raise UserError(
             f"ipc={count} is more than the {blocks.smallest} training images of class {int(blocks.sizes.argmin())}; "
             f"the largest possible ipc is {blocks.smallest}"
         )
-    return shuffled[blocks.rows[:, :count]].flatten()
+    return shuffled[blocks.rows.gather(1, torch.arange(count) % blocks.sizes[:, None])].flatten()
 
 
 def stratified_cut(labels: Tensor, held_out: float, seed: int) -> tuple[Tensor, Tensor]:

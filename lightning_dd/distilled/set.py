@@ -2,11 +2,11 @@
 
 Layout: safetensors with the tensors ``images``, ``labels``, ``classes``, ``preprocessing.*`` and, for soft labels with
 views, ``views.*``, and two metadata entries: ``lightning_dd``, a JSON header, and ``checksum`` of header and tensors,
-which older files lack. No pickle anywhere; header fields are plain JSON. Sets with soft labels are format version 2;
-all others are still written as version 1.
+which older files lack. Where one stored image stands for several, ``stored`` takes the place of ``images``, and the
+header's ``decoding`` says how they are made. No pickle anywhere; header fields are plain JSON. Sets with stored images
+are format version 3, others with soft labels version 2; all others are still written as version 1.
 """
 
-import hashlib
 import json
 import struct
 from collections.abc import Mapping, Sequence
@@ -23,26 +23,21 @@ from torch.utils.data import TensorDataset
 
 from lightning_dd.data import DATA_SETS
 from lightning_dd.data.preprocess import Preprocessing
+from lightning_dd.distilled.header import CHECKSUM, HEADER, PLAIN, checksum, read_header
+from lightning_dd.distilled.multiformation import MultiFormed
 from lightning_dd.distilled.views import SoftViews
-from lightning_dd.jobs import tensor_digest
 from lightning_dd.losses.krr import LABEL_KINDS
 from lightning_dd.losses.labels import loss_name, student_loss
 from lightning_dd.models.factory import Architectures
 from lightning_dd.utils.errors import UserError, check_range, unknown_name
 from lightning_dd.utils.files import write_atomically
 
-FORMAT_VERSION = 2
 LABEL_FORMS = (*LABEL_KINDS, "soft")
 """Forms of the labels in a file: ``soft`` ones are a teacher's logits."""
-_HEADER, _CHECKSUM = "lightning_dd", "checksum"
-_LARGEST_HEADER = 2**24  # characters
 _FARTHEST_PIXEL = 100.0  # learned pixels leave [0, 1], by less than 1 in good runs; no image of any use goes further
 _PREFIX, _VIEWS = "preprocessing.", "views."
-_PLAIN = {"data": dict, "method": str, "config": dict, "training": dict, "run": dict}  # header fields as they are
-_TYPES: dict[str, Any] = {"format_version": int, "label_kind": str, "class_names": list, **_PLAIN}
-_TYPES["temperature"] = int | float
-_DTYPES = {"images": torch.float32, "labels": torch.float32, "classes": torch.int64}
-_DATA_TYPES = {"name": str, "spec": dict, "fingerprint": str, "mirror": bool}
+_IMAGES, _STORED, _DECODING = "images", "stored", "decoding"
+_DTYPES = {_IMAGES: torch.float32, _STORED: torch.float32, "labels": torch.float32, "classes": torch.int64}
 
 
 @dataclass(repr=False)
@@ -66,6 +61,7 @@ class DistilledSet:
         temperature: students fit ``softmax(logits / temperature)``; for soft labels only.
         views: crops and mixtures of the images with the teacher's logits of each; for soft labels only. They take the
             place of an augmentation; ``labels`` are for students that do without them.
+        stored: what a file keeps in place of ``images``, where each stored image stands for several.
 
     Raises:
         UserError: shapes disagree, a number is not finite or out of range, the form of the labels is unknown, or
@@ -85,6 +81,7 @@ class DistilledSet:
     run: dict[str, Any] = field(default_factory=dict)
     temperature: float = 1.0
     views: SoftViews | None = None
+    stored: MultiFormed | None = None
 
     def __post_init__(self) -> None:
         rows, count = len(self.images), len(self.class_names)
@@ -126,7 +123,7 @@ class DistilledSet:
         return len(self.images)
 
     def __repr__(self) -> str:
-        size = "x".join(map(str, self.image_shape))
+        size = "x".join(map(str, self.image_shape)) + ("" if self.stored is None else f" shown as {self.shown_ipc}")
         return (
             f"DistilledSet({self.method} of {self.data.get('name', 'unknown data')}, {self.num_classes} classes x "
             f"{self.ipc} of {size}, {self.label_kind} labels; train with .loss: {self.loss_name})"
@@ -152,9 +149,19 @@ class DistilledSet:
         return len(self.class_names)
 
     @property
-    def ipc(self) -> int:
-        """Images per class."""
+    def shown_ipc(self) -> int:
+        """Images per class that a student sees."""
         return len(self) // self.num_classes
+
+    @property
+    def ipc(self) -> int:
+        """Images per class that are stored, by which sets are compared."""
+        return self.shown_ipc if self.stored is None else self.shown_ipc // self.stored.factor**2
+
+    @property
+    def image_bytes(self) -> int:
+        """Bytes of the images as they are stored; labels, views and preprocessing come on top."""
+        return (self.images if self.stored is None else self.stored.images).nbytes
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -191,26 +198,35 @@ class DistilledSet:
         """Write the file atomically and return its path.
 
         Raises:
-            UserError: the folder cannot be written.
+            UserError: the folder cannot be written, or the images are others than the stored ones make.
         """
         soft = self.label_kind == "soft"
         header = {
-            "format_version": FORMAT_VERSION if soft else 1,
+            "format_version": 3 if self.stored else 2 if soft else 1,
             "label_kind": self.label_kind,
             "loss": self.loss_name,
             "class_names": list(self.class_names),
             "ipc": self.ipc,
             "label_scale": float(self.labels.norm(dim=1).mean()),
-            **{name: getattr(self, name) for name in _PLAIN},
+            **{name: getattr(self, name) for name in PLAIN},
             **({"temperature": self.temperature} if soft else {}),
+            **({_DECODING: self.stored.header()} if self.stored else {}),
         }
-        tensors = {"images": self.images, "labels": self.labels, "classes": self.classes}
+        images = {_IMAGES: self.images} if self.stored is None else {_STORED: self._unchanged(self.stored)}
+        tensors = {**images, "labels": self.labels, "classes": self.classes}
         tensors |= {_PREFIX + name: value for name, value in self.preprocessing.state_dict().items()}
         tensors |= {_VIEWS + name: value for name, value in (self.views.state_dict() if self.views else {}).items()}
         plain = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
         text = json.dumps(header)
-        metadata = {_HEADER: text, _CHECKSUM: _checksum(text, plain)}
+        metadata = {HEADER: text, CHECKSUM: checksum(text, plain)}
         return write_atomically(path, lambda temporary: save_file(plain, temporary, metadata))
+
+    def _unchanged(self, stored: MultiFormed) -> Tensor:
+        """Return the stored images, if they still make those of the set."""
+        again = stored.shown(self.preprocessing)
+        if again.shape != self.images.shape or not again.allclose(self.images.cpu(), 1e-3, 1e-3):
+            raise UserError("distilled set: its images were changed, and the stored ones that make them were not")
+        return stored.images
 
     @classmethod
     def load(cls, path: Path | str) -> "DistilledSet":
@@ -240,8 +256,8 @@ class DistilledSet:
     @classmethod
     def _of(cls, metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> "DistilledSet":
         """Make a set of what a file holds."""
-        header = _read_header(metadata)
-        if _CHECKSUM in metadata and metadata[_CHECKSUM] != _checksum(metadata[_HEADER], tensors):
+        header = read_header(metadata)
+        if CHECKSUM in metadata and metadata[CHECKSUM] != checksum(metadata[HEADER], tensors):
             raise UserError("distilled set: its checksum differs: the file was edited or damaged after it was written")
         for name, value in tensors.items():
             if not name.startswith((_PREFIX, _VIEWS)) and value.dtype != _DTYPES.get(name):
@@ -250,17 +266,24 @@ class DistilledSet:
             {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
             for prefix in (_PREFIX, _VIEWS)
         )
+        plain = {name: header[name] for name in ("label_kind", *PLAIN) if name != "run"}
+        into, stored = Preprocessing.from_state_dict(preprocessing), None
+        if _DECODING in header:
+            stored = MultiFormed.read(tensors[_STORED], header[_DECODING], sum(tensors["labels"].shape[:1]))
+            _check_fit(stored.images, into)
+        if (unread := _STORED if stored is None else _IMAGES) in tensors:
+            raise UserError(f"distilled set: {unread} must be left out")
         made = cls(
-            images=tensors["images"],
+            images=tensors[_IMAGES] if stored is None else stored.shown(into),
             labels=tensors["labels"],
             classes=tensors["classes"],
-            label_kind=header["label_kind"],
             class_names=tuple(header["class_names"]),
-            preprocessing=Preprocessing.from_state_dict(preprocessing),
-            **{name: header[name] for name in _PLAIN if name != "run"},
+            preprocessing=into,
+            **plain,
             run=header.get("run", {}),  # older files lack it
             temperature=header.get("temperature", 1.0),
             views=SoftViews.from_state_dict(views) if views else None,
+            stored=stored,
         )
         _check_plausible(made)
         return made
@@ -291,45 +314,18 @@ def library_versions(
     return {name: version(name) for name in names}
 
 
-def _checksum(header: str, tensors: Mapping[str, Tensor]) -> str:
-    """Return a hash of a header, and of tensors with their names, types and shapes."""
-    shapes = {name: [str(tensors[name].dtype), *tensors[name].shape] for name in sorted(tensors)}
-    values = tensor_digest({name: value.flatten().view(torch.uint8) for name, value in tensors.items()})
-    text = json.dumps([header, shapes, values])
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-
-
-def _read_header(metadata: Mapping[str, str]) -> dict[str, Any]:
-    if _HEADER not in metadata:
-        raise UserError("distilled set: a safetensors file, but not one written by lightning_dd")
-    if unknown := set(metadata) - {_HEADER, _CHECKSUM, "format"}:
-        raise UserError(f"distilled set: unknown entry '{min(unknown)}' beside the header")
-    try:
-        header: Any = json.loads(metadata[_HEADER]) if len(metadata[_HEADER]) <= _LARGEST_HEADER else None
-        version = header["format_version"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise UserError("distilled set: the header is damaged") from None
-    for part, types in ((header, _TYPES), (header.get("data", {}), _DATA_TYPES)):
-        for name, kind in types.items():
-            if name in part and not isinstance(part[name], kind):
-                raise UserError(f"distilled set: header field '{name}' must not be a {type(part[name]).__name__}")
-    if not all(isinstance(name, str) for name in header.get("class_names", ())):
-        raise UserError("distilled set: header field 'class_names' must hold names only")
-    if version > FORMAT_VERSION:
-        raise UserError(
-            f"distilled set: format version {version}, this lightning_dd reads up to {FORMAT_VERSION}; "
-            "upgrade lightning_dd"
-        )
-    return dict(header)
+def _check_fit(images: Tensor, preprocessing: Preprocessing) -> None:
+    """Refuse a preprocessing of other images."""
+    channels, numbers = images.shape[1], images[0].numel()
+    flat = numbers if preprocessing.zca_mean is None else preprocessing.zca_mean.numel()
+    if len(preprocessing.mean) != channels or flat != numbers:
+        raise UserError(f"distilled set: the preprocessing is of other images than {tuple(images.shape[1:])}")
 
 
 def _check_plausible(distilled: DistilledSet) -> None:
     """Refuse images that no preprocessing like this makes, and classes of different numbers of images."""
     images, preprocessing = distilled.images, distilled.preprocessing
-    channels, numbers = images.shape[1], images[0].numel()
-    flat = numbers if preprocessing.zca_mean is None else preprocessing.zca_mean.numel()
-    if len(preprocessing.mean) != channels or flat != numbers:
-        raise UserError(f"distilled set: the preprocessing is of other images than {distilled.image_shape}")
+    _check_fit(images, preprocessing)
     sizes = torch.bincount(distilled.classes, minlength=distilled.num_classes)
     if bool((sizes != sizes[0]).any()):
         few, many = int(sizes.min()), int(sizes.max())

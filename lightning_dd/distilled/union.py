@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_dd.distilled.multiformation import MultiFormed
 from lightning_dd.distilled.set import DistilledSet, library_versions
 from lightning_dd.distilled.views import SoftViews
 from lightning_dd.losses.krr import initial_labels
@@ -49,6 +50,7 @@ def union(sets: Sequence[DistilledSet]) -> DistilledSet:
         ]
 
     views = [part.views for part in sets if part.views is not None]
+    stored = [part.stored for part in sets if part.stored is not None]
     return DistilledSet(
         images=torch.cat([part.images for part in sets]),
         labels=torch.cat(embedded(part.labels for part in sets)),
@@ -62,6 +64,7 @@ def union(sets: Sequence[DistilledSet]) -> DistilledSet:
         training={"united": [part.training for part in sets], "versions": library_versions()},
         temperature=first.temperature,
         views=_united_views(views, embedded(view.logits.float() for view in views)) if views else None,
+        stored=MultiFormed(torch.cat([part.images for part in stored]), stored[0].factor) if stored else None,
     )
 
 
@@ -168,6 +171,7 @@ def _common(part: DistilledSet) -> dict[str, Any]:
         "data": (part.data.get("name"), settings),
         "image shapes": part.image_shape,
         "images per class": part.ipc,
+        "images shown per class": part.shown_ipc,
         "forms of labels": part.label_kind,
         "temperatures": part.temperature,
         "numbers of stored views": part.views.epochs if part.views is not None else 0,

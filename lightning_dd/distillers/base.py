@@ -69,7 +69,7 @@ class Distiller(Resumable, ScoredModule):
     :class:`~lightning_dd.distillers.TeacherDistiller`.
 
     Args:
-        ipc: images per class, at least 1.
+        ipc: images per class that are stored, at least 1.
         architecture: the network to distil with, as ``name`` or ``name:option=value,...``; several names, or names
             with probabilities, of which the most probable one stands for "the same" architecture.
         labels: ``learned``, ``centred`` (FRePo's start values, fixed) or ``hard`` (one-hot, fixed) as far as the method
@@ -88,6 +88,7 @@ class Distiller(Resumable, ScoredModule):
         synthetic: the synthetic set; there from ``setup`` on.
         task: what is distilled: facts, preprocessing and real data; there from ``setup`` on.
         run: the whole run in plain values (:mod:`lightning_dd.distillers.run`); there from ``setup`` for a fit on.
+        shown_ipc: images per class that outer steps and students see: ``ipc``, unless one stored image makes several.
 
     Raises:
         UserError: an argument is out of range.
@@ -136,6 +137,7 @@ class Distiller(Resumable, ScoredModule):
         self.architecture = self.networks.main
         self.ipc, self.init, self.lr = ipc, init, lr
         self.label_kind = "soft" if kind == "logits" else kind  # what a file calls labels that a softmax takes
+        self.shown_ipc = ipc * self.parameterisation[0].shown_per_stored
         self.probe = Probe(**probe) if isinstance(probe, dict) else probe
         self.train_missing, self.seed = train_missing, seed
         self._watched: dict[str, Tensor] = {}
@@ -202,6 +204,8 @@ class Distiller(Resumable, ScoredModule):
         """
         with torch.inference_mode(mode=False):  # for a student may be trained on it
             images, labels = (part.detach().cpu().clone().contiguous() for part in self.synthetic())
+            stored = self.synthetic.parameterisation.stored()
+            images = images if stored is None else stored.shown(self.task.preprocessing)  # as a reader makes them
         distilled = DistilledSet(
             images=images,
             labels=labels,
@@ -214,6 +218,7 @@ class Distiller(Resumable, ScoredModule):
             config=without_places({**public_settings(self.hparams), "student_architecture": self.student_architecture}),
             training={"seed": self.seed, "versions": library_versions(), "commit": source_commit(), **training},
             run=self.run,
+            stored=stored,
         )
         if self.label_strategy is not None:
             return self.label_strategy.finish(distilled, self.committee, self.seed, views)
@@ -251,7 +256,7 @@ class Distiller(Resumable, ScoredModule):
         if init == "patches":
             train, init = Patches(train, generator), "real"
         parameterisation.prepare(self.task)
-        parameterisation.start(init, train, self.ipc, generator)
+        parameterisation.start(init, train, self.shown_ipc, generator)
 
     def training_step(self, batch: int, batch_idx: int) -> Tensor:
         """One outer step; ``batch`` only counts."""

@@ -29,6 +29,7 @@ class Resumable(LightningModule, ABC):
 
     task: Task
     run: dict[str, Any]
+    shown_ipc: int
 
     @abstractmethod
     def make_synthetic(self) -> None:
@@ -115,9 +116,9 @@ def distilled_from_checkpoint(path: Path | str) -> DistilledSet:
             state, weights = _distiller_state(checkpoint), checkpoint["state_dict"]
             cls: type[Resumable] = known_class(state["method"], Resumable, "method")  # type: ignore[type-abstract]
             settings = public_settings(checkpoint["hyper_parameters"])
-            if settings["ipc"] * len(state["facts"]["class_names"]) != len(weights["synthetic.labels"]):
-                raise UserError("ipc is not that of its labels")  # before anything of that size is made
             distiller = cls(**settings)
+            if distiller.shown_ipc * len(state["facts"]["class_names"]) != len(weights["synthetic.labels"]):
+                raise UserError("ipc is not that of its labels")  # before anything of that size is made
             distiller.on_load_checkpoint(checkpoint)
             distiller.load_state_dict(weights)
             return distiller.distilled_set(outer_step=int(checkpoint["global_step"]))

@@ -23,8 +23,8 @@ class RDED(SelectionDistiller):
 
     For every class, ``candidates`` real images are drawn, and ``crops`` square random crops of each are brought to the
     size of a tile. The teacher, which sees each in the middle of the mean colour, keeps the crop of every image with
-    the least cross-entropy, and then the ``ipc * patches^2`` best of these; every ``patches^2`` of them are tiled into
-    one image. Crops and tiles are made of pixels and normalised afterwards, so whitened data is whitened as whole
+    the least cross-entropy, and then the ``patches^2`` best of these for each image; every ``patches^2`` are tiled into
+    one. Crops and tiles are made of pixels and normalised afterwards, so whitened data is whitened as whole
     images. All of it happens once, and the teacher's soft labels follow.
 
     Crops are of images as the data set decodes them; the paper's are of the original files, whose sides are longer and
@@ -73,7 +73,7 @@ class RDED(SelectionDistiller):
         for label in range(facts.num_classes):
             rows = (train.labels == label).nonzero().flatten()
             order = torch.randperm(len(rows), generator=generator)[: self.candidates]
-            needed = self.ipc * self.patches**2
+            needed = self.shown_ipc * self.patches**2
             if needed > len(order):
                 raise UserError(
                     f"ipc={self.ipc} with patches={self.patches} needs {needed} candidates of every class, and class "

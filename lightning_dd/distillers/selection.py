@@ -12,7 +12,8 @@ from lightning_dd.data.sampling import draw_per_class
 from lightning_dd.distillers.teacher import TeacherDistiller
 from lightning_dd.losses.coresets import herding, k_center
 from lightning_dd.models.interface import features_in_slices
-from lightning_dd.synthetic.parameterisation import Pixels
+from lightning_dd.synthetic.parameterisation import ImageSpace
+from lightning_dd.utils.arguments import subclasses
 from lightning_dd.utils.errors import UserError
 from lightning_dd.utils.seeding import make_generator
 
@@ -30,7 +31,7 @@ class SelectionDistiller(TeacherDistiller):
         **kwargs: see :class:`TeacherDistiller`.
 
     Raises:
-        UserError: an argument is out of range, or the images are not learned as pixels.
+        UserError: an argument is out of range, or images cannot be put into the parameterisation.
     """
 
     label_kinds: ClassVar[tuple[str, ...]] = ("hard", "centred")
@@ -38,12 +39,13 @@ class SelectionDistiller(TeacherDistiller):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        if not isinstance(self.parameterisation[0], Pixels):
-            raise UserError(f"{type(self).__name__} selects real images: parameterisation must be Pixels")
+        if not isinstance(self.parameterisation[0], ImageSpace):
+            known = ", ".join(cls.__name__ for cls in subclasses(ImageSpace))  # type: ignore[type-abstract]
+            raise UserError(f"{type(self).__name__} selects real images: parameterisation must be one of {known}")
 
     @abstractmethod
     def select(self, train: Split) -> Tensor:
-        """Return the images ``(num_classes * ipc, C, H, W)``, normalised, in blocks of ``ipc`` by class.
+        """Return the images ``(num_classes * shown_ipc, C, H, W)``, normalised, in blocks by class.
 
         Args:
             train: all training images, normalised, and their classes.
@@ -52,8 +54,7 @@ class SelectionDistiller(TeacherDistiller):
     def initialise(self, train: Split) -> None:
         """Fill the synthetic set with the selection; every rank selects the same."""
         selected = self.select(train)  # may train the teacher, which needs gradients
-        with torch.no_grad():
-            self.synthetic.images.copy_(selected)
+        self.synthetic.parameterisation.encode(selected)  # type: ignore[operator]
 
     def outer_terms(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Nothing is minimised."""
@@ -65,11 +66,15 @@ class SelectionDistiller(TeacherDistiller):
 
 
 class Random(SelectionDistiller):
-    """Real images drawn uniformly, ``ipc`` per class without replacement."""
+    """Real images drawn uniformly, ``ipc`` per class without replacement.
+
+    With :class:`~lightning_dd.synthetic.MultiFormation` they are as many as that shows, each shrunk to its part.
+    """
 
     def select(self, train: Split) -> Tensor:
         """Draw by the run's seed."""
-        rows = draw_per_class(train.labels, self.ipc, self.facts.num_classes, make_generator(self.seed, "init"))
+        generator, repeat = make_generator(self.seed, "init"), self.shown_ipc > self.ipc
+        rows = draw_per_class(train.labels, self.shown_ipc, self.facts.num_classes, generator, repeat)
         return train.take(rows).images
 
 
@@ -78,13 +83,13 @@ class FeatureCoreset(SelectionDistiller):
 
     @abstractmethod
     def choose(self, features: Tensor) -> Tensor:
-        """Return ``ipc`` row indices of features ``(N, p)`` of one class."""
+        """Return ``shown_ipc`` row indices of features ``(N, p)`` of one class."""
 
     def select(self, train: Split) -> Tensor:
         """Choose rows of every class."""
-        draw_per_class(train.labels, self.ipc, self.facts.num_classes, make_generator(0))  # refuses an ipc too large
-        chosen = []
-        for label in range(self.facts.num_classes):
+        classes, chosen = self.facts.num_classes, []
+        draw_per_class(train.labels, self.shown_ipc, classes, make_generator(0))  # refuses an ipc too large
+        for label in range(classes):
             rows = (train.labels == label).nonzero().flatten()
             features = features_in_slices(self.network, train.take(rows, self.task.device).images)
             chosen.append(rows[self.choose(F.normalize(features.flatten(1).float(), dim=1)).to(rows.device)])
@@ -96,7 +101,7 @@ class Herding(FeatureCoreset):
 
     def choose(self, features: Tensor) -> Tensor:
         """Choose greedily."""
-        return herding(features, self.ipc)
+        return herding(features, self.shown_ipc)
 
 
 class KCenter(FeatureCoreset):
@@ -104,4 +109,4 @@ class KCenter(FeatureCoreset):
 
     def choose(self, features: Tensor) -> Tensor:
         """Choose greedily."""
-        return k_center(features, self.ipc)
+        return k_center(features, self.shown_ipc)

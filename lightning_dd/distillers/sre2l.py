@@ -173,7 +173,7 @@ class SRe2L(TeacherDistiller):
         windows, voters = self.draw_windows(), self.draw_voters()
         coarse = self.coarse < 1 and (self.stages - self.stage[0]) % 2 == 0
         gathered, losses, start = torch.zeros_like(images), [], 0
-        for block in recovery_groups(self.facts.num_classes, self.ipc):
+        for block in recovery_groups(self.facts.num_classes, self.shown_ipc):
             for rows in torch.split(block, max(1, _ROWS // block.shape[1])):
                 part = Windows(*(drawn[start : start + len(rows)] for drawn in windows))
                 start += len(rows)
@@ -225,7 +225,7 @@ class SRe2L(TeacherDistiller):
 
     def draw_windows(self) -> Windows:
         """Draw this step's windows, one of every group."""
-        groups = self.ipc * len(recovery_groups(self.facts.num_classes, self.ipc))
+        groups = self.shown_ipc * len(recovery_groups(self.facts.num_classes, self.shown_ipc))
         generator = self.step_generator("windows")
         mirrors = 0.5 if self.flip and self.facts.mirror else 0.0
         low, high = self.jitter

@@ -153,6 +153,8 @@ class Bench:
         own: dict[str, Any] = {"label_kind": "hard" if cell.source == ALL_REAL else distilled.label_kind}
         if cell.source == RANDOM_REAL:
             own["ipc"] = distilled.ipc
+            if distilled.stored is not None:  # they are trained for as many steps as its students are
+                own["shown_ipc"] = distilled.shown_ipc
         elif cell.source != ALL_REAL:
             own["set"] = self._digests[cell.set_name]
         if self.data.name is not None:  # its test images may be others than those the sets remember

@@ -14,6 +14,7 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from lightning_dd.data import RealData
 from lightning_dd.data.sampling import draw_per_class
 from lightning_dd.distilled.datamodule import DistilledData, real_set
+from lightning_dd.distilled.multiformation import MultiFormed
 from lightning_dd.distilled.set import DistilledSet
 from lightning_dd.losses.krr import initial_labels
 from lightning_dd.models.factory import ArchitectureSpec, NetworkMixture
@@ -57,6 +58,7 @@ class Row:
     best_step: int | None
     steps: int
     ipc: int
+    """Images per class that are stored."""
     method: str
     group: str = ""
     """Sets that differ in the seed of their distillation alone share a group; empty stands for the set's own."""
@@ -66,6 +68,8 @@ class Row:
     """Wall time of training and testing this student."""
     other_data: bool = False
     """Whether the real data here is not what the set was made from."""
+    shown_ipc: int | None = None
+    """Images per class that a set shows, where they are more than it stores."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +126,7 @@ def run_cell(
         ipc=distilled.ipc,
         method=source.method,
         protocol=cell.protocol,
+        shown_ipc=None if distilled.stored is None else distilled.shown_ipc,
     )
 
 
@@ -173,6 +178,8 @@ class BestWeights(Callback):
 def random_real(distilled: DistilledSet, real: RealData, seed: int) -> DistilledSet:
     """Draw a set of random real training images with the size, label form and preprocessing of a distilled one.
 
+    They are as many as it stores; with as many as it shows, each shrunk likewise, a set of ``Random`` compares.
+
     Beside soft labels stand hard ones, for these images have no teacher: what the labels alone do is seen by evaluating
     a set of the distiller ``Random`` with soft labels.
     """
@@ -191,9 +198,21 @@ def random_same_labels(distilled: DistilledSet, real: RealData, seed: int) -> Di
     """
     if distilled.label_kind == "soft":
         raise UserError("soft labels belong to their images: name a set of Random with soft labels as `control`")
-    drawn = random_real(distilled, real, seed)
+    drawn = random_real(distilled, real, seed) if distilled.stored is None else _as_many_shown(distilled, real, seed)
     order = torch.argsort(distilled.classes.cpu(), stable=True)
     return replace(drawn, labels=distilled.labels.cpu()[order], method=SAME_LABELS)
+
+
+def _as_many_shown(distilled: DistilledSet, real: RealData, seed: int) -> DistilledSet:
+    """Draw as many random real images as a multi-formed set shows, and shrink each to its part."""
+    assert real.train is not None
+    assert distilled.stored is not None
+    count, factor, into = distilled.num_classes, distilled.stored.factor, distilled.preprocessing
+    generator = make_generator(seed, "random-real")
+    rows = draw_per_class(real.train.labels, distilled.shown_ipc, count, generator, repeat=True)
+    stored = MultiFormed.of(real.train.take(rows, "cpu").images, factor, into)
+    classes = torch.arange(count).repeat_interleave(distilled.shown_ipc)
+    return replace(real_set(real, stored.shown(into), classes, distilled.label_kind, RANDOM_REAL), stored=stored)
 
 
 def with_hard_labels(distilled: DistilledSet, real: RealData, seed: int) -> DistilledSet:

@@ -116,7 +116,8 @@ def markdown(rows: Sequence[Row]) -> str:
 
 
 def _note(rows: Sequence[Row], lines: Sequence[Line]) -> str:
-    sizes = ", ".join(map(str, sorted({row.ipc for row in rows})))
+    stored = {(row.ipc, row.shown_ipc or 0) for row in rows}
+    sizes = ", ".join(f"{ipc} (shown as {shown})" if shown else str(ipc) for ipc, shown in sorted(stored))
     steps = ", ".join(map(str, sorted({row.steps for row in rows})))
     students = max(line.distilled.count // line.distilled.sets for line in lines)
     many = max(line.distilled.sets for line in lines)

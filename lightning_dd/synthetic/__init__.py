@@ -2,6 +2,16 @@
 
 from lightning_dd.synthetic.labels import Labels, TeacherLabels
 from lightning_dd.synthetic.latents import Latents
-from lightning_dd.synthetic.parameterisation import Parameterisation, Pixels, SyntheticSet
+from lightning_dd.synthetic.multiformation import MultiFormation
+from lightning_dd.synthetic.parameterisation import ImageSpace, Parameterisation, Pixels, SyntheticSet
 
-__all__ = ["Labels", "Latents", "Parameterisation", "Pixels", "SyntheticSet", "TeacherLabels"]
+__all__ = [
+    "ImageSpace",
+    "Labels",
+    "Latents",
+    "MultiFormation",
+    "Parameterisation",
+    "Pixels",
+    "SyntheticSet",
+    "TeacherLabels",
+]

@@ -164,8 +164,7 @@ class Latents(Parameterisation):
         The images are the result that is kept, so they should not depend on the precision of a run.
         """
         device = latents[0].device
-        if self._preprocessing.mean.device != device:
-            self._preprocessing = self._preprocessing.to(device)
+        self._preprocessing = self._preprocessing.to(device)
         with torch.autocast(device.type, enabled=False):
             pixels = self._pixels(classes, *latents)
             return self._preprocessing(pixels.float()).to(latents[0].dtype)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lightning_dd.data.images import Split
 from lightning_dd.data.preprocess import Preprocessing
 from lightning_dd.data.sampling import draw_per_class
+from lightning_dd.distilled.multiformation import MultiFormed
 from lightning_dd.losses.krr import initial_labels
 from lightning_dd.pretrained.task import Task
 from lightning_dd.utils.arguments import RemembersArguments
@@ -20,7 +21,7 @@ class Parameterisation(RemembersArguments, nn.Module, ABC):
     An object is made with its options alone, as in ``parameterisation: {class_path: Latents, init_args: {level: 2}}``,
     and remembers them for the file. A run then calls, in this order: :meth:`build` to make the tensors, :meth:`prepare`
     and :meth:`start` to fill them (a resumed run loads them instead), and :meth:`render` in every outer step. Images
-    stand in blocks of ``ipc`` by class, classes in order, and live in the data's normalised space.
+    stand in blocks of equal size by class, classes in order, and live in the data's normalised space.
 
     Example:
         Images of half the size, enlarged; ``parameterisation: my_package.Coarse`` uses them.
@@ -36,6 +37,9 @@ class Parameterisation(RemembersArguments, nn.Module, ABC):
         ...     def render(self):
         ...         return nn.functional.interpolate(self.small, scale_factor=2)
     """
+
+    shown_per_stored: int = 1
+    """Images that are rendered for each of the ``ipc`` of a class."""
 
     @abstractmethod
     def build(self, classes: Tensor, task: Task) -> None:
@@ -54,7 +58,7 @@ class Parameterisation(RemembersArguments, nn.Module, ABC):
         Args:
             init: ``real`` or ``noise``, as far as it has a meaning.
             train: the training images; ``train.take(rows).images`` are normalised, ``train.labels`` their classes.
-            ipc: images per class.
+            ipc: images per class that are rendered.
             generator: CPU generator, to be the only source of random numbers.
 
         Raises:
@@ -64,6 +68,10 @@ class Parameterisation(RemembersArguments, nn.Module, ABC):
     @abstractmethod
     def render(self) -> Tensor:
         """Return the images ``(n, C, H, W)``, normalised, with graph to what is learned."""
+
+    def stored(self) -> MultiFormed | None:
+        """Return what a file keeps in place of the images, on the CPU; ``None`` for the images themselves."""
+        return None
 
     def prepare(self, task: Task) -> None:
         """Train or load what the images depend on, as a generator; by default there is nothing."""
@@ -80,7 +88,32 @@ class Parameterisation(RemembersArguments, nn.Module, ABC):
         """Bring images back to what pixels in [0, 1] can be, where images are learned directly."""
 
 
-class Pixels(Parameterisation):
+class ImageSpace(Parameterisation):
+    """A parameterisation that images can be put into: a start from real ones, or those that a method selects.
+
+    A subclass answers :meth:`build`, :meth:`encode` and :meth:`render`.
+    """
+
+    @abstractmethod
+    def encode(self, images: Tensor) -> None:
+        """Fill the tensors so that images ``(n, C, H, W)``, normalised, are rendered as nearly as can be."""
+
+    @torch.no_grad()
+    def start(self, init: str, train: Split, ipc: int, generator: torch.Generator) -> None:
+        """Start from real images, drawn without replacement where there are enough, or all from standard normal noise.
+
+        Raises:
+            UserError: a class has fewer than ``ipc`` images, and one is rendered for each that is stored.
+        """
+        if init == "real":
+            num_classes, repeat = len(self.render()) // ipc, self.shown_per_stored > 1
+            self.encode(train.take(draw_per_class(train.labels, ipc, num_classes, generator, repeat)).images)
+        else:
+            for parameter in self.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+
+
+class Pixels(ImageSpace):
     """The images themselves are learned, in normalised space; nothing clips them unless the method does.
 
     Attributes:
@@ -91,14 +124,10 @@ class Pixels(Parameterisation):
         """Make the images, all zero."""
         self.images = nn.Parameter(torch.zeros(len(classes), *task.facts.image_shape))
 
-    def start(self, init: str, train: Split, ipc: int, generator: torch.Generator) -> None:
-        """Start from ``ipc`` real images per class, drawn without replacement, or from standard normal noise."""
-        with torch.no_grad():
-            if init == "real":
-                num_classes = len(self.images) // ipc
-                self.images.copy_(train.take(draw_per_class(train.labels, ipc, num_classes, generator)).images)
-            else:
-                self.images.copy_(torch.randn(self.images.shape, generator=generator))
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> None:
+        """Take the images as they are."""
+        self.images.copy_(images)
 
     def render(self) -> Tensor:
         """Return the images."""
@@ -111,20 +140,22 @@ class Pixels(Parameterisation):
 
 
 class SyntheticSet(nn.Module):
-    """Images that a parameterisation makes, and labels, in blocks of ``ipc`` rows per class, classes in order.
+    """Images that a parameterisation makes, and labels, in blocks of equal size by class, classes in order.
+
+    There is a row for every image that is shown: ``ipc``, or several times as many where several are made of one.
 
     Images live in normalised space. Labels start from :func:`~lightning_dd.losses.krr.initial_labels`; those of the
     kinds ``learned`` and ``soft`` (logits) are a parameter, the others are fixed.
 
     Args:
         parameterisation: what the images are learned through; its tensors are made here.
-        ipc: images per class, at least 1.
+        ipc: images per class that are stored, at least 1.
         label_kind: ``learned``, ``soft``, ``centred`` or ``hard``.
         task: what is distilled.
 
     Attributes:
-        labels: ``(C * ipc, C)`` parameter, or buffer when fixed.
-        classes: ``(C * ipc,)`` int64 buffer, the class each row belongs to.
+        labels: ``(n, C)`` parameter, or buffer when fixed.
+        classes: ``(n,)`` int64 buffer, the class each row belongs to.
     """
 
     labels: Tensor
@@ -133,8 +164,8 @@ class SyntheticSet(nn.Module):
     def __init__(self, parameterisation: Parameterisation, ipc: int, label_kind: str, task: Task) -> None:
         super().__init__()
         num_classes = task.facts.num_classes
-        self.ipc, self.label_kind = ipc, label_kind
-        self.register_buffer("classes", torch.arange(num_classes).repeat_interleave(ipc), persistent=False)
+        self.label_kind, shown = label_kind, ipc * parameterisation.shown_per_stored
+        self.register_buffer("classes", torch.arange(num_classes).repeat_interleave(shown), persistent=False)
         parameterisation.build(self.classes, task)
         self.parameterisation = parameterisation
         labels = initial_labels(self.classes, num_classes, label_kind)
