@@ -4,7 +4,7 @@
     python benchmarks/transfer.py benchmarks/transfer/metadd.yaml --output runs/transfer --record
 
 A plan names bases (a distiller with its data), settings (what is changed of a base: the distiller, MetaDD, the labels
-of the finished set) and stages: which bases with which settings, seeds, students and split. A seed fixes initial
+of the finished set; a base may say more of one) and stages: which bases with which settings, seeds, students and split. A seed fixes initial
 images, networks and students of every setting, so that settings are compared with their base in pairs. Stages that
 choose look at the validation split and at architectures that nothing else uses; the test split is for what was chosen.
 
@@ -193,8 +193,10 @@ def trials(plan: dict[str, Any], stage: dict[str, Any]) -> Iterator[tuple[Trial,
     for seed in range(int(first), int(last or first) + 1):
         for setting in stage["settings"]:
             for base in stage["bases"]:
-                spec = merged(plan["bases"][base], plan["settings"][setting] or {})
-                spec = merged(spec, stage.get("changes", {}))
+                spec = dict(plan["bases"][base])
+                own_form = spec.pop("settings", {}).get(setting, {})
+                for change in (plan["settings"][setting], own_form, stage.get("changes", {})):
+                    spec = merged(spec, change)
                 own = spec.pop("own")
                 if "metadd" in spec:
                     spec["metadd"] = merged(plan["metadd"], spec["metadd"])
