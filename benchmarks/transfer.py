@@ -4,9 +4,10 @@
     python benchmarks/transfer.py benchmarks/transfer/metadd.yaml --output runs/transfer --record
 
 A plan names bases (a distiller with its data), settings (what is changed of a base: the distiller, MetaDD, the labels
-of the finished set; a base may say more of one) and stages: which bases with which settings, seeds, students and split. A seed fixes initial
-images, networks and students of every setting, so that settings are compared with their base in pairs. Stages that
-choose look at the validation split and at architectures that nothing else uses; the test split is for what was chosen.
+of the finished set; a base may say more of one) and stages: which bases with which settings, seeds, students and split.
+A seed fixes initial images, networks and students of every setting, so that settings are compared with their base in
+pairs. Stages that choose look at the validation split and at architectures that nothing else uses; the test split is
+for what was chosen.
 
 A trial is distilled once, and every student on it is a job of its own. What is finished is kept in the output folder: a
 run that is broken off goes on there, and a trial that fails is kept with its error. ``--record`` writes the rows there
