@@ -42,6 +42,7 @@ def stand_ins(monkeypatch):
 
         monkeypatch.setattr(cls, "read", read)
         monkeypatch.setattr(cls, "prepare_data", lambda self: None)
+        monkeypatch.setattr(cls, "notes", lambda self: [])  # there are no files to speak of
 
 
 def quick_distiller(content):

@@ -465,7 +465,7 @@ def test_a_distilled_set_carries_its_block_whitening(tmp_path):
     distilled = DistilledSet(fitted(to_unit(pixels[:2])), eye, torch.arange(2), "hard", ("a", "b"), fitted)
     again = DistilledSet.load(distilled.save(tmp_path / "set.safetensors"))
     assert again.preprocessing.zca_stride == 2
-    assert torch.allclose(again.pixels(), to_unit(pixels[:2]), atol=1e-4)
+    assert torch.allclose(again.pixels(), to_unit(pixels[:2]), atol=1e-3)
     assert torch.equal(again.test_transform(to_unit(pixels)), fitted(to_unit(pixels)))
 
 

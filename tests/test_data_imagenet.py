@@ -345,7 +345,8 @@ def library(tmp_path, monkeypatch):
 
 def test_a_set_of_the_hub(library, tmp_path):
     data = HuggingFace("somebody/pictures", subset="small", revision="v2", val_fraction=0.5, root=str(tmp_path / "hf"))
-    data.setup()
+    data.setup("fit")
+    data.read(train=False)
     assert library.asked == [
         ("somebody/pictures", "small", "train", "v2", str(tmp_path / "hf")),
         ("somebody/pictures", "small", "test", "v2", str(tmp_path / "hf")),
@@ -398,6 +399,6 @@ def test_the_library_itself(tmp_path, monkeypatch):
     shards(tmp_path / "set" / "train.parquet", [0, 1, 0, 1], [1, 2, 3, 4], ["a", "b"])
     shards(tmp_path / "set" / "test.parquet", [1], [5], ["a", "b"])
     data = HuggingFace(str(tmp_path / "set"), root=str(tmp_path / "hf"), val_fraction=0)
-    data.setup()
+    data.setup("fit")
     assert data.facts.class_names == ("a", "b")
     assert data.read(train=True).images[:, 0, 0, 0].tolist() == [1, 2, 3, 4]

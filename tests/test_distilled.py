@@ -66,6 +66,32 @@ def test_a_set_brings_the_loss_of_its_labels_and_says_so(kind, name, tmp_path):
         assert json.loads(file.metadata()["lightning_dd"])["loss"].startswith(name)
 
 
+def test_whitening_takes_a_third_of_its_bytes_and_whitens_as_before(tmp_path):
+    pixels = torch.rand(300, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    preprocessing = fit_preprocessing("zca", pixels)
+    distilled = make_set(images=preprocessing(pixels[:6]), preprocessing=preprocessing)
+    path = distilled.save(tmp_path / "set.safetensors")
+    whole = preprocessing.zca_whiten.nbytes + preprocessing.zca_unwhiten.nbytes
+    assert path.stat().st_size < 0.42 * whole + distilled.images.nbytes + 4000
+    loaded = DistilledSet.load(path)
+    torch.testing.assert_close(loaded.test_transform(pixels), preprocessing(pixels), rtol=0, atol=1e-5)
+    torch.testing.assert_close(loaded.pixels(), pixels[:6], rtol=0, atol=2e-3)
+    again = DistilledSet.load(loaded.save(tmp_path / "again.safetensors")).preprocessing.state_dict()
+    assert all(again[name].equal(value) for name, value in loaded.preprocessing.state_dict().items())
+    whole = {f"preprocessing.{name}": value for name, value in preprocessing.state_dict().items()}
+    older = {name: value for name, value in load_file(path).items() if not name.endswith("_lower")} | whole
+    save_file(older, path, {"lightning_dd": safe_open(path, framework="pt").metadata()["lightning_dd"]})
+    assert DistilledSet.load(path).preprocessing.zca_unwhiten.equal(preprocessing.zca_unwhiten)
+
+
+def test_whitening_that_half_precision_would_spoil_stays_as_it_is(tmp_path):
+    pixels = torch.rand(300, 3, 8, 8, generator=torch.Generator().manual_seed(0)).cumsum(3) / 8
+    preprocessing = fit_preprocessing("zca", pixels, zca_ridge=1e-7)
+    distilled = make_set(images=preprocessing(pixels[:6]), preprocessing=preprocessing)
+    loaded = DistilledSet.load(distilled.save(tmp_path / "set.safetensors"))
+    torch.testing.assert_close(loaded.pixels(), distilled.pixels(), rtol=0, atol=1e-4)
+
+
 def test_pixels_undo_the_preprocessing():
     pixels = torch.rand(40, 1, 4, 4, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(make_set("zca").pixels(), pixels[:6], rtol=1e-3, atol=1e-3)
@@ -206,10 +232,12 @@ def test_deep_and_long_headers_are_damaged(tmp_path):
         ("preprocessing.std", lambda value: -value, "std above 0"),
         ("preprocessing.mean", lambda value: value / 0, "finite"),
         ("preprocessing.mean", lambda value: value.repeat(2), "one finite number per channel"),
-        ("preprocessing.zca_whiten", lambda value: value * torch.nan, "zca_whiten must hold finite"),
-        ("preprocessing.zca_whiten", lambda value: value * 0, "do not undo each other"),
-        ("preprocessing.zca_whiten", lambda value: value[:4, :4], "does not go with matrices"),
-        ("preprocessing.zca_whiten", lambda value: value.flatten(), "are no map"),
+        ("preprocessing.zca_whiten_lower", lambda value: value * torch.nan, "zca_whiten must hold finite"),
+        ("preprocessing.zca_whiten_lower", lambda value: value * 0, "do not undo each other"),
+        ("preprocessing.zca_whiten_lower", lambda value: value[:10], "does not go with matrices"),
+        ("preprocessing.zca_whiten_lower", lambda value: value[:-1], "is no packed matrix"),
+        ("preprocessing.zca_whiten_lower", lambda value: value.double(), "is no packed matrix"),
+        ("preprocessing.zca_whiten", lambda value: torch.eye(16), "zca_whiten stands there twice"),
         ("preprocessing.zca_mean", lambda value: value.double(), "zca_mean must hold finite float32"),
         ("preprocessing.other", lambda value: torch.zeros(1), "preprocessing: expected"),
         ("other", lambda value: torch.zeros(1), "other must be left out"),
@@ -234,7 +262,7 @@ def test_a_map_that_lacks_a_matrix_is_refused(tmp_path):
     path = make_set().save(tmp_path / "set.safetensors")
     header = {"lightning_dd": safe_open(path, framework="pt").metadata()["lightning_dd"]}
     for name in ("zca_mean", "zca_whiten", "zca_unwhiten"):
-        kept = {key: value for key, value in load_file(path).items() if not key.endswith(name)}
+        kept = {key: value for key, value in load_file(path).items() if not key.removesuffix("_lower").endswith(name)}
         save_file(kept, tmp_path / "less.safetensors", header)
         with pytest.raises(UserError, match="preprocessing: expected mean, std, zca_mean"):
             DistilledSet.load(tmp_path / "less.safetensors")

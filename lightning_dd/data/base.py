@@ -159,6 +159,16 @@ class RealData(RemembersArguments, LightningDataModule, ABC):
         mean = self.channel_mean if self.mean is None else self.mean
         return mean, self.channel_std if self.std is None else self.std
 
+    def notes(self) -> list[str]:
+        """Return what else a user should know of how the data was found, each in a few words; after ``setup``."""
+        return []
+
+    def summary(self) -> str:
+        """Say in one line what data was found; after ``setup``."""
+        counts = {"training": self.train, "validation": self.val}
+        images = " and ".join(f"{len(split):,} {name}" for name, split in counts.items() if split)
+        return "; ".join([f"{self.name}: {images} images of {self.facts}", *self.notes()])
+
     def origin(self) -> dict[str, Any]:
         """Return what a distilled set keeps of its data: name, arguments without paths, fingerprint, mirror."""
         facts = self.facts

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
+from pytorch_lightning.utilities import rank_zero_warn
 
 from lightning_dd.data.cache import Allocate, content_key, new_pixels
 from lightning_dd.data.images import RawSplit
@@ -14,16 +15,17 @@ from lightning_dd.utils.errors import UserError
 
 HELD_OUT = 0.2
 """Share of train that serves as the test split where the folder has none."""
+_MOST_SAID = 5  # broken files by name
 SPLIT_SEED = 20240
 """Seed of that split; part of the data set's definition, never an argument."""
 
 
 class ImageFolder(EncodedImages):
-    """Images sorted into ``root/train/<class>/`` and ``root/test/<class>/``.
+    """Images sorted into ``root/train/<class>/`` and ``root/test/<class>/``, or into ``root/<class>/``.
 
     The test split is ``root/test``; if there is none ``root/val`` (with both, ``val`` is not used); if there is
-    neither, a fixed, stratified 20 % of ``root/train`` is cut off and is the test split. Class names are the
-    sorted folder names of ``root/train``, or those chosen of them, in the order of the choice; images may lie
+    neither, a fixed, stratified 20 % of ``root/train`` (or of ``root``) is cut off and is the test split. Class names
+    are the sorted folder names of ``root/train``, or those chosen of them, in the order of the choice; images may lie
     deeper inside a class folder. Pixels are uint8 ``(channels, image_size, image_size)``: the short side is resized
     to ``image_size`` (bilinear, anti-aliased), then the centre is cropped. Channel statistics are measured on the
     training split.
@@ -32,6 +34,8 @@ class ImageFolder(EncodedImages):
         root: folder that holds ``train``.
         image_size: side of the square images, in pixels.
         channels: 3 for RGB, 1 for grayscale; files of the other kind are converted.
+        photos: turn images as their EXIF says, and lay transparent ones on white.
+        skip_broken: leave files out that cannot be decoded, and say so, instead of refusing.
         **kwargs: the other arguments of :class:`~lightning_dd.data.readers.EncodedImages`; ``classes`` are folder names
             or their places in sorted order.
 
@@ -42,9 +46,41 @@ class ImageFolder(EncodedImages):
     test_folders: ClassVar[Sequence[str]] = ("test", "val")
     """Where the test split is looked for."""
 
-    def __init__(self, root: str, image_size: int, channels: Literal[1, 3] = 3, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        root: str,
+        image_size: int,
+        channels: Literal[1, 3] = 3,
+        photos: bool = True,
+        skip_broken: bool = False,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(root=root, image_size=image_size, channels=channels, **kwargs)
-        self.folder = Path(root).expanduser()
+        self.folder, self.photos, self.skip_broken = Path(root).expanduser(), photos, skip_broken
+
+    def spec(self) -> dict[str, Any]:
+        """Arguments another machine needs to rebuild this data (never a path)."""
+        return super().spec() | {"photos": self.photos, "skip_broken": self.skip_broken}
+
+    def notes(self) -> list[str]:
+        """Say where the test split comes from, and what was made of the files or passed over."""
+        listed = self._files(True)
+        found = [f"short side resized to {self.image_size}, centre cropped"]
+        if self._test_folder() is None:
+            found.append(f"no folder 'test': a fixed {HELD_OUT:.0%} of each class is the test split")
+        used = sum(len(split) for split in (self.train, self.val) if split)
+        if skipped := len(listed) - used:
+            found.append(f"{skipped} file(s) of {len(listed)} cannot be decoded and are left out")
+        if others := self._passed_over():
+            more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+            found.append(f"passed over as no images: {', '.join(others[:3])}{more}")
+        return found
+
+    def _passed_over(self) -> list[str]:
+        """Return the names of visible files in the class folders that are not taken for images."""
+        folder = self._train_folder()
+        files = (file for name in self._names() for file in sorted((folder / name).rglob("*")) if file.is_file())
+        return [file.name for file in files if not _hidden(file) and file.suffix.lower() not in EXTENSIONS]
 
     def source_key(self, *, train: bool) -> str:
         """Return the key of the names, sizes and times of the files (reading them all would take too long)."""
@@ -53,14 +89,20 @@ class ImageFolder(EncodedImages):
             for file, label in self._files(train)
             for status in [file.stat()]
         ]
-        return content_key("folder", self.size_of(train=train), self.channels, self._names(), stamps)
+        own = [name for name in ("photos", "skip_broken") if getattr(self, name)]
+        return content_key("folder", self.size_of(train=train), self.channels, self._names(), stamps, *own)
 
     def decode(self, *, train: bool, allocate: Allocate = new_pixels) -> RawSplit:
         """Decode the folder of the split, uint8 ``(N, channels, image_size, image_size)``."""
         listed = self._files(train)
         sources = ((str(file), file) for file, _ in listed)
-        images = decode_images(sources, len(listed), self.size_of(train=train), self.channels, allocate)
-        return RawSplit(images, torch.tensor([label for _, label in listed]), self._names())
+        broken: dict[int, str] | None = {} if self.skip_broken else None
+        size = self.size_of(train=train)
+        images = decode_images(sources, len(listed), size, self.channels, allocate, self.photos, broken)
+        for text in list((broken or {}).values())[:_MOST_SAID]:
+            rank_zero_warn(f"left out: {text}")
+        labels = [label for place, (_, label) in enumerate(listed) if place not in (broken or {})]
+        return RawSplit(images, torch.tensor(labels), self._names())
 
     def all_class_names(self) -> tuple[str, ...]:
         """Return the sorted names of the folders in ``train``."""
@@ -68,9 +110,21 @@ class ImageFolder(EncodedImages):
 
     def _train_folder(self) -> Path:
         folder = self.folder / "train"
-        if not folder.is_dir():
-            raise UserError(f"data.root='{self.root}' must hold a folder 'train' with one folder per class")
-        return folder
+        if folder.is_dir():
+            return folder
+        if self.folder.is_dir() and self._test_folder() is None and any(map(_images, self._class_folders())):
+            return self.folder
+        raise UserError(
+            f"data.root='{self.root}' must hold a folder 'train' with one folder of images per class, or these folders "
+            "themselves: set --data.root (evaluate takes --root)"
+        )
+
+    def _class_folders(self) -> list[Path]:
+        return [self.folder / name for name in _subfolders(self.folder)]
+
+    def _test_folder(self) -> Path | None:
+        found = (self.folder / name for name in self.test_folders)
+        return next((folder for folder in found if folder.is_dir()), None)
 
     def _names(self) -> tuple[str, ...]:
         everything = self.all_class_names()
@@ -78,8 +132,7 @@ class ImageFolder(EncodedImages):
 
     def _files(self, train: bool) -> list[tuple[Path, int]]:
         """List the images of a split with their labels, in an order that is the same on every machine."""
-        found = (self.folder / name for name in self.test_folders)
-        test = next((folder for folder in found if folder.is_dir()), None)
+        test = self._test_folder()
         if test is not None:
             return self._listed(self._train_folder() if train else test)
         listed = self._listed(self._train_folder())
@@ -108,5 +161,9 @@ def _subfolders(folder: Path) -> list[str]:
 
 def _images(folder: Path) -> list[Path]:
     """Return the image files below a folder, sorted by their relative name; hidden files are not images."""
-    kept = (file for file in folder.rglob("*") if file.suffix.lower() in EXTENSIONS and not file.name.startswith("."))
+    kept = (file for file in folder.rglob("*") if file.suffix.lower() in EXTENSIONS and not _hidden(file))
     return sorted(filter(Path.is_file, kept), key=lambda file: file.relative_to(folder).as_posix())
+
+
+def _hidden(file: Path) -> bool:
+    return file.name.startswith(".") or file.name in ("Thumbs.db", "desktop.ini")

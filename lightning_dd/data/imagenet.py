@@ -86,7 +86,7 @@ class _FromImageNet(EncodedImages):
             home = Path(place).expanduser()
             for folder in [home / name for name in self.archives] + ([home] if self.root is not None else []):
                 if (folder / "train").is_dir():
-                    return self.reader(str(folder), **settings)
+                    return self.reader(str(folder), photos=False, **settings)  # as published numbers read them
             for train, test in shards:
                 if any(home.glob(train)) and any(home.glob(test)):
                     return ParquetImages(train, test, root=str(home), **settings)

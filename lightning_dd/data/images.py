@@ -32,6 +32,12 @@ class DataFacts:
     mirror: bool = True
     """Whether an image keeps its meaning when it is mirrored left to right; digits do not."""
 
+    def __str__(self) -> str:
+        shown = ", ".join(self.class_names[:10]) + (f" and {len(self.class_names) - 10} more" * (self.num_classes > 10))
+        channels, height, width = self.image_shape
+        form = f"{width}x{height} with {channels} channel(s)"
+        return f"{form}, {self.num_classes} classes ({shown}), {self.preprocessing}"
+
     @property
     def num_classes(self) -> int:
         """Number of classes C."""

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from lightning_dd.data.base import RealData
@@ -201,30 +201,48 @@ def decode_images(
     image_size: ImageSize = None,
     channels: int | None = None,
     allocate: Allocate = new_pixels,
+    photos: bool = False,
+    broken: dict[int, str] | None = None,
 ) -> Tensor:
     """Decode encoded images in a pool of threads.
 
     ``image_size`` and ``channels`` are those of :class:`EncodedImages`; ``allocate`` is called once, with the shape of
     the result, for the array to decode into.
 
+    Args:
+        sources: the images.
+        count: how many they are.
+        image_size: how large they are made.
+        channels: 1 or 3; ``None`` gives one channel where all images are grayscale.
+        allocate: makes the array.
+        photos: turn them as their EXIF says, and lay transparent ones on white.
+        broken: where given, images that cannot be decoded are left out, and their places and faults written here.
+
     Returns:
-        uint8 ``(count, channels, H, W)``, in the order of ``sources``.
+        uint8 ``(count, channels, H, W)``, in the order of ``sources``, fewer where some are ``broken``.
 
     Raises:
-        UserError: an image cannot be decoded or the sizes differ.
+        UserError: an image cannot be decoded or the sizes differ, or all are broken.
     """
 
-    def decode_task(task: Sequence[Encoded]) -> list[tuple[PixelArray, bool]]:
-        return [_decode(image, image_size, channels) for image in task]
+    def decode_task(task: Sequence[Encoded]) -> list[tuple[PixelArray, bool] | UserError]:
+        return [_attempt(image, image_size, channels, photos) for image in task]
 
     remaining = iter(sources)
     pixels: PixelArray | None = None
-    all_grey, position = True, 0
+    all_grey, position, seen = True, 0, 0
     with ThreadPoolExecutor() as pool:
         while batch := list(islice(remaining, _ROUND)):
             tasks = [batch[start : start + _TASK] for start in range(0, len(batch), _TASK)]
             decoded = (image for images in pool.map(decode_task, tasks) for image in images)
-            for (where, _), (image, grey) in zip(batch, decoded, strict=True):
+            for (where, _), found in zip(batch, decoded, strict=True):
+                seen += 1
+                if isinstance(found, UserError):
+                    if broken is None:
+                        raise found
+                    broken[seen - 1] = str(found)
+                    continue
+                image, grey = found
                 if pixels is None:
                     pixels = allocate((count, *image.shape))
                 if image.shape != pixels.shape[1:]:
@@ -234,13 +252,21 @@ def decode_images(
                     )
                 pixels[position] = image
                 all_grey, position = all_grey and grey, position + 1
-    assert pixels is not None
-    assert position == count
-    images = torch.from_numpy(pixels)
+    if pixels is None:
+        raise UserError(f"none of the {count} images can be decoded: {(broken or {}).get(0, 'there are none')}")
+    assert seen == count
+    images = torch.from_numpy(pixels[:position])
     return images[:, :1].clone() if channels is None and all_grey else images
 
 
-def _decode(image: Encoded, image_size: ImageSize, channels: int | None) -> tuple[PixelArray, bool]:
+def _attempt(*settings: Any) -> tuple[PixelArray, bool] | UserError:
+    try:
+        return _decode(*settings)
+    except UserError as error:
+        return error
+
+
+def _decode(image: Encoded, image_size: ImageSize, channels: int | None, photo: bool) -> tuple[PixelArray, bool]:
     """Decode one image to ``(C, H, W)`` and say whether it was grayscale."""
     from torchvision.transforms import functional  # a second of importing, only where something is decoded
 
@@ -252,7 +278,7 @@ def _decode(image: Encoded, image_size: ImageSize, channels: int | None) -> tupl
             if opened.mode.startswith(("I", "F")):  # Pillow would clip these to 255 without a word
                 raise ValueError(f"mode {opened.mode} has more than 8 bits per channel")
             grey = opened.mode in ("1", "L", "LA")
-            picture = opened.convert("L" if channels == 1 else "RGB")
+            picture = (_as_seen(opened) if photo else opened).convert("L" if channels == 1 else "RGB")
     except UnidentifiedImageError:  # its message shows a memory address instead of the cause
         raise UserError(f"cannot decode the image {where}: not a known image format") from None
     except Exception as error:  # Pillow's plugins raise whatever they like on broken files, SyntaxError included
@@ -262,3 +288,12 @@ def _decode(image: Encoded, image_size: ImageSize, channels: int | None) -> tupl
         picture = functional.center_crop(functional.resize(picture, [short]), [side])
     array = np.asarray(picture)
     return array[None] if array.ndim == 2 else array.transpose(2, 0, 1), grey
+
+
+def _as_seen(opened: Image.Image) -> Image.Image:
+    """Return a photo as a viewer shows it: turned as its EXIF says, and on white where it is transparent."""
+    turned = ImageOps.exif_transpose(opened)
+    if not turned.has_transparency_data:
+        return turned
+    layers = turned.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", layers.size, "white"), layers)

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from lightning_dd.distilled.packing import packed
 from lightning_dd.distilled.set import DistilledSet
 
 
@@ -30,7 +31,7 @@ def facts_of(distilled: DistilledSet, path: Path | None = None) -> dict[str, str
         "relabelled": _called_labels(training.get("relabelled")),
         "made with": ", ".join(f"{name} {version}" for name, version in training.get("versions", {}).items())
         + (f", commit {training['commit']}" if training.get("commit") else ""),
-        "bytes": _sizes(distilled, path),
+        "bytes": sizes(distilled, path),
     }
     return {name: text for name, text in found.items() if text}
 
@@ -49,7 +50,8 @@ def _called_labels(said: Any) -> str:
     return f"after the run, from {said['from']['label_kind']} labels" if isinstance(said, dict) else ""
 
 
-def _sizes(distilled: DistilledSet, path: Path | None) -> str:
+def sizes(distilled: DistilledSet, path: Path | None = None) -> str:
+    """Say how many bytes a set takes, and what takes them."""
     parts = {
         "images": distilled.images.nbytes,
         "labels": distilled.labels.nbytes,
@@ -58,5 +60,6 @@ def _sizes(distilled: DistilledSet, path: Path | None) -> str:
     whole = f"{path.stat().st_size:,}: " if path else ""
     inside = [f"{name} {size:,}" for name, size in parts.items() if size]
     if distilled.preprocessing.kind == "zca":
-        inside.append("most of the rest whitens test images (data.preprocessing=standardise needs none)")
+        matrices = sum(part.nbytes for part in packed(distilled.preprocessing, distilled.images).values())
+        inside.append(f"whitening {matrices:,} (preprocessing standardise needs none)")
     return whole + ", ".join(inside)

@@ -1,6 +1,7 @@
 """The evaluation DataModule: train on the distilled-set file, score on the real data it stands for."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, cast
 
 from pytorch_lightning import LightningDataModule
@@ -44,7 +45,7 @@ class DistilledData(LightningDataModule):
         super().__init__()
         check_range("at least 1", "data.", batch_size=batch_size)
         self.distilled = file if isinstance(file, DistilledSet) else DistilledSet.load(file)
-        self._says_what_differs = self.distilled is not file  # whoever brings sets says it once for all students
+        self._says_what_differs = isinstance(file, str | Path)  # whoever brings sets says it once for all students
         self.real = real_data_of(self.distilled) if real is None else _like(self.distilled, real)
         self.batch_size, self.seed = batch_size, seed
         self.suit(500, 0)

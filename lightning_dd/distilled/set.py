@@ -4,7 +4,8 @@ Layout: safetensors with the tensors ``images``, ``labels``, ``classes``, ``prep
 views, ``views.*``, and two metadata entries: ``lightning_dd``, a JSON header, and ``checksum`` of header and tensors,
 which older files lack. Where one stored image stands for several, ``stored`` takes the place of ``images``, and the
 header's ``decoding`` says how they are made. No pickle anywhere; header fields are plain JSON. Sets with stored images
-are format version 3, others with soft labels version 2; all others are still written as version 1.
+and whitened sets, whose matrices are packed, are format version 3, others with soft labels version 2; all others are
+still written as version 1.
 """
 
 import json
@@ -25,6 +26,7 @@ from lightning_dd.data import DATA_SETS
 from lightning_dd.data.preprocess import Preprocessing
 from lightning_dd.distilled.header import CHECKSUM, HEADER, PLAIN, checksum, read_header
 from lightning_dd.distilled.multiformation import MultiFormed
+from lightning_dd.distilled.packing import packed, unpacked
 from lightning_dd.distilled.views import SoftViews
 from lightning_dd.losses.krr import LABEL_KINDS
 from lightning_dd.losses.labels import loss_name, student_loss
@@ -202,7 +204,7 @@ class DistilledSet:
         """
         soft = self.label_kind == "soft"
         header = {
-            "format_version": 3 if self.stored else 2 if soft else 1,
+            "format_version": 3 if self.stored or self.preprocessing.kind == "zca" else 2 if soft else 1,
             "label_kind": self.label_kind,
             "loss": self.loss_name,
             "class_names": list(self.class_names),
@@ -214,7 +216,7 @@ class DistilledSet:
         }
         images = {_IMAGES: self.images} if self.stored is None else {_STORED: self._unchanged(self.stored)}
         tensors = {**images, "labels": self.labels, "classes": self.classes}
-        tensors |= {_PREFIX + name: value for name, value in self.preprocessing.state_dict().items()}
+        tensors |= {_PREFIX + name: value for name, value in packed(self.preprocessing, self.images).items()}
         tensors |= {_VIEWS + name: value for name, value in (self.views.state_dict() if self.views else {}).items()}
         plain = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
         text = json.dumps(header)
@@ -267,7 +269,7 @@ class DistilledSet:
             for prefix in (_PREFIX, _VIEWS)
         )
         plain = {name: header[name] for name in ("label_kind", *PLAIN) if name != "run"}
-        into, stored = Preprocessing.from_state_dict(preprocessing), None
+        into, stored = Preprocessing.from_state_dict(unpacked(preprocessing)), None
         if _DECODING in header:
             stored = MultiFormed.read(tensors[_STORED], header[_DECODING], sum(tensors["labels"].shape[:1]))
             _check_fit(stored.images, into)

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor
 
 from lightning_dd.data.base import RealData
@@ -235,6 +236,7 @@ class Distiller(Resumable, ScoredModule):
         self.task = Task.of(data, self.trainer, self.train_missing)
         if stage == "fit":
             self.run = run_settings(self, self.trainer)
+            rank_zero_info(data.summary())
         self.make_accuracy(self.facts.num_classes)
         if not hasattr(self, "synthetic"):
             self.make_synthetic()
