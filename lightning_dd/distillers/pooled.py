@@ -126,7 +126,7 @@ class PoolDistiller(Distiller):
     def configure_pool(self, generator: torch.Generator, device: torch.device) -> ModelPool:
         """Return the model pool; called once per rank when a fit begins."""
         return ModelPool(
-            build=self.build_network,
+            build=self.pool_network,
             build_optimizer=self.configure_inner_optimizer,
             mixture=self.networks,
             size=self.pool_size,
@@ -135,6 +135,10 @@ class PoolDistiller(Distiller):
             device=device,
             mixed=self.mixing_start == 0,
         )
+
+    def pool_network(self, seed: int, architecture: str) -> Network:
+        """Build a network that joins the pool, from a seed: a fresh one."""
+        return self.build_network(seed, architecture)
 
     def configure_inner_optimizer(self, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
         """Return the optimizer of one of the pool's networks: Adam."""

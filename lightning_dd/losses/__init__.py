@@ -14,7 +14,13 @@ from lightning_dd.losses.krr import (
     scaled_cross_entropy,
 )
 from lightning_dd.losses.labels import loss_name, student_loss
-from lightning_dd.losses.matching import StatisticsDistance, class_mean_distance, gradient_distance
+from lightning_dd.losses.matching import (
+    StatisticsDistance,
+    class_characteristic_distance,
+    class_mean_distance,
+    class_mmd,
+    gradient_distance,
+)
 from lightning_dd.losses.meta_features import (
     focus_weights,
     map_entropy,
@@ -47,7 +53,9 @@ __all__ = [
     "averaged_kernel",
     "centred_one_hot",
     "class_activation_map",
+    "class_characteristic_distance",
     "class_mean_distance",
+    "class_mmd",
     "constant_memory",
     "ensemble_logits",
     "focus_weights",

@@ -9,11 +9,13 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_dd.losses.gradients import wide
 
 _EPSILON = 1e-6
+_SMALLEST = 1e-12  # below a root, whose slope at 0 is infinite
 
 
 def gradient_distance(synthetic: Sequence[Tensor], real: Sequence[Tensor]) -> Tensor:
@@ -66,6 +68,75 @@ def class_mean_distance(synthetic: Tensor, real: Tensor, num_classes: int) -> Te
     with torch.autocast(synthetic.device.type, enabled=False):
         own, target = (wide(part).reshape(num_classes, -1, part.shape[1]).mean(1) for part in (synthetic, real))
         return (own - target).square().sum()
+
+
+def class_mmd(synthetic: Tensor, real: Tensor, num_classes: int) -> Tensor:
+    """Sum over classes of the squared maximum mean discrepancy of features (M3D, Zhang et al. 2024, arXiv 2312.15927).
+
+    ``sum_c mean k(s, s') + mean k(x, x') - 2 mean k(s, x)`` with ``k(a, b) = exp(-|a - b|^2 / m_c)``, and as m_c the
+    median of the squared distances between any two images of the class, real or synthetic; it has no graph. All
+    moments of the features count, the farther ones less.
+
+    Args:
+        synthetic: features ``(num_classes * n, p)`` in blocks of one size by class.
+        real: features ``(num_classes * B, p)``, likewise.
+        num_classes: number of classes.
+
+    Returns:
+        A scalar from 0 to ``2 * num_classes``.
+
+    Example:
+        >>> class_mmd(torch.tensor([[1.0]]), torch.tensor([[0.0], [2.0]]), 1)  # 1 + (1 + e^-4) / 2 - 2 e^-1
+        tensor(0.7734)
+    """
+    with torch.autocast(synthetic.device.type, enabled=False):
+        own, target = (wide(part).reshape(num_classes, -1, part.shape[1]) for part in (synthetic, real))
+        both = torch.cat([own, target], 1)
+        both = both - target.mean(1, keepdim=True)  # no distance changes, and fewer digits cancel
+        norms = both.square().sum(2)
+        squared = (norms[:, :, None] + norms[:, None] - 2 * both @ both.transpose(1, 2)).clamp(min=0)
+        first, second = torch.triu_indices(both.shape[1], both.shape[1], 1, device=both.device)
+        median = squared.detach()[:, first, second].median(1).values.clamp(min=_EPSILON)
+        few, many = own.shape[1], target.shape[1]
+        signs = torch.cat([own.new_full((few,), 1 / few), own.new_full((many,), -1 / many)])
+        return torch.einsum("i,cij,j->", signs, torch.exp(-squared / median[:, None, None]), signs)
+
+
+def class_characteristic_distance(
+    synthetic: Tensor, real: Tensor, num_classes: int, frequencies: Tensor, amplitude: float = 0.5
+) -> Tensor:
+    """Sum over classes of the distance of characteristic functions (NCFM, Wang et al. 2025, arXiv 2502.20653).
+
+    With ``phi(t) = mean exp(i <t, f>)`` over a class's features f of unit length, s synthetic and x real ones:
+    ``sum_c mean_t sqrt(a (|phi_s| - |phi_x|)^2 + (1 - a) 2 (|phi_s| |phi_x| - Re phi_s conj(phi_x)))``. The first part
+    compares amplitudes, how spread features are, the second phases, where they are. The paper also learns the
+    frequencies, against the images; here they are given.
+
+    Args:
+        synthetic: features ``(num_classes * n, p)`` in blocks of one size by class.
+        real: features ``(num_classes * B, p)``, likewise.
+        num_classes: number of classes.
+        frequencies: ``(K, p)``, as standard normal numbers.
+        amplitude: share a of the amplitudes, in [0, 1].
+
+    Returns:
+        A scalar.
+
+    Example:
+        >>> features, t = torch.eye(2), torch.tensor([[3.0, 0.0]])  # exp(3 i) and 1
+        >>> class_characteristic_distance(features[:1], features[1:], 1, t)  # sin(3 / 2) * sqrt(2)
+        tensor(1.4107)
+    """
+    with torch.autocast(synthetic.device.type, enabled=False):
+        parts = []
+        for features in (synthetic, real):
+            angles = F.normalize(wide(features), dim=1) @ wide(frequencies).T
+            angles = angles.reshape(num_classes, -1, len(frequencies))
+            parts.append((angles.cos().mean(1), angles.sin().mean(1)))
+        (own_re, own_im), (re, im) = parts
+        own, target = ((x.square() + y.square()).clamp(min=_SMALLEST).sqrt() for x, y in parts)
+        amplitudes, phases = (own - target).square(), 2 * (own * target - own_re * re - own_im * im)
+        return (amplitude * amplitudes + (1 - amplitude) * phases).clamp(min=_SMALLEST).sqrt().mean(1).sum()
 
 
 def batch_norm_layers(network: nn.Module) -> list[_BatchNorm]:

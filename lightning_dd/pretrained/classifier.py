@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from lightning_dd.augment.crops import draw_crops, draw_padded, resample
 from lightning_dd.augment.frepo import Augmentation, Operation
+from lightning_dd.data.images import DataFacts
 from lightning_dd.data.sampling import answers, next_batch
 from lightning_dd.losses.matching import batch_statistics
 from lightning_dd.models.factory import Architectures, NetworkMixture, build_network
@@ -142,8 +143,7 @@ def trained_classifier(
         return network.state_dict(), {"accuracy": accuracy}
 
     facts, what = task.facts, f"architecture '{architecture}'"
-    start = derive_seed(seed, "architecture", architecture)
-    network = build_network(architecture, facts.num_classes, facts.image_shape, start)
+    network = initial_network(architecture, facts, seed)
     if weights is not None or (file is not None and not is_trained(Path(file))):
         accuracy = _take_weights(network, architecture, task, file, weights)
         return network.to(task.device), accuracy
@@ -159,6 +159,12 @@ def trained_classifier(
     network.load_state_dict(trained.tensors())
     rest(network)
     return network.to(task.device), float(trained.facts["accuracy"])
+
+
+def initial_network(architecture: str, facts: DataFacts, seed: int) -> Network:
+    """Return the network that :func:`trained_classifier` of the same seed begins with, on the CPU."""
+    start = derive_seed(seed, "architecture", architecture)
+    return build_network(architecture, facts.num_classes, facts.image_shape, start)
 
 
 def _take_weights(
