@@ -67,10 +67,11 @@ class MetaDD(ArchitectureTerm):
         seed: of the architectures; kept apart from the run's seed, so that seeds of a run share them.
         views: augmented ones of each image that the architectures are shown in a step, one operation drawn for each.
         focus: from 0 to 1: how far the method's own gradient by the images is held to the meta features of all of them,
-            on the steps that are due (:func:`~lightning_dd.losses.meta_features.focus_weights`): a mask on the method's
-            loss in place of a penalty, or beside it; ``weight: 0`` leaves the mask alone. It costs a forward pass of
-            each architecture that looks. One that looks alone is EDF's form. An optimizer that scales every pixel's
-            step by itself, as Adam does for SRe2L and FRePo, undoes most of it; that of DM, DC, DSA and MTT does not.
+            on the steps that are due (:func:`~lightning_dd.losses.meta_features.focus_weights`), so mostly with
+            ``every: 1``: a mask on the method's loss in place of a penalty, or beside it; ``weight: 0`` leaves the mask
+            alone. It costs a forward pass of each architecture that looks. One that looks alone is EDF's form. An
+            optimizer that scales every pixel's step by itself, as Adam does for SRe2L and FRePo, undoes most of it;
+            that of DM, DC, DSA and MTT does not.
 
     Raises:
         UserError: a setting is out of range, or an architecture is unusable.
