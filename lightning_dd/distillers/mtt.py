@@ -153,7 +153,7 @@ class MTT(Distiller):
             return
         self._find_experts()
         super().initialise(self._known(train))
-        images, classes = self.synthetic.images.detach(), self.synthetic.classes
+        images, classes = self.synthetic.images.detach(), self.synthetic.classes.cpu()
         answers = torch.stack([self._answers(expert, images) for expert in range(self.experts)])
         right = (answers.argmax(2) == classes).unsqueeze(2)
         votes = torch.where(right.any(0), right, True).float()  # where nobody is right, all have a vote

@@ -46,5 +46,5 @@ def loss_name(label_kind: str, temperature: float = 1.0) -> str:
     if label_kind == "hard":
         return "cross-entropy"
     if label_kind == "soft":
-        return f"KL divergence at temperature {temperature:g} (a teacher's logits)"
+        return f"KL divergence at temperature {temperature:g} (labels are logits)"
     return "half squared error (regression targets)"
