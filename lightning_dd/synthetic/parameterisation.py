@@ -107,7 +107,9 @@ class ImageSpace(Parameterisation):
         """
         if init == "real":
             num_classes, repeat = len(self.render()) // ipc, self.shown_per_stored > 1
-            self.encode(train.take(draw_per_class(train.labels, ipc, num_classes, generator, repeat)).images)
+            self.encode(
+                train.take(draw_per_class(train.labels, ipc, num_classes, generator, repeat, train.class_names)).images
+            )
         else:
             self.start_from_noise(generator)
 
