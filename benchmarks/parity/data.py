@@ -86,16 +86,6 @@ def cutmix(folder: Path) -> list[Line]:
     return lines
 
 
-def needs_jax(folder: Path) -> list[Line]:
-    """What of FRePo's main branch only jax can run."""
-    things = {
-        "augmentations": ("FRePo's family", "lib/dataset/augmax"),
-        "networks": ("conv's first weights", "lib/models/networks.py"),
-        "recipes": ("LAMB and the learning rates", "lib/training/utils.py"),
-    }
-    return [Line(part, what, f"FRePo/{file}", None, note="needs jax") for part, (what, file) in things.items()]
-
-
 def kornia_zca(folder: Path) -> list[Line]:
     """MTT's whitening by kornia, with its regulariser."""
     pixels = random_pixels(300)
