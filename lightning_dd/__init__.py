@@ -3,6 +3,7 @@
 What is most used, imported when it is first asked for, so that importing the package is cheap:
 
 - :func:`distil` and :func:`evaluate`: the two stages, with the defaults of the command line;
+- :func:`published_cell`: method, data and outer steps of one cell of a paper's table;
 - :class:`DistilledSet`: what the first hands to the second, and the file it is kept in;
 - :class:`Distiller`, :class:`PoolDistiller`, :class:`TeacherDistiller`: the bases of a method of one's own;
 - :class:`MetaDD`: the callback that makes any method's result transfer to other architectures;
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightning_dd import losses
-    from lightning_dd.api import distil, evaluate
+    from lightning_dd.api import distil, evaluate, published_cell
     from lightning_dd.callbacks import MetaDD
     from lightning_dd.distilled import DistilledSet
     from lightning_dd.distillers import Distiller, PoolDistiller, TeacherDistiller
@@ -31,6 +32,7 @@ __all__ = [
     "distil",
     "evaluate",
     "losses",
+    "published_cell",
 ]
 _ROOMS = {
     "DistilledSet": "distilled",
@@ -40,6 +42,7 @@ _ROOMS = {
     "TeacherDistiller": "distillers",
     "distil": "api",
     "evaluate": "api",
+    "published_cell": "api",
 }
 
 

@@ -1,21 +1,30 @@
 """The two stages as functions: distil real images into a set, and train architectures on sets."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pytorch_lightning import Callback
 from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint
 from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.utilities import rank_zero_only
 
-from lightning_dd.callbacks import DistillationProgress, ExportDistilledSet, SyntheticImages
+from lightning_dd.callbacks import (
+    DistillationProgress,
+    ExportDistilledSet,
+    OuterTerm,
+    PoolAlternation,
+    SyntheticImages,
+)
+from lightning_dd.cells import Cell, closest, counted, find_cell
 from lightning_dd.data import RealData
-from lightning_dd.data.parts import DataChoice
+from lightning_dd.data.parts import DataChoice, build_data
 from lightning_dd.distilled.set import DistilledSet
 from lightning_dd.distillers.base import Distiller
 from lightning_dd.evaluators.evaluate import evaluate_files
 from lightning_dd.evaluators.matrix import Hardware, Row
 from lightning_dd.students.recipe import protocol as published
+from lightning_dd.utils.arguments import class_path, known_class, plain_values, public_settings
 from lightning_dd.utils.silence import quieten
 from lightning_dd.utils.trainer import check_checkpoint, check_length, make_trainer
 
@@ -66,7 +75,7 @@ def distil(
     ckpt_path: str | None = None,
     **trainer: Any,
 ) -> DistilledSet:
-    """Distil real images, as ``lightning-dd fit`` does.
+    """Distil real images, as ``lightning-dd fit`` does, and say which published cell it is or is nearest to.
 
     Args:
         model: the method with its settings, as :class:`~lightning_dd.distillers.FRePo`.
@@ -97,11 +106,67 @@ def distil(
     }
     always = [kind(**options, **own.get(kind, {})) for kind, options in CALLBACKS.items() if kind not in left_out]
     quieten()
+    _say_cell(model, data, steps, callbacks, **trainer)
     check_length(steps, settings["val_check_interval"])
     check_checkpoint(ckpt_path)
     runner = make_trainer(max_steps=steps, callbacks=[*always, *callbacks], **settings)
     runner.fit(model, datamodule=data, ckpt_path=ckpt_path)
     return DistilledSet.load(Path(output) / "last.safetensors")
+
+
+def published_cell(config: str, ipc: int = 1, **given: Any) -> tuple[Distiller, RealData, int]:
+    """Return method, data and outer steps of one cell of a paper's table, as ``lightning-dd list cells`` names it.
+
+    What a paper changes with ``ipc`` follows it, which a class cannot know of itself; the whole training split is
+    distilled, as in the papers.
+
+    Args:
+        config: name of the configuration.
+        ipc: images per class, one that is published.
+        given: what else chooses the cell, as ``classes="b"`` for ImageNet's subsets.
+
+    Raises:
+        UserError: there is no such cell.
+
+    Example:
+        >>> model, data, steps = published_cell("cifar10/mtt", ipc=50)  # for distil(model, data, steps)
+        >>> type(model).__name__, model.ipc, model.syn_steps, steps
+        ('MTT', 50, 30, 5000)
+    """
+    return _built(find_cell(config, ipc, **given))
+
+
+def _built(cell: Cell) -> tuple[Distiller, RealData, int]:
+    content = cell.content()
+    model, data = content["model"], content["data"]
+    cls: type[Distiller] = known_class(model["class_path"], Distiller, "model")  # type: ignore[type-abstract]
+    steps = content.get("trainer", {}).get("max_steps", 1)
+    return cls(**model["init_args"]), build_data(data["class_path"], data["init_args"]), steps
+
+
+@rank_zero_only
+def _say_cell(model: Distiller, data: RealData, steps: int, callbacks: Sequence[Callback], **trainer: Any) -> None:
+    """Print which published cell a run is, or is nearest to, and what differs; nothing where there is none."""
+    acting = [type(callback).__name__ for callback in callbacks if isinstance(callback, OuterTerm | PoolAlternation)]
+    run = _counted(model, data, steps, **trainer) | {f"trainer.callbacks {name}": "added" for name in acting}
+    text = closest(type(model).__name__, type(data).__name__, model.ipc, run, lambda cell: _counted(*_built(cell)))
+    if text:
+        print(text, flush=True)
+
+
+def _counted(model: Distiller, data: RealData, steps: int, **trainer: Any) -> dict[str, Any]:
+    """Return the counted settings of a run by dotted name, as :func:`~lightning_dd.cells.counted` does for ``fit``."""
+    method = {"class_path": class_path(type(model)), **plain_values(public_settings(model.hparams))}
+    run = {"model": method, "data": plain_values(data), "trainer": {**TRAINER, **trainer, "max_steps": steps}}
+    return counted(dict(_dotted(run)))
+
+
+def _dotted(settings: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _dotted(value, f"{above}{name}.")
+        else:
+            yield above + name, value
 
 
 def evaluate(

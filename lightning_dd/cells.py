@@ -5,7 +5,7 @@ so that ``--model.ipc`` alone goes from one cell to the next, and a run can say 
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from lightning_dd.parsing import FOLDER
+from lightning_dd.utils.errors import UserError
 
 NOT_COUNTED = (
     *("seed", "train_missing", "compiled", "constant_memory", "expert_seed", "probe"),
@@ -69,6 +70,18 @@ class Cell:
         """Return the options of ``fit`` for the whole setting, on the papers' full training split."""
         chosen = {"model.ipc": self.ipc, **self.given, "data.val_fraction": 0.0}
         return [f"--config={FOLDER / self.config}.yaml", *self.words(), *map(_option, chosen, chosen.values())]
+
+    def content(self) -> dict[str, Any]:
+        """Return the same setting as one configuration says it."""
+        content: dict[str, Any] = yaml.safe_load((FOLDER / f"{self.config}.yaml").read_text(encoding="utf-8"))
+        if isinstance(content["data"], str):
+            content["data"] = {"class_path": content["data"]}
+        for name, value in {"model.ipc": self.ipc, "data.val_fraction": 0.0, **self.given, **self.options}.items():
+            room, _, setting = name.partition(".")
+            place = content.setdefault(room, {})
+            place = place if room == "trainer" else place.setdefault("init_args", {})
+            place[setting] = value
+        return content
 
 
 def _option(name: str, value: Any) -> str:
@@ -132,6 +145,26 @@ def follow_ipc(arguments: Sequence[str]) -> list[str]:
     return [*words[:place], *(option for cell in chosen for option in cell.words()), *words[place:]]
 
 
+def find_cell(config: str, ipc: int, **given: Any) -> Cell:
+    """Return the cell of a configuration.
+
+    Args:
+        config: as ``cifar10/mtt``.
+        ipc: images per class, one that is published.
+        given: what else chooses the cell, by the name of the setting, as ``classes="b"``.
+
+    Raises:
+        UserError: there is none.
+    """
+    for cell in (cell for cell in cells() if (cell.config, cell.ipc) == (config, ipc)):
+        if {name.rpartition(".")[2]: value for name, value in cell.given.items()} == given:
+            return cell
+    known = [cell.name for cell in cells() if cell.config == config] or sorted({cell.config for cell in cells()})
+    raise UserError(
+        f"no published cell {' '.join([config, f'ipc {ipc}', *map(str, given.values())])}: {', '.join(known)}"
+    )
+
+
 def cells_of(model: str, data: str) -> list[Cell]:
     """Return the cells of a method on a data set, both by class name."""
     return [cell for cell in cells() if _classes(cell.config) == (model, data)]
@@ -154,6 +187,24 @@ def counted(settings: Mapping[str, Any]) -> dict[str, Any]:
         elif room in ("model", "data") and not {inside[0], inside[-1]} & set(NOT_COUNTED):
             kept[".".join([room, *inside])] = value
     return kept
+
+
+def closest(
+    method: str, data: str, ipc: int, run: Mapping[str, Any], published: Callable[[Cell], Mapping[str, Any]]
+) -> str:
+    """Return what a run says in its first lines: see :func:`statement`. Nothing where no cell has its method and data.
+
+    Args:
+        method: its class name.
+        data: likewise.
+        ipc: the run's.
+        run: the run's counted settings.
+        published: gives those of a cell.
+    """
+    candidates = nearest(cells_of(method, data), ipc)
+    own = [cell for cell in candidates if all(run.get(name) == value for name, value in cell.given.items())]
+    told = (statement(cell, ipc, run, published(cell)) for cell in own or candidates[:1])
+    return min(told, key=len, default="")
 
 
 def statement(cell: Cell, ipc: int, run: Mapping[str, Any], published: Mapping[str, Any]) -> str:

@@ -1,11 +1,12 @@
 """The verbs that are a stock LightningCLI: fit, validate, test, predict."""
 
-import inspect
 import shlex
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import yaml
 from jsonargparse import set_parsing_settings
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
@@ -14,7 +15,7 @@ from pytorch_lightning.utilities import rank_zero_only
 
 from lightning_dd import callbacks, data, distilled, distillers, students, synthetic
 from lightning_dd.api import CALLBACKS, SAVE_EVERY, SWITCHES, TRAINER, rhythm
-from lightning_dd.cells import cells_of, counted, follow_ipc, nearest, statement
+from lightning_dd.cells import closest, counted, follow_ipc
 from lightning_dd.losses.metadd import MetaOptions
 from lightning_dd.parsing import OneLineErrors, explain, run_name, user_error_in, with_paths
 from lightning_dd.utils.arguments import class_path, find_class, subclasses
@@ -51,6 +52,33 @@ def defaults(arguments: Sequence[str]) -> dict[str, Any]:
     return {f"trainer.{name}": value for name, value in settings.items()}
 
 
+def own_statistics(arguments: Sequence[str]) -> list[str]:
+    """Return a command line in which a mean and a deviation go with the data class they were chosen for.
+
+    The parser keeps what is set of one class where another follows it, by ``--data`` or in another configuration.
+
+    Args:
+        arguments: of ``fit``, every configuration as ``--config=PATH``.
+    """
+    words, owner, chosen = list[str](), "", list[str]()
+    for word, after in zip(arguments, [*arguments[1:], ""], strict=True):
+        name, equals, value = word.partition("=")
+        value = value if equals else after
+        content = yaml.safe_load(Path(value).read_text(encoding="utf-8")) if name == "--config" else {}
+        data = value if name in ("--data", "--data.class_path") else (content or {}).get("data") or {}
+        data = data if isinstance(data, dict) else {"class_path": data}
+        kind = data.get("class_path", owner).rpartition(".")[2]
+        if kind != owner and chosen:
+            words += [f"--data.init_args.{statistic}=null" for statistic in chosen]
+            names = " and ".join(f"data.{statistic}" for statistic in chosen)
+            rank_zero_only(print)(f"{names} of {owner} left out: the data is {kind}", file=sys.stderr)
+            chosen = []
+        given = [*data.get("init_args", {}), name.removeprefix("--data.").removeprefix("init_args.")]
+        owner, chosen = kind, [each for each in ("mean", "std") if each in (*chosen, *given)]
+        words.append(word)
+    return words
+
+
 class Parser(OneLineErrors, LightningArgumentParser):
     """Lightning's parser, which answers a mistake with one line."""
 
@@ -61,7 +89,7 @@ class Cli(LightningCLI):
     """LightningCLI in subclass mode for model and data, with one seed for both Lightning and the model."""
 
     def __init__(self, arguments: Sequence[str]) -> None:
-        self.arguments = follow_ipc(with_paths(arguments))
+        self.arguments = own_statistics(follow_ipc(with_paths(arguments)))
         super().__init__(
             LightningModule,
             LightningDataModule,
@@ -107,16 +135,15 @@ class Cli(LightningCLI):
     def say_cell(self, settings: Any) -> None:
         """Print which published cell this run is, or is nearest to, and what differs; nothing where there is none."""
         model, data = (settings[room].class_path.rpartition(".")[2] for room in ("model", "data"))
-        found, run = cells_of(model, data), _counted(settings)
-        if found:
-            ipc = settings.model.init_args.ipc
-            candidates = nearest(found, ipc)
-            own = [cell for cell in candidates if all(run.get(name) == value for name, value in cell.given.items())]
-            told = []
-            for cell in own or candidates[:1]:
-                published = _counted(self.parser.parse_args(["fit", *cell.arguments()]).fit)
-                told.append(statement(cell, ipc, run, published))
-            print(min(told, key=len), flush=True)
+        text = closest(
+            model,
+            data,
+            settings.model.init_args.get("ipc", 1),
+            _counted(settings),
+            lambda cell: _counted(self.parser.parse_args(["fit", *cell.arguments()]).fit),
+        )
+        if text:
+            print(text, flush=True)
 
     @rank_zero_only
     def after_fit(self) -> None:
@@ -155,28 +182,14 @@ class Cli(LightningCLI):
         return make_trainer(super()._instantiate_trainer, config=config, callbacks=callbacks)
 
 
-def help_on_classes(arguments: Sequence[str]) -> str | None:
-    """Return the classes that a setting accepts, a line each, where ``--model.help`` names none of them."""
-    for word, after in zip(arguments, [*arguments[1:], "--"], strict=True):
-        setting = word.removeprefix("--").removesuffix(".help")
-        if word.startswith("--") and word.endswith(".help") and after.startswith("-") and known_classes(setting):
-            found = sorted(known_classes(setting).items())
-            lines = [f"  {name:<22} {(inspect.getdoc(cls) or '').partition(chr(10))[0]}" for name, cls in found]
-            return "\n".join([f"{word} NAME lists the options of one of:", *lines])
-    return None
-
-
 def run_lightning(arguments: Sequence[str]) -> Cli:
     """Run one of Lightning's verbs, with its options.
 
     Raises:
         UserError: something the user can mend.
-        SystemExit: the arguments could not be parsed (status 2, one line on stderr), or asked for help (status 0).
+        SystemExit: the arguments could not be parsed (status 2, one line on stderr).
     """
     quieten()
-    if text := help_on_classes(arguments):
-        print(text)
-        sys.exit(0)
     try:
         return Cli(arguments)
     except (UserError, SystemExit):

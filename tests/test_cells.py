@@ -4,14 +4,15 @@ import re
 
 import pytest
 import yaml
-from helpers import accepted_settings
+from helpers import TinyData, accepted_settings
 
+from lightning_dd import MetaDD, api, data, distil, distillers, published_cell
 from lightning_dd import cells as room
-from lightning_dd import data, distillers
 from lightning_dd.cells import cells, follow_ipc, nearest
 from lightning_dd.cli import main
 from lightning_dd.lightning_cli import Cli
 from lightning_dd.parsing import FOLDER, configurations, with_paths
+from lightning_dd.utils.errors import UserError
 
 
 def file_of(cell):
@@ -123,3 +124,44 @@ def test_cells_are_listed_with_their_commands(capsys):
     assert line.startswith("cifar10/mtt ipc 50 ")
     assert "lightning-dd fit --config cifar10/mtt --model.ipc 50 --data.val_fraction 0  # 71.6 ± 0.2 % in arXiv" in line
     assert line.endswith("ours: not run")
+
+
+def test_every_cell_is_built_in_python_with_the_settings_of_the_command():
+    for cell in cells():
+        given = {name.rpartition(".")[2]: value for name, value in cell.given.items()}
+        model, real, steps = published_cell(cell.config, cell.ipc, **given)
+        assert (model.ipc, real.val_fraction) == (cell.ipc, 0.0), cell.name
+        for name, value in cell.options.items():
+            room, _, setting = name.partition(".")
+            owner = {"model": model.hparams, "data": real.init_args, "trainer": {"max_steps": steps}}[room]
+            assert owner[setting] == value, cell.name
+    with pytest.raises(UserError, match="no published cell cifar10/mtt ipc 5: cifar10/mtt ipc 1, cifar10/mtt ipc 10"):
+        published_cell("cifar10/mtt", 5)
+
+
+class Begun(Exception):
+    """Raised in place of a fit."""
+
+
+def said_by_distil(monkeypatch, capsys, model, real, steps, **more):
+    def stop(*_, **__):
+        raise Begun
+
+    monkeypatch.setattr(api, "make_trainer", stop)
+    with pytest.raises(Begun):
+        distil(model, real, steps, **more)
+    return capsys.readouterr().out.splitlines()
+
+
+def test_a_run_in_python_says_which_cell_it_is_and_what_its_defaults_change(monkeypatch, capsys, tmp_path):
+    place = {"output": tmp_path, "accelerator": "cpu"}
+    lines = said_by_distil(monkeypatch, capsys, *published_cell("cifar10/mtt", 50), **place)
+    assert lines[0].startswith("published cell cifar10/mtt ipc 50: 71.6")
+    assert lines[2] == "  differs: nothing"
+    plain = distillers.MTT(ipc=50), data.CIFAR10(val_fraction=0.0), 5000
+    lines = said_by_distil(
+        monkeypatch, capsys, *plain, callbacks=[MetaDD(["resnet18", "vgg11"])], precision="bf16-mixed", **place
+    )
+    for part in ("max_start_epoch ", "trainer.precision bf16-mixed (pub", "trainer.callbacks MetaDD added (published"):
+        assert part in lines[2]
+    assert said_by_distil(monkeypatch, capsys, distillers.MTT(), TinyData(), 4, **place) == []
