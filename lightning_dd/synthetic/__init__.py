@@ -4,7 +4,6 @@ from lightning_dd.synthetic.labels import Labels, TeacherLabels
 from lightning_dd.synthetic.latents import Latents
 from lightning_dd.synthetic.multiformation import MultiFormation
 from lightning_dd.synthetic.parameterisation import ImageSpace, Parameterisation, Pixels, SyntheticSet
-from lightning_dd.synthetic.pyramid import Pyramid
 
 __all__ = [
     "ImageSpace",
@@ -13,7 +12,6 @@ __all__ = [
     "MultiFormation",
     "Parameterisation",
     "Pixels",
-    "Pyramid",
     "SyntheticSet",
     "TeacherLabels",
 ]

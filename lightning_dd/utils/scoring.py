@@ -10,8 +10,6 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_dd.utils.errors import UserError
-
 
 class ScoredModule(LightningModule, ABC):
     """A LightningModule scored by the accuracy of a classifier on real images.
@@ -32,13 +30,7 @@ class ScoredModule(LightningModule, ABC):
         """Prepare what :meth:`scored_logits` needs; called before every validation, test and prediction."""
 
     def make_accuracy(self, num_classes: int) -> None:
-        """Create the metric.
-
-        Raises:
-            UserError: there is nothing to tell apart.
-        """
-        if num_classes < 2:
-            raise UserError(f"the data has {num_classes} class: there is nothing to tell apart, give at least two")
+        """Create the metric."""
         self.accuracy = MulticlassAccuracy(num_classes, average="micro")
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
