@@ -19,7 +19,7 @@ from lightning_dd.distillers import DM, FRePo, PoolDistiller
 from lightning_dd.distillers.base import Probe
 from lightning_dd.losses.meta_features import focus_weights
 from lightning_dd.losses.metadd import MetaOptions, label_distribution
-from lightning_dd.losses.metadd_gradient import naive_loss
+from lightning_dd.losses.metadd_gradient import gathered_loss, naive_loss
 from lightning_dd.pretrained import ClassifierRecipe, Task, trained_classifier
 from lightning_dd.synthetic import Pixels
 from lightning_dd.utils.errors import UserError
@@ -78,6 +78,22 @@ def test_terms_are_logged_also_where_no_logging_step_carries_them(tmp_path):
     trainer = tiny_trainer(tmp_path, 4, callbacks=callbacks, log_every_n_steps=2)  # at 1 and 3; the term is at 0 and 2
     trainer.fit(FRePo(**TINY), SixteenPixels(val_fraction=0.25))
     assert {"metadd/variance", "metadd/steady", "metadd/loss"} <= set(trainer.callback_metrics)
+
+
+def test_maps_that_no_term_needs_are_made_for_what_is_logged_alone(tmp_path, monkeypatch):
+    made = []
+    kept = gathered_loss
+
+    def counted(*arguments):
+        made.append(arguments[-1])
+        return kept(*arguments)
+
+    monkeypatch.setattr("lightning_dd.callbacks.metadd.gathered_loss", counted)
+    callbacks = [PoolAlternation(), metadd(variance=0.0, kl=0.0, every=2)]
+    trainer = tiny_trainer(tmp_path, 10, callbacks=callbacks, log_every_n_steps=5)  # at 4 and 9; terms at 0, 2, 4, 6, 8
+    trainer.fit(FRePo(**TINY), SixteenPixels(val_fraction=0.25))
+    assert made == [False, False, True, False, True]
+    assert "metadd/meta_ratio" in trainer.callback_metrics
 
 
 def test_maps_and_masks_are_drawn_before_and_after(tmp_path):

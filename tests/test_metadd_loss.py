@@ -118,6 +118,30 @@ def test_maps_of_both_layers_are_compared_each_with_its_like(architectures, batc
     torch.testing.assert_close(both.loss, (last.loss + shallow.loss) / 2)
 
 
+@pytest.mark.parametrize("count", [1, 3])
+def test_without_maps_the_other_terms_and_their_gradient_are_the_same(architectures, batch, count, monkeypatch):
+    options = MetaOptions(variance=0.0, kl=0.0)
+    full = gathered_loss(architectures[:count], *batch, "learned", options)
+    wanted = gradients(full, *batch)
+    monkeypatch.setattr("lightning_dd.losses.metadd_gradient.class_activation_map", None)
+    bare = gathered_loss(architectures[:count], *batch, "learned", options, with_maps=False)
+    assert bare.maps.numel() == 0
+    assert set(bare.terms) == {"cross_entropy", "kl"}
+    assert all(torch.equal(bare.terms[name], full.terms[name]) for name in bare.terms)
+    assert all(torch.equal(*pair) for pair in zip(gradients(bare, *batch), wanted, strict=True))
+
+
+def test_maps_that_a_term_needs_are_made_unasked(architectures, batch):
+    class Own(MetaOptions):
+        own = 1.0
+
+        def more_terms(self, maps, alive, logits, labels):
+            return {"own": maps.mean()}
+
+    for options in (MetaOptions(), Own(variance=0.0, kl=0.0)):
+        assert gathered_loss(architectures, *batch, "learned", options, with_maps=False).maps.numel() > 0
+
+
 @pytest.mark.parametrize("kind", ["hard", "centred"])
 def test_fixed_labels_of_every_kind(architectures, batch, kind):
     labels = initial_labels(torch.arange(ROWS), CLASSES, kind).double()

@@ -148,7 +148,9 @@ class MetaDD(ArchitectureTerm):
         consensus = None
         if self.options.consensus == "distiller":
             consensus = distiller.network(seen.detach() if self.options.detach_consensus else seen)
-        result = self.measure(seen, few_labels, distiller.label_kind, consensus, self.looking_at(step))
+        is_shown = distiller.steps_to_log < self.every  # no later step with the term comes before what is logged
+        looking = self.looking_at(step)
+        result = self.measure(seen, few_labels, distiller.label_kind, consensus, looking, is_shown)
         watched = {**result.terms, "loss": result.loss.detach()}
         factor: Tensor | float = weight
         if own is not None and self.scale != "absolute":
@@ -175,10 +177,11 @@ class MetaDD(ArchitectureTerm):
         label_kind: str,
         consensus: Tensor | None = None,
         architectures: Sequence[Architecture] | None = None,
+        with_maps: bool = True,
     ) -> MetaLoss:
         """Return loss, terms and maps of images ``(N, C, H, W)``, normalised; by default of all architectures."""
         looking = self.architectures if architectures is None else architectures
-        return gathered_loss(looking, images, labels, label_kind, self.options, consensus)
+        return gathered_loss(looking, images, labels, label_kind, self.options, consensus, with_maps)
 
     def _rows(self, trainer: Trainer, count: int) -> Tensor | None:
         """Rows of this step and rank: a function of seed and step alone, so a resumed run is exact."""

@@ -269,7 +269,7 @@ class Distiller(Resumable, ScoredModule):
             if isinstance(callback, OuterTerm):
                 loss, more = callback.add(self.trainer, self, images, labels, loss)
                 terms, loss = terms | more, torch.stack([loss, *more.values()]).sum()
-        if self._logs_this_step():
+        if self.steps_to_log == 0:
             terms = {f"outer/{name}": value.detach() for name, value in terms.items()}
             for name, value in ({"outer/loss": loss.detach()} | terms | self._watched).items():
                 self.log(name, value, prog_bar=name in ("outer/loss", "outer/accuracy"))
@@ -278,7 +278,7 @@ class Distiller(Resumable, ScoredModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Log gradient norms (before any clipping) at logging steps."""
-        if self._logs_this_step():
+        if self.steps_to_log == 0:
             for name, part in self.synthetic.named_parameters():
                 if part.grad is not None:
                     self.log(f"gradient/{name.rpartition('.')[2]}", part.grad.norm())
@@ -302,9 +302,11 @@ class Distiller(Resumable, ScoredModule):
         logits: Tensor = self._probe[0](images)
         return logits
 
-    def _logs_this_step(self) -> bool:
+    @property
+    def steps_to_log(self) -> int:
+        """Outer steps until the Trainer logs again; 0 where it logs this one."""
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        return (self.trainer.global_step + 1) % every == 0
+        return (every - 1 - self.trainer.global_step) % max(1, every)
 
 
 class OuterTerm(Callback, RemembersArguments, ABC):

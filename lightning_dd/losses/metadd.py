@@ -123,6 +123,11 @@ class MetaOptions:
         return self.variance > 0 or self.positivity > 0
 
     @property
+    def needs_maps(self) -> bool:
+        """Whether the loss cannot be had without maps: :meth:`more_terms` of a subclass is given them, too."""
+        return self.uses_maps or type(self).more_terms is not MetaOptions.more_terms
+
+    @property
     def fewest(self) -> int:
         """How many architectures must look together for every term with weight to say something."""
         return 2 if self.uses_maps or (self.kl and self.consensus == "ensemble") else 1
@@ -152,8 +157,8 @@ class WeightedTerms(NamedTuple):
 
 
 def metadd_loss(
-    maps: Tensor,
-    alive: Tensor,
+    maps: Tensor | None,
+    alive: Tensor | None,
     logits: Tensor,
     labels: Tensor,
     label_kind: str,
@@ -163,8 +168,8 @@ def metadd_loss(
     """Return the weighted sum of the terms, and each of them.
 
     Args:
-        maps: ``(M, N, I, J)`` normalised.
-        alive: ``(M, N)`` bool.
+        maps: ``(M, N, I, J)`` normalised; ``None`` leaves out what is said of maps, where nothing with weight is.
+        alive: ``(M, N)`` bool, with the maps.
         logits: ``(M, N, C)``.
         labels: ``(N, C)`` rows.
         label_kind: ``learned``, ``centred`` or ``hard``.
@@ -184,24 +189,20 @@ def metadd_loss(
             teacher = prediction_logits(cast(Tensor, consensus_logits), label_kind)
         teacher = teacher.detach() if options.detach_consensus else teacher
         students = logits.detach() if options.detach_architectures else logits
-        part = meta_partition(maps, options.threshold, alive)
         fits = [architecture_cross_entropy(one, labels, label_kind) for one in logits]
         divergences = [agreement_kl(one, teacher, options.temperature, options.kl_direction) for one in students]
-        terms = {
-            "variance": map_variance(maps, alive),
-            "cross_entropy": torch.stack(fits).mean(),
-            "kl": torch.stack(divergences).mean(),
-            "positivity": positivity(maps, part, alive, options.positivity_form),
-            **options.more_terms(maps, alive, logits, labels),
-        }
+        terms = {"cross_entropy": torch.stack(fits).mean(), "kl": torch.stack(divergences).mean()}
+        watched: dict[str, Tensor] = {}
+        if maps is not None and alive is not None:
+            part = meta_partition(maps, options.threshold, alive)
+            terms = {"variance": map_variance(maps, alive), **terms}
+            terms["positivity"] = positivity(maps, part, alive, options.positivity_form)
+            terms |= options.more_terms(maps, alive, logits, labels)
+            dead = 1 - alive.to(maps.dtype).mean()
+            watched = {"meta_ratio": part.ratio.mean(), "map_entropy": map_entropy(maps), "dead_maps": dead}
         # A term without weight is left out, not multiplied by 0: it needs no graph, and 0 x inf is NaN.
         weighted = [getattr(options, name) * term for name, term in terms.items() if getattr(options, name)]
         total = torch.stack(weighted).sum() if weighted else logits.new_zeros(())
-        watched = {
-            "meta_ratio": part.ratio.mean(),
-            "map_entropy": map_entropy(maps),
-            "dead_maps": 1 - alive.to(maps.dtype).mean(),
-        }
     return WeightedTerms(total, {name: value.detach() for name, value in (terms | watched).items()})
 
 

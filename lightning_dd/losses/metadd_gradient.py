@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lightning_dd.losses.cam import class_activation_map, normalise_maps
 from lightning_dd.losses.cam_layers import find_layer
-from lightning_dd.losses.gradients import attach_gradients, no_float16
+from lightning_dd.losses.gradients import attach_gradients, no_float16, wide
 from lightning_dd.losses.metadd import LAYERS, MetaOptions, metadd_loss
 from lightning_dd.models.interface import Network
 from lightning_dd.utils.errors import UserError
@@ -51,7 +51,8 @@ class MetaLoss(NamedTuple):
     terms: dict[str, Tensor]
     """See :class:`~lightning_dd.losses.metadd.WeightedTerms`."""
     maps: Tensor
-    """``(M, N, grid, grid)`` normalised maps without graph; dead ones are zeros. Those of a second layer are N more."""
+    """``(M, N, grid, grid)`` normalised maps without graph; dead ones are zeros. Those of a second layer are N more.
+    Empty where none were made."""
 
 
 class _View(NamedTuple):
@@ -69,6 +70,7 @@ def gathered_loss(
     label_kind: str,
     options: MetaOptions,
     consensus_logits: Tensor | None = None,
+    with_maps: bool = True,
 ) -> MetaLoss:
     """Return the MetaDD loss of images and labels, its gradient gathered one architecture at a time.
 
@@ -84,6 +86,7 @@ def gathered_loss(
         options: the switches.
         consensus_logits: ``(N, num_classes)``, what the distiller's own network returned for these images, for
             ``consensus="distiller"``. With ``detach_consensus=False`` they get their gradient too.
+        with_maps: make maps where no term with weight needs them, to be looked at; false saves their time.
 
     Raises:
         UserError: there is no architecture, one is in training mode or has no map, or the logits of the distiller are
@@ -93,16 +96,18 @@ def gathered_loss(
     wanted = torch.is_grad_enabled()
     given = (images, labels, consensus_logits)
     needed = [wanted and tensor is not None and tensor.requires_grad for tensor in given]
+    with_maps = with_maps or options.needs_maps
     with torch.inference_mode(False), torch.enable_grad():
         leaves = [_leaf(tensor, need) for tensor, need in zip(given, needed, strict=True)]
         pixels, rows, consensus = cast(tuple[Tensor, Tensor, Tensor | None], tuple(leaves))
         still = pixels.detach()
-        views = [_look(architecture, still, rows, options) for architecture in architectures[:-1]]
-        views.append(_look(architectures[-1], pixels, rows, options))  # no other graph is alive: this one is kept
+        views = [_look(architecture, still, rows, options, with_maps) for architecture in architectures[:-1]]
+        views.append(_look(architectures[-1], pixels, rows, options, with_maps))  # the only graph alive: it is kept
         maps, alive, logits = (torch.stack(tensors).detach() for tensors in zip(*views, strict=True))
         maps.requires_grad_(needed[0] and options.uses_maps)
         logits.requires_grad_(needed[0])
-        total, terms = metadd_loss(maps, alive, logits, rows, label_kind, options, consensus)
+        shown = (maps, alive) if with_maps else (None, None)
+        total, terms = metadd_loss(*shown, logits, rows, label_kind, options, consensus)
         sources = [tensor for tensor in (maps, logits, rows, consensus) if tensor is not None and tensor.requires_grad]
         found = torch.autograd.grad(total, sources, allow_unused=True) if sources and total.requires_grad else ()
         slope = {id(source): gradient for source, gradient in zip(sources, found, strict=False)}
@@ -110,7 +115,8 @@ def gathered_loss(
         if needed[0]:
             slopes = slope.get(id(maps)), slope.get(id(logits))
             gradients[0] = _carry(architectures, views.pop(), pixels, rows, options, *slopes)
-    return MetaLoss(attach_gradients(total.detach(), given, gradients), terms, maps.detach())
+    made = maps.detach() if with_maps else maps.new_zeros(0)
+    return MetaLoss(attach_gradients(total.detach(), given, gradients), terms, made)
 
 
 def naive_loss(
@@ -169,7 +175,7 @@ def _look(
     with no_float16(images.device.type):
         adapted = images if architecture.adapt is None else architecture.adapt(images)
         if not with_map:
-            logits = architecture.network(adapted)
+            logits = wide(architecture.network(adapted))
             return _View(logits, logits, logits)
         kind = architecture.cam or options.cam
         classes = labels.argmax(1) if options.cam_class == "label" else None
