@@ -106,7 +106,7 @@ def gathered_loss(
         maps, alive, logits = (torch.stack(tensors).detach() for tensors in zip(*views, strict=True))
         maps.requires_grad_(needed[0] and options.uses_maps)
         logits.requires_grad_(needed[0])
-        shown = (maps, alive) if with_maps else (None, None)
+        shown: tuple[Tensor, Tensor] | tuple[None, None] = (maps, alive) if with_maps else (None, None)
         total, terms = metadd_loss(*shown, logits, rows, label_kind, options, consensus)
         sources = [tensor for tensor in (maps, logits, rows, consensus) if tensor is not None and tensor.requires_grad]
         found = torch.autograd.grad(total, sources, allow_unused=True) if sources and total.requires_grad else ()
