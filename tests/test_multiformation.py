@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from lightning_dd.api import evaluate
 from lightning_dd.data.images import DataFacts
 from lightning_dd.data.preprocess import Preprocessing, fit_preprocessing
+from lightning_dd.distilled.card import facts_of
 from lightning_dd.distilled.multiformation import MultiFormed
 from lightning_dd.distilled.set import DistilledSet
 from lightning_dd.distilled.union import union
@@ -134,7 +135,10 @@ def test_the_file_keeps_the_learned_images_and_shows_what_students_see(data, tmp
     assert torch.equal(loaded.images, distilled.images)
     torch.testing.assert_close(loaded.images, model.synthetic.images.detach())
     assert (loaded.ipc, loaded.shown_ipc, len(loaded), loaded.image_bytes) == (2, 8, 24, 6 * 64 * 4)
-    assert "3 classes x 2 of 1x8x8 shown as 8, hard labels" in repr(loaded)
+    assert "3 classes x 2 of 1x8x8 (shown as 8), hard labels" in repr(loaded)
+    facts = facts_of(loaded, path)
+    assert "3 classes x 2 images of 1x8x8 (shown as 8)" in facts["set"]
+    assert ": images 1,536, labels 288" in facts["bytes"]
     with safe_open(path, framework="pt") as file:
         header = json.loads(file.metadata()["lightning_dd"])
     assert (header["format_version"], header["ipc"]) == (3, 2)

@@ -18,7 +18,7 @@ def facts_of(distilled: DistilledSet, path: Path | None = None) -> dict[str, str
     trainer = run.get("trainer", {})
     found = {
         "set": f"{distilled.method}: {distilled.num_classes} classes x {distilled.ipc} images of "
-        f"{'x'.join(map(str, distilled.image_shape))}",
+        f"{'x'.join(map(str, distilled.image_shape))}" + distilled.shown_as,
         "classes": _few(distilled.class_names),
         "labels": f"{distilled.label_kind}; train with distilled.loss: {distilled.loss_name}",
         "preprocessing": f"{distilled.preprocessing}, in distilled.test_transform",
@@ -53,7 +53,7 @@ def _called_labels(said: Any) -> str:
 def sizes(distilled: DistilledSet, path: Path | None = None) -> str:
     """Say how many bytes a set takes, and what takes them."""
     parts = {
-        "images": distilled.images.nbytes,
+        "images": distilled.image_bytes,
         "labels": distilled.labels.nbytes,
         "views": sum(part.nbytes for part in distilled.views.state_dict().values()) if distilled.views else 0,
     }

@@ -125,7 +125,7 @@ class DistilledSet:
         return len(self.images)
 
     def __repr__(self) -> str:
-        size = "x".join(map(str, self.image_shape)) + ("" if self.stored is None else f" shown as {self.shown_ipc}")
+        size = "x".join(map(str, self.image_shape)) + self.shown_as
         return (
             f"DistilledSet({self.method} of {self.data.get('name', 'unknown data')}, {self.num_classes} classes x "
             f"{self.ipc} of {size}, {self.label_kind} labels; train with .loss: {self.loss_name})"
@@ -159,6 +159,11 @@ class DistilledSet:
     def ipc(self) -> int:
         """Images per class that are stored, by which sets are compared."""
         return self.shown_ipc if self.stored is None else self.shown_ipc // self.stored.factor**2
+
+    @property
+    def shown_as(self) -> str:
+        """What a report adds to the images per class where a student sees others than are stored."""
+        return "" if self.stored is None else f" (shown as {self.shown_ipc})"
 
     @property
     def image_bytes(self) -> int:
