@@ -106,8 +106,8 @@ def gathered_loss(
         maps, alive, logits = (torch.stack(tensors).detach() for tensors in zip(*views, strict=True))
         maps.requires_grad_(needed[0] and options.uses_maps)
         logits.requires_grad_(needed[0])
-        shown: tuple[Tensor, Tensor] | tuple[None, None] = (maps, alive) if with_maps else (None, None)
-        total, terms = metadd_loss(*shown, logits, rows, label_kind, options, consensus)
+        shown, live = (maps, alive) if with_maps else (None, None)
+        total, terms = metadd_loss(shown, live, logits, rows, label_kind, options, consensus)
         sources = [tensor for tensor in (maps, logits, rows, consensus) if tensor is not None and tensor.requires_grad]
         found = torch.autograd.grad(total, sources, allow_unused=True) if sources and total.requires_grad else ()
         slope = {id(source): gradient for source, gradient in zip(sources, found, strict=False)}
