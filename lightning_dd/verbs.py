@@ -149,19 +149,26 @@ class Reproduce(Verb):
 
 @dataclass(kw_only=True)
 class Export(Verb):
-    """Turn a distiller's checkpoint into a distilled-set file and a picture."""
+    """Turn a checkpoint into a distilled-set file, or either into images, parquet or npz, and a picture."""
 
-    checkpoint: str = option("a checkpoint written by fit", positional=True)
-    output: str = option("the distilled-set file to write")
+    file: str = option("a checkpoint written by fit, a distilled-set file, or a run's folder", positional=True)
+    output: str = option("the file to write; of images, the folder")
+    format: str = option("set, images (a folder per class), parquet (the Hugging Face layout) or npz", "set")
     picture: str | None = option("a PNG of the images to write as well", None)
 
     def run(self) -> None:
         """Write the file."""
+        from pathlib import Path
+
         from lightning_dd.callbacks.pictures import write_picture
+        from lightning_dd.distilled.export import export_set
+        from lightning_dd.distilled.set import DistilledSet
         from lightning_dd.distillers.checkpoint import distilled_from_checkpoint
 
-        distilled = distilled_from_checkpoint(self.checkpoint)
-        print(f"wrote {distilled.save(self.output)}")
+        finished = self.file.endswith(".safetensors") or Path(self.file).is_dir()
+        distilled = DistilledSet.load(self.file) if finished else distilled_from_checkpoint(self.file)
+        for line in export_set(distilled, self.format, self.output):
+            print(line)
         if self.picture is not None:
             print(f"wrote {write_picture(distilled, self.picture)}")
 
