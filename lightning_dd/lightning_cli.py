@@ -1,5 +1,6 @@
 """The verbs that are a stock LightningCLI: fit, validate, test, predict."""
 
+import inspect
 import shlex
 import sys
 from collections.abc import Sequence
@@ -182,14 +183,28 @@ class Cli(LightningCLI):
         return make_trainer(super()._instantiate_trainer, config=config, callbacks=callbacks)
 
 
+def help_on_classes(arguments: Sequence[str]) -> str | None:
+    """Return the classes that a setting accepts, a line each, where ``--model.help`` names none of them."""
+    for word, after in zip(arguments, [*arguments[1:], "--"], strict=True):
+        setting = word.removeprefix("--").removesuffix(".help")
+        if word.startswith("--") and word.endswith(".help") and after.startswith("-") and known_classes(setting):
+            found = sorted(known_classes(setting).items())
+            lines = [f"  {name:<22} {(inspect.getdoc(cls) or '').partition(chr(10))[0]}" for name, cls in found]
+            return "\n".join([f"{word} NAME lists the options of one of:", *lines])
+    return None
+
+
 def run_lightning(arguments: Sequence[str]) -> Cli:
     """Run one of Lightning's verbs, with its options.
 
     Raises:
         UserError: something the user can mend.
-        SystemExit: the arguments could not be parsed (status 2, one line on stderr).
+        SystemExit: the arguments could not be parsed (status 2, one line on stderr), or asked for help (status 0).
     """
     quieten()
+    if text := help_on_classes(arguments):
+        print(text)
+        sys.exit(0)
     try:
         return Cli(arguments)
     except (UserError, SystemExit):

@@ -93,6 +93,8 @@ class OneLineErrors(ArgumentParser):
         parser = getattr(ex, "subcommand_parser", None) or self
         unknown = re.search(r"(?:[Oo]ption '|arguments: -*)([\w.]+)", message)
         text = str(parser.unknown_option(unknown[1])) if unknown else explain(message, self.known_classes)
+        if any(text.startswith(f"{action.dest}: ") for action in self._actions if "." not in action.dest):
+            text = f"{f'{self.described}.' if self.described else '--'}{text}"
         print(f"lightning-dd: error: {printable(text)}", file=sys.stderr)
         sys.exit(2)
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from helpers import make_distilled
 
@@ -19,6 +20,7 @@ from lightning_dd.utils.errors import UserError
 from lightning_dd.verbs import VERBS
 
 CONFIG = str(Path(__file__).parent.parent / "configs" / "mnist5k" / "frepo.yaml")
+NO_GPU = pytest.mark.skipif(torch.cuda.is_available() or torch.backends.mps.is_available(), reason="has a GPU")
 QUICK = [
     "--config",
     CONFIG,
@@ -91,7 +93,10 @@ def test_help_of_our_verbs_needs_no_torch(verb, text):
         ),
         (["fit", "--config", CONFIG, "--modl=FRePo"], ["unknown option '--modl'", "did you mean '--model'"]),
         (["evaluate", "x.safetensors", "--protocl", "dsa"], ["'--protocl'", "did you mean '--protocol'"]),
-        (["fit", "--config", CONFIG, "--model.ipc=two"], ["ipc: expected int, got two"]),
+        (["fit", "--config", CONFIG, "--model.ipc=two"], ["FRePo.ipc: expected int, got two"]),
+        (["fit", "--config", CONFIG, "--seed=3"], ["option '--seed'", "did you mean '--seed_everything'"]),
+        (["evaluate", "x.safetensors", "--seed", "3"], ["option '--seed'", "did you mean '--seeds'"]),
+        (["evaluate", "x", "--architectures", "conv", "--output", "o", "--steps=x"], ["--steps: expected int, got x"]),
         (["fit", "--config", CONFIG, "--model.ipc=0"], ["ipc (images per class) must be at least 1, got 0"]),
         (["fit", "--config", CONFIG, "--data.preprocessing=pca"], ["standardise, zca", "'pca'"]),
         (["fit", "--config", "nothing.yaml"], ["unknown configuration", "nothing.yaml"]),
@@ -121,6 +126,7 @@ def test_a_mistake_gives_one_line_and_status_2(arguments, parts, capsys, tmp_pat
         ("--trainer.devices=99", ["trainer.devices must be 1 to ", "got 99"]),
         ("--trainer.num_nodes=0", ["`num_nodes`", "positive", "0"]),
         ("--trainer.accelerator=quantum", ["accelerator='quantum'", "cpu"]),
+        pytest.param("--trainer.accelerator=gpu", ["accelerator 'gpu': this machine has none"], marks=NO_GPU),
         ("--trainer.strategy=magic", ["strategy='magic'", "ddp"]),
         ("--trainer.precision=fp4", ["trainer.precision: expected", "bf16-mixed", "got fp4"]),
         ("--trainer.gradient_clip_val=nan", ["trainer.gradient_clip_val: expected float", "got nan"]),
@@ -159,6 +165,7 @@ def test_a_setting_no_run_can_have_gives_one_line_and_nothing_is_written(option,
         ("--devices=0", "devices=0"),
         ("--devices=99", "trainer.devices must be 1 to "),
         ("--accelerator=quantum", "accelerator='quantum'"),
+        pytest.param("--accelerator=gpu", "accelerator 'gpu': this machine has none", marks=NO_GPU),
         ("--strategy=magic", "strategy='magic'"),
         ('--data_args={"split_seed": -1}', "data.split_seed must be in [0, 4294967295]"),
     ],
@@ -181,7 +188,8 @@ def test_a_run_that_is_never_validated_says_so(capsys):
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("--model.init_args.ipc=401", "largest possible ipc is"),
+        ("--model.init_args.ipc=401", "class '0' has 360 images; the largest possible ipc is 360"),
+        ('--data={"class_path": "ClassSubset", "init_args": {"source": "MNIST5k", "classes": [3]}}', "at least two"),
         ("--model.init_args.ipc=100000000", "lower ipc or the batch size"),
         ("--model.init_args.architecture=resnet19", "unknown architecture 'resnet19'"),
         ("--model.init_args.architecture=conv:depth=6", "too small for depth 6"),
@@ -359,6 +367,16 @@ def test_a_reader_that_stops_reading_is_no_error():
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (1, "")
+
+
+@pytest.mark.parametrize(
+    ("setting", "name"), [("model", "FRePo"), ("data", "ImageFolder"), ("model.labels", "Teacher")]
+)
+def test_help_on_a_setting_names_the_classes_it_takes(setting, name, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", f"--{setting}.help"])
+    assert stop.value.code == 0
+    assert re.search(rf"^  {name}\w* +\w", capsys.readouterr().out, re.MULTILINE)
 
 
 def test_debug_shows_where_an_error_was_raised():

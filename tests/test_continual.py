@@ -575,7 +575,7 @@ def test_the_verb_runs_from_end_to_end(methods, capsys):
     [
         (["--steps=3"], "steps must divide the 4 classes into parts of at least 2 classes: 1, 2; got 3"),
         (["--steps=4"], "parts of at least 2 classes: 1, 2; got 4"),
-        (["--ipc=99"], "ipc=99 is more than the 10 training images of class"),
+        (["--ipc=99"], "ipc=99 is more than there are: class 'class0' has 10 images"),
         (["--data=FiveKinds"], "did you mean 'FourKinds'"),
         (["--data_args.sides=3"], "arguments do not fit data set 'FourKinds'"),
         (["--architectures=conv:depth=9"], "too small for depth 9"),

@@ -11,14 +11,14 @@ from lightning_dd.callbacks import MetaDD
 from lightning_dd.distilled.set import DistilledSet
 from lightning_dd.distillers import Distiller
 from lightning_dd.pretrained import Teacher
-from lightning_dd.synthetic import Latents, MultiFormation, Pixels, TeacherLabels
+from lightning_dd.synthetic import Latents, MultiFormation, Pixels, Pyramid, TeacherLabels
 from lightning_dd.utils.errors import UserError
 
 NETWORKS = ("convnet:width=4,depth=2,norm=batch", "conv:width=4,depth=2,norm=batch")
 EXPORTED = [getattr(lightning_dd.distillers, name) for name in lightning_dd.distillers.__all__]
 METHODS = [cls for cls in EXPORTED if issubclass(cls, Distiller) and not cls.__abstractmethods__]
 AXES = {
-    "parameterisation": ("pixels", "latents", "multiformation"),
+    "parameterisation": ("pixels", "latents", "multiformation", "pyramid"),
     "labels": ("learned", "centred", "hard", "logits", "soft", "committee"),
     "networks": ("one", "several"),
     "invariance": ("plain", "metadd"),
@@ -39,6 +39,7 @@ def quick_stages(monkeypatch):
 def build(cls, parameterisation="pixels", labels="hard", networks="one", **changes):
     names = [name.replace(",norm=batch", ",norm=none") if cls.__name__ == "MTT" else name for name in NETWORKS]
     spaces = {"pixels": Pixels(), "latents": Latents(width=4, steps=2), "multiformation": MultiFormation()}
+    spaces["pyramid"] = Pyramid()
     of_teachers = {"soft": TeacherLabels(epochs=1), "committee": TeacherLabels(Teacher(list(NETWORKS)), epochs=0)}
     settings = tiny_settings(cls) | {
         "ipc": 2,
@@ -106,7 +107,7 @@ def test_two_processes_hold_one_synthetic_set(cls, tmp_path):
 
 
 @pytest.mark.parametrize("cls", METHODS, ids=lambda cls: cls.__name__)
-@pytest.mark.parametrize("parameterisation", ["pixels", "multiformation"])
+@pytest.mark.parametrize("parameterisation", ["pixels", "multiformation", "pyramid"])
 def test_a_resumed_run_equals_the_run_never_interrupted(cls, parameterisation, tmp_path):
     def fit(folder, steps, model, **kwargs):
         keep = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=2, save_top_k=-1)

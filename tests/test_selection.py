@@ -288,5 +288,5 @@ def test_bad_settings_are_refused_at_once(settings, message):
 
 @pytest.mark.parametrize("cls", [Random, Herding, KCenter])
 def test_more_images_than_there_are_of_a_class_are_refused(cls, tmp_path):
-    with pytest.raises(UserError, match="ipc=10 is more than the 9 training images"):
+    with pytest.raises(UserError, match="ipc=10 is more than there are: class 'class0' has 9 images"):
         selected(cls, tmp_path, ipc=10)

@@ -268,7 +268,7 @@ def _check_data(experiment: Continual) -> int:
     images, labels, names = data.read(train=True)
     split_classes(range(len(names)), experiment.steps)
     kept, _ = data._split(labels)
-    draw_per_class(labels[kept], experiment.ipc, len(names), make_generator(0))  # refuses more than a class has
+    draw_per_class(labels[kept], experiment.ipc, len(names), make_generator(0), names=names)  # refuses too many
     channels, height, width = images.shape[1:]
     for architecture in experiment.architectures:
         build_network(architecture, len(names), (channels, height, width), seed=0)

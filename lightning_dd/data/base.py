@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from lightning_dd.data.cache import cached_tensors, content_key, remember
 from lightning_dd.data.images import Batch, DataFacts, RawSplit, Split
 from lightning_dd.data.preprocess import KINDS, RIDGE, Preprocessing, block_stride, fit_preprocessing
-from lightning_dd.data.sampling import EvalBatches, StepCounter, pass_through, stratified_cut
+from lightning_dd.data.sampling import EvalBatches, StepCounter, pass_through, scarcest, stratified_cut
 from lightning_dd.utils.arguments import RemembersArguments
 from lightning_dd.utils.errors import SEED, UserError, check_range
 
@@ -201,7 +201,7 @@ class RealData(RemembersArguments, LightningDataModule, ABC):
         raw = self.read(train=True)
         self._check(raw, "train")
         self._check_room(raw)
-        kept, held_out = self._split(raw.labels)
+        kept, held_out = self._split(raw.labels, raw.class_names)
         fingerprint = self._fingerprint(raw, kept)
         if self.preprocessing is None:
             self.preprocessing = self._fitted(raw.images, kept, fingerprint)
@@ -220,14 +220,17 @@ class RealData(RemembersArguments, LightningDataModule, ABC):
         )
         remember(fingerprint, self.recipe())
 
-    def _split(self, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def _split(self, labels: Tensor, names: Sequence[str] = ()) -> tuple[Tensor, Tensor]:
         """Return sorted train and validation indices, stratified by class."""
         if self.val_fraction == 0:
             return torch.arange(len(labels)), torch.arange(0)
         try:
             return stratified_cut(labels, self.val_fraction, self.split_seed)
-        except ValueError as error:
-            raise UserError(f"data.val_fraction={self.val_fraction} cannot be cut from {self.name}: {error}") from None
+        except ValueError:
+            raise UserError(
+                f"data.val_fraction={self.val_fraction} cannot be cut from {self.name}: both parts need every class, "
+                f"and {scarcest(labels, len(names), names)} of {len(labels)}; set another one, or 0 for no validation"
+            ) from None
 
     def _fitted(self, pixels: Tensor, rows: Tensor, fingerprint: str) -> Preprocessing:
         """Fit the preprocessing, or take it from the cache where fitting takes long."""
@@ -259,12 +262,12 @@ class RealData(RemembersArguments, LightningDataModule, ABC):
         device, pixels, labels = self._device(), raw.images, raw.labels[rows]
         if self._moved is None:
             self._moved = self.preprocessing.to(device)  # one copy for all splits: matrices may take a gigabyte
+        names, whitened = raw.class_names, self.preprocessing.kind == "zca"
         if self.on_disk or not self.keep_on_device:
-            return Split(pixels, labels, self._moved, device, self.workers, rows=rows)
-        whitened = self.preprocessing.kind == "zca"
-        if device.type == "cpu":
-            return Split(pixels, labels, self._moved, device, keep_normalised=whitened, rows=rows)
-        return Split(pixels[rows].to(device), labels.to(device), self._moved, device, keep_normalised=whitened)
+            return Split(pixels, labels, self._moved, device, self.workers, False, rows, names)
+        if device.type != "cpu":
+            pixels, labels, rows = pixels[rows].to(device), labels.to(device), torch.arange(len(rows), device=device)
+        return Split(pixels, labels, self._moved, device, 0, whitened, rows, names)
 
     def _device(self) -> torch.device:
         return torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device

@@ -10,7 +10,7 @@ from pytorch_lightning.utilities import rank_zero_warn
 from lightning_dd.data.cache import Allocate, content_key, new_pixels
 from lightning_dd.data.images import RawSplit
 from lightning_dd.data.readers import EXTENSIONS, EncodedImages, choose_classes, decode_images
-from lightning_dd.data.sampling import stratified_cut
+from lightning_dd.data.sampling import scarcest, stratified_cut
 from lightning_dd.utils.errors import UserError
 
 HELD_OUT = 0.2
@@ -138,9 +138,10 @@ class ImageFolder(EncodedImages):
         listed = self._listed(self._train_folder())
         try:
             kept, held_out = stratified_cut(torch.tensor([label for _, label in listed]), HELD_OUT, SPLIT_SEED)
-        except ValueError as error:
+        except ValueError:
+            least = scarcest(torch.tensor([label for _, label in listed]), len(self._names()), self._names())
             missing = f"data.root='{self.root}' has no folder 'test' or 'val'"
-            raise UserError(f"{missing}, and no test split can be cut from train: {error}") from None
+            raise UserError(f"{missing}, and no test split can be cut: {least} of {len(listed)}") from None
         return [listed[place] for place in (kept if train else held_out)]
 
     def _listed(self, folder: Path) -> list[tuple[Path, int]]:

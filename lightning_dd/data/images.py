@@ -92,6 +92,7 @@ class Split:
         keep_normalised: normalise all images once and keep them in float32: worth its memory where whitening a batch
             takes as long as learning from it, as ZCA does on a CPU.
         rows: ``(N,)`` int64, the rows of ``source`` that make up this split, where ``source`` lies; ``None`` is all.
+        class_names: one per class, for messages.
 
     Example:
         >>> pixels = torch.arange(8, dtype=torch.uint8).view(4, 1, 1, 2)
@@ -109,8 +110,9 @@ class Split:
         threads: int = 0,
         keep_normalised: bool = False,
         rows: Tensor | None = None,
+        class_names: tuple[str, ...] = (),
     ) -> None:
-        self.labels = labels
+        self.labels, self.class_names = labels, class_names
         self.device = torch.device(device)
         self.threads = threads
         self.preprocessing = preprocessing and preprocessing.to(self.device)

@@ -79,20 +79,28 @@ class Preprocessing:
             >>> to_normalised(torch.ones(1, 1, 2, 2)).unique()
             tensor([2.])
         """
-        images = (pixels - self._channels(self.mean, pixels)).div_(self._channels(self.std, pixels))
+        return self.whiten((pixels - self._channels(self.mean, pixels)).div_(self._channels(self.std, pixels)))
+
+    def inverse(self, images: Tensor) -> Tensor:
+        """Map normalised images ``(N, C, H, W)`` back to pixels (not clipped to [0, 1])."""
+        images = self.unwhiten(images)
+        return images * self._channels(self.std, images) + self._channels(self.mean, images)
+
+    def whiten(self, images: Tensor) -> Tensor:
+        """Map images ``(N, C, H, W)`` standardised by channel to normalised ones: the same without ZCA."""
         if self.zca_mean is None or self.zca_whiten is None:
             return images
         with torch.autocast(images.device.type, enabled=False):
             rows = images.float().flatten(1) - self.zca_mean.to(images.device)
             return _times(rows.view_as(images), self.zca_whiten, self.zca_stride)
 
-    def inverse(self, images: Tensor) -> Tensor:
-        """Map normalised images ``(N, C, H, W)`` back to pixels (not clipped to [0, 1])."""
-        if self.zca_mean is not None and self.zca_unwhiten is not None:
-            with torch.autocast(images.device.type, enabled=False):
-                rows = _times(images.float(), self.zca_unwhiten, self.zca_stride).flatten(1)
-                images = (rows + self.zca_mean.to(images.device)).view_as(images)
-        return images * self._channels(self.std, images) + self._channels(self.mean, images)
+    def unwhiten(self, images: Tensor) -> Tensor:
+        """Map normalised images ``(N, C, H, W)`` to those standardised by channel."""
+        if self.zca_mean is None or self.zca_unwhiten is None:
+            return images
+        with torch.autocast(images.device.type, enabled=False):
+            rows = _times(images.float(), self.zca_unwhiten, self.zca_stride).flatten(1)
+            return (rows + self.zca_mean.to(images.device)).view_as(images)
 
     def clipped(self, images: Tensor) -> Tensor:
         """Return normalised images ``(N, C, H, W)`` whose pixels are clipped to [0, 1]."""

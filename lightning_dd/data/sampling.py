@@ -1,6 +1,6 @@
 """Index streams: who sees which sample when, on the device and without a hidden random number."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -112,7 +112,12 @@ class ClassBlocks:
 
 
 def draw_per_class(
-    labels: Tensor, count: int, num_classes: int, generator: torch.Generator, repeat: bool = False
+    labels: Tensor,
+    count: int,
+    num_classes: int,
+    generator: torch.Generator,
+    repeat: bool = False,
+    names: Sequence[str] = (),
 ) -> Tensor:
     """Draw ``count`` rows of every class without replacement, by a CPU generator.
 
@@ -122,6 +127,7 @@ def draw_per_class(
         num_classes: number of classes.
         generator: CPU generator.
         repeat: begin again with the rows of a class that has too few.
+        names: of the classes, for the message; else they are numbers.
 
     Returns:
         ``(num_classes * count,)`` int64 indices on the CPU, in blocks by class.
@@ -133,7 +139,7 @@ def draw_per_class(
     blocks = ClassBlocks(labels.cpu()[shuffled], num_classes)
     if blocks.smallest < (1 if repeat else count):
         raise UserError(
-            f"ipc={count} is more than the {blocks.smallest} training images of class {int(blocks.sizes.argmin())}; "
+            f"ipc={count} is more than there are: {scarcest(labels.cpu(), num_classes, names)}; "
             f"the largest possible ipc is {blocks.smallest}"
         )
     return shuffled[blocks.rows.gather(1, torch.arange(count) % blocks.sizes[:, None])].flatten()
@@ -174,6 +180,19 @@ class EvalBatches(IterableDataset[Batch]):
             if place < len(self._batches):
                 self.split.read_ahead(self._batches[place])
             yield batch
+
+
+def scarcest(labels: Tensor, num_classes: int, names: Sequence[str] = ()) -> str:
+    """Say which class has the fewest rows of ``labels (N,)``, for a message; by its number where names are not known.
+
+    Example:
+        >>> scarcest(torch.tensor([0, 0, 1]), 3, ["ant", "bee", "cow"])
+        "class 'cow' has 0 images"
+    """
+    counts = torch.bincount(labels, minlength=num_classes)
+    place = int(counts.argmin())
+    called = f"'{names[place]}'" if names else place
+    return f"class {called} has {int(counts[place])} images"
 
 
 @torch.no_grad()

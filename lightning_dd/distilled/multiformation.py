@@ -40,9 +40,7 @@ class MultiFormed:
     @classmethod
     def of(cls, images: Tensor, factor: int, preprocessing: Preprocessing) -> "MultiFormed":
         """Store images ``(m * factor**2, C, H, W)``, normalised: each shrinks to its part by means over areas."""
-        channelwise = _channelwise(preprocessing)
-        if channelwise is not None:
-            images = channelwise(preprocessing.inverse(images))
+        images = preprocessing.unwhiten(images)
         kept = cls(torch.empty(len(images) // factor**2, *images.shape[1:], device=images.device), factor)
         for place, (down, across) in enumerate(kept._parts()):
             size = down.stop - down.start, across.stop - across.start
@@ -61,8 +59,7 @@ class MultiFormed:
         parts = [
             F.interpolate(self.images[:, :, down, across], size, mode="bilinear") for down, across in self._parts()
         ]
-        images, channelwise = torch.stack(parts, 1).flatten(0, 1), _channelwise(preprocessing)
-        return images if channelwise is None else preprocessing(channelwise.inverse(images))
+        return preprocessing.whiten(torch.stack(parts, 1).flatten(0, 1))
 
     def header(self) -> dict[str, Any]:
         """Return what a file says of the images."""
@@ -100,8 +97,3 @@ def check_factor(factor: Any, largest: int = LARGEST_FACTOR) -> None:
     """Refuse a factor that no image can have, or that these images cannot have."""
     if isinstance(factor, bool) or not isinstance(factor, int) or not 2 <= factor <= largest:
         raise UserError(f"multi-formation: factor must be a whole number from 2 to {largest}, got {factor!r}")
-
-
-def _channelwise(preprocessing: Preprocessing) -> Preprocessing | None:
-    """Return the map to standardised channels, where that is not the preprocessing itself."""
-    return None if preprocessing.kind == "standardise" else Preprocessing(preprocessing.mean, preprocessing.std)

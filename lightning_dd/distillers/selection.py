@@ -74,7 +74,9 @@ class Random(SelectionDistiller):
     def select(self, train: Split) -> Tensor:
         """Draw by the run's seed."""
         generator, repeat = make_generator(self.seed, "init"), self.shown_ipc > self.ipc
-        rows = draw_per_class(train.labels, self.shown_ipc, self.facts.num_classes, generator, repeat)
+        rows = draw_per_class(
+            train.labels, self.shown_ipc, self.facts.num_classes, generator, repeat, train.class_names
+        )
         return train.take(rows).images
 
 
@@ -88,7 +90,7 @@ class FeatureCoreset(SelectionDistiller):
     def select(self, train: Split) -> Tensor:
         """Choose rows of every class."""
         classes, chosen = self.facts.num_classes, []
-        draw_per_class(train.labels, self.shown_ipc, classes, make_generator(0))  # refuses an ipc too large
+        draw_per_class(train.labels, self.shown_ipc, classes, make_generator(0), names=train.class_names)  # refuses
         for label in range(classes):
             rows = (train.labels == label).nonzero().flatten()
             features = features_in_slices(self.network, train.take(rows, self.task.device).images)

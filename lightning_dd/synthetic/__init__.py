@@ -4,6 +4,7 @@ from lightning_dd.synthetic.labels import Labels, TeacherLabels
 from lightning_dd.synthetic.latents import Latents
 from lightning_dd.synthetic.multiformation import MultiFormation
 from lightning_dd.synthetic.parameterisation import ImageSpace, Parameterisation, Pixels, SyntheticSet
+from lightning_dd.synthetic.pyramid import Pyramid
 
 __all__ = [
     "ImageSpace",
@@ -12,6 +13,7 @@ __all__ = [
     "MultiFormation",
     "Parameterisation",
     "Pixels",
+    "Pyramid",
     "SyntheticSet",
     "TeacherLabels",
 ]

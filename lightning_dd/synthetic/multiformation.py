@@ -43,6 +43,10 @@ class MultiFormation(ImageSpace):
         """Shrink images to parts."""
         self.images.copy_(MultiFormed.of(images, self.factor, self._here()).images)
 
+    def start_from_noise(self, generator: torch.Generator) -> None:
+        """Fill the stored images with standard normal noise: shrunk, it would lose its variance."""
+        self.images.copy_(torch.randn(self.images.shape, generator=generator))
+
     def render(self) -> Tensor:
         """Return the enlarged parts."""
         return MultiFormed(self.images, self.factor).shown(self._here())

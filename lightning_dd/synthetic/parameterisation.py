@@ -100,17 +100,22 @@ class ImageSpace(Parameterisation):
 
     @torch.no_grad()
     def start(self, init: str, train: Split, ipc: int, generator: torch.Generator) -> None:
-        """Start from real images, drawn without replacement where there are enough, or all from standard normal noise.
+        """Start from real images, drawn without replacement where there are enough, or from standard normal noise.
 
         Raises:
             UserError: a class has fewer than ``ipc`` images, and one is rendered for each that is stored.
         """
         if init == "real":
             num_classes, repeat = len(self.render()) // ipc, self.shown_per_stored > 1
-            self.encode(train.take(draw_per_class(train.labels, ipc, num_classes, generator, repeat)).images)
+            self.encode(
+                train.take(draw_per_class(train.labels, ipc, num_classes, generator, repeat, train.class_names)).images
+            )
         else:
-            for parameter in self.parameters():
-                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+            self.start_from_noise(generator)
+
+    def start_from_noise(self, generator: torch.Generator) -> None:
+        """Render standard normal noise, by a CPU generator."""
+        self.encode(torch.randn(self.render().shape, generator=generator))
 
 
 class Pixels(ImageSpace):

@@ -48,7 +48,9 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:
         "unknown architecture 'covn'; did you mean 'conv'? known: conv, convnet"
     """
     names = sorted(known)
-    close = get_close_matches(name, names, n=1)
+    close = get_close_matches(name, names, n=1) or [
+        known for known in names if len(name) > 2 and known.startswith(name)
+    ]
     hint = f" did you mean '{close[0]}'?" if close else ""
     shown = ", ".join(names[:40]) + (f" and {len(names) - 40} more" if len(names) > 40 else "")
     return UserError(f"unknown {kind} '{name}';{hint} known: {shown}")

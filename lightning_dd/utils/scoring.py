@@ -10,6 +10,8 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy
 
+from lightning_dd.utils.errors import UserError
+
 
 class ScoredModule(LightningModule, ABC):
     """A LightningModule scored by the accuracy of a classifier on real images.
@@ -30,7 +32,13 @@ class ScoredModule(LightningModule, ABC):
         """Prepare what :meth:`scored_logits` needs; called before every validation, test and prediction."""
 
     def make_accuracy(self, num_classes: int) -> None:
-        """Create the metric."""
+        """Create the metric.
+
+        Raises:
+            UserError: there is nothing to tell apart.
+        """
+        if num_classes < 2:
+            raise UserError(f"the data has {num_classes} class: there is nothing to tell apart, give at least two")
         self.accuracy = MulticlassAccuracy(num_classes, average="micro")
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

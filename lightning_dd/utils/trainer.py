@@ -25,7 +25,11 @@ def make_trainer(make: Callable[..., Trainer] = Trainer, **settings: Any) -> Tra
     except UserError:
         raise
     except Exception as error:  # Lightning and what it asks raise many kinds for a wrong setting
-        raise UserError(f"trainer: {' '.join(str(error).split())}") from error
+        said = " ".join(str(error).split())
+        if "No supported" in said:  # Lightning's word for a kind of device that it knows and this machine lacks
+            asked = settings.get("accelerator") or settings.get("config", {}).get("accelerator")
+            said = f"accelerator '{asked}': this machine has none; leave it out, or say cpu"
+        raise UserError(f"trainer: {said}") from error
     most = max(_MOST_PROCESSES, os.cpu_count() or 1)
     if isinstance(trainer.accelerator, CPUAccelerator) and trainer.num_devices > most:
         raise UserError(f"trainer.devices must be 1 to {most} on this machine's CPU, got {trainer.num_devices}")
