@@ -47,6 +47,7 @@ class DM(ClassMatching):
             every step a random mixture of a trained network and where it was trained from.
         calibration: weight of the cross-entropy of the synthetic images on their classes, a mean over images, under
             the trained network; an ``interpolated`` one is too raw for it, so that a trained one is drawn as well.
+            NCFM's weights, 1 for every class against 300 times the distance, are a thirtieth for ten classes.
         training: how a network is trained on the real data; few ``steps`` stop it early.
         experts: trained networks of every architecture.
         frequencies: random frequencies per step of ``characteristic`` (NCFM takes 4,096).
