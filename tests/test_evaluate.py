@@ -1,12 +1,14 @@
 """Students, the evaluation DataModule, the matrix and its report."""
 
 import csv
+import hashlib
 import json
 import os
 import pickle
 import signal
 import sys
 from dataclasses import replace
+from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -249,6 +251,44 @@ def test_evaluate_writes_one_table_in_four_forms(tmp_path, capsys):
     assert table in capsys.readouterr().out
     assert (tmp_path / "report" / "results.png").read_bytes().startswith(b"\x89PNG")
     assert list((tmp_path / "report" / "tensorboard").rglob("events.out.tfevents*"))
+    made_with = json.loads((tmp_path / "report" / "provenance.json").read_text())
+    assert made_with["sets"]["a"]["blake2b"] == hashlib.blake2b(Path(files[0]).read_bytes()).hexdigest()
+    assert made_with["sets"]["b"]["fingerprint"] == make_distilled().data["fingerprint"]
+    assert made_with["recipes"]["given"]["steps"] == 3
+    tex = (tmp_path / "report" / "results.tex").read_text()
+    assert tex.count(r"\\") == 1 + 2  # a heading, and an architecture a line: the two sets are alike
+    assert r"$\pm$" in tex
+
+
+class Page(HTMLParser):
+    """What a page loads, and the words on it."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.loaded, self.tags, self.words = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.loaded += [value for name, value in attrs if name in ("src", "href")]
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+def test_the_page_of_a_report_loads_nothing_and_runs_nothing(tmp_path):
+    names = ("<script>alert(1)</script>", "class1", "class2")
+    made = make_distilled(ipc=2, class_names=names)
+    (tmp_path / "results.png").write_bytes(b"")
+    rows = [row(source=source, accuracy=0.5) for source in (DISTILLED, RANDOM_REAL)]
+    evaluate.write_pages(tmp_path, rows, {"<b>set</b>": made}, {"command": "<i>"})
+    page = Page((tmp_path / "report.html").read_text())
+    assert page.loaded
+    assert all(address.startswith("data:image/png;base64,") for address in page.loaded)
+    assert not {"script", "b", "i", "link", "iframe"} & set(page.tags)
+    assert page.tags.count("figure") == 6
+    assert names[0] in page.words
+    assert "50.0 ± 0.0" in page.words
 
 
 def test_a_moving_average_changes_the_tested_weights(tmp_path):

@@ -51,15 +51,13 @@ def _eight_bit(distilled: DistilledSet) -> Tensor:
     return (distilled.pixels() * 255).round().to(torch.uint8)
 
 
-def _pngs(distilled: DistilledSet) -> list[bytes]:
-    """Return the images as PNG files, in order."""
-    files = []
+def pngs(distilled: DistilledSet) -> Iterator[bytes]:
+    """Yield the images as PNG files, in order."""
     for image in _eight_bit(distilled):
         buffer = io.BytesIO()
         array = image[0].numpy() if len(image) == 1 else image.permute(1, 2, 0).numpy()
         Image.fromarray(array).save(buffer, format="png")
-        files.append(buffer.getvalue())
-    return files
+        yield buffer.getvalue()
 
 
 def folder_names(names: Sequence[str]) -> list[str]:
@@ -79,7 +77,7 @@ def folder_names(names: Sequence[str]) -> list[str]:
 def _write_images(distilled: DistilledSet, output: Path) -> str:
     """Write ``output/<class>/<row>.png``, which ``ImageFolder`` reads."""
     names = folder_names(distilled.class_names)
-    for row, (label, png) in enumerate(zip(distilled.classes.tolist(), _pngs(distilled), strict=True)):
+    for row, (label, png) in enumerate(zip(distilled.classes.tolist(), pngs(distilled), strict=True)):
         place = output / names[label] / f"{row}.png"
         write_atomically(place, lambda path, png=png: path.write_bytes(png))  # type: ignore[misc]
     return f"{output}: {len(distilled)} PNG files in {len(names)} folders"
@@ -90,7 +88,7 @@ def _write_parquet(distilled: DistilledSet, output: Path) -> str:
     import pyarrow as pa
     from pyarrow import parquet
 
-    images = [{"bytes": png, "path": f"{row}.png"} for row, png in enumerate(_pngs(distilled))]
+    images = [{"bytes": png, "path": f"{row}.png"} for row, png in enumerate(pngs(distilled))]
     table = pa.table({"image": images, "label": distilled.classes.tolist(), "target": distilled.labels.tolist()})
     features = {
         "image": {"_type": "Image"},

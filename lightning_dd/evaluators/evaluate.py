@@ -17,6 +17,7 @@ from lightning_dd.data.parts import DataChoice
 from lightning_dd.distilled.datamodule import check_match, other_data, real_data_of
 from lightning_dd.distilled.set import DistilledSet, find_set, library_versions
 from lightning_dd.evaluators.matrix import ALL_REAL, DISTILLED, RANDOM_REAL, Cell, Hardware, Row, run_cell
+from lightning_dd.evaluators.page import provenance, write_pages
 from lightning_dd.evaluators.report import bar_figure, markdown, summarise
 from lightning_dd.jobs import Job, Ledger, Tick, check_workers, device_of, place, run_jobs, tensor_digest
 from lightning_dd.models.factory import build_network
@@ -70,6 +71,9 @@ def evaluate_files(
         return []
     rows = _in_groups([bench.row(cell) for cell in cells], bench.sets)
     write_results(folder, [asdict(row) for row in rows], markdown(rows), bar_figure(summarise(rows)))
+    made_with = provenance(bench.sets, bench.digests, recipes, architectures, library_versions())
+    write_pages(folder, rows, bench.sets, made_with)
+    print(f"to hand on: {folder}/report.html, results.tex, provenance.json")
     print(f"student curves: tensorboard --logdir {folder / 'tensorboard'}")
     return rows
 
@@ -91,9 +95,7 @@ class Bench:
         self.sets = {name: DistilledSet.load(file) for name, file in self.files.items()}
         self.ledger = Ledger(self.folder / "cells")
         self._preprocessing = {name: tensor_digest(kept.preprocessing.state_dict()) for name, kept in self.sets.items()}
-        self._digests = {
-            name: hashlib.blake2b(Path(file).read_bytes()).hexdigest() for name, file in self.files.items()
-        }
+        self.digests = {name: hashlib.blake2b(Path(file).read_bytes()).hexdigest() for name, file in self.files.items()}
         self._versions = library_versions()
         self.reals: dict[str, RealData] = {}
         for name, distilled in self.sets.items():
@@ -156,7 +158,7 @@ class Bench:
             if distilled.stored is not None:  # they are trained for as many steps as its students are
                 own["shown_ipc"] = distilled.shown_ipc
         elif cell.source != ALL_REAL:
-            own["set"] = self._digests[cell.set_name]
+            own["set"] = self.digests[cell.set_name]
         if self.data.name is not None:  # its test images may be others than those the sets remember
             own["chosen"] = [self.data.name, dict(self.data.arguments)]
         return {

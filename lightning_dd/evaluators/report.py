@@ -108,14 +108,15 @@ def markdown(rows: Sequence[Row]) -> str:
             "-" if line.gap is None or line.seen else f"{100 * line.gap:+.1f}",
         ]
         table.append(cells)
-    text = f"{markdown_table(table)}\n\n{_note(rows, lines)}\n"
+    text = f"{markdown_table(table)}\n\n{note(rows, lines)}\n"
     for own in grouped(rows, lambda row: row.protocol).values():
         if differences := compare(own):
             text += "\n" + _paired_table(_labels(rows)(own[0]), differences)
     return text
 
 
-def _note(rows: Sequence[Row], lines: Sequence[Line]) -> str:
+def note(rows: Sequence[Row], lines: Sequence[Line]) -> str:
+    """Say what the table shows, and first of all which sets were scored on other data than theirs."""
     stored = {(row.ipc, row.shown_ipc or 0) for row in rows}
     sizes = ", ".join(f"{ipc} (shown as {shown})" if shown else str(ipc) for ipc, shown in sorted(stored))
     steps = ", ".join(map(str, sorted({row.steps for row in rows})))

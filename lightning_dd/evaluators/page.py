@@ -1,0 +1,137 @@
+"""The report of an evaluation as one self-contained page, as a table for papers, and what it was made with."""
+
+import base64
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from html import escape
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from lightning_dd.distilled.card import facts_of
+from lightning_dd.distilled.export import pngs
+from lightning_dd.distilled.set import DistilledSet
+from lightning_dd.evaluators.matrix import Row
+from lightning_dd.evaluators.report import Line, note, summarise
+from lightning_dd.students.recipe import Recipe
+from lightning_dd.utils.files import write_text
+
+_MOST_IMAGES = 100
+_SCALE = 3  # screen pixels for each pixel of an image, for small ones
+_STYLE = """
+body { font: 15px/1.5 sans-serif; max-width: 72em; margin: 2em auto; padding: 0 1em; color: #222 }
+table { border-collapse: collapse } td, th { padding: .25em .8em; border-bottom: 1px solid #ddd; text-align: left }
+figure { display: inline-block; margin: .3em; text-align: center; font-size: 12px } img { max-width: 100% }
+figure img { image-rendering: pixelated } pre { background: #f6f6f6; padding: 1em; overflow-x: auto }
+"""
+
+
+def write_pages(
+    folder: Path, rows: Sequence[Row], sets: Mapping[str, DistilledSet], made_with: Mapping[str, Any]
+) -> None:
+    """Write ``report.html``, ``results.tex`` and ``provenance.json`` beside the other files of a report.
+
+    The page loads nothing: its pictures are inside, and there is no script.
+
+    Args:
+        folder: of the report; ``results.png`` is there already.
+        rows: of all students.
+        sets: by name.
+        made_with: of :func:`provenance`.
+    """
+    lines = summarise(rows)
+    short = short_names([line.architecture for line in lines])
+    write_text(folder / "provenance.json", json.dumps(made_with, indent=1) + "\n")
+    write_text(folder / "results.tex", latex(lines, short))
+    figure = base64.b64encode((folder / "results.png").read_bytes()).decode()
+    body = [
+        "<h1>Distilled sets on architectures, seen and unseen</h1>",
+        _table(_cells(lines, short)),
+        f"<p>{escape(note(rows, lines).replace('`', ''))}</p>",
+        _table([["short", "architecture"], *([name, whole] for whole, name in short.items())]),
+        f'<img alt="test accuracy by architecture" src="data:image/png;base64,{figure}">',
+        *(_of_set(name, distilled) for name, distilled in sets.items()),
+        f"<h2>Made with</h2><pre>{escape(json.dumps(made_with, indent=1))}</pre>",
+    ]
+    head = '<!doctype html><html lang="en"><meta charset="utf-8"><title>lightning_dd report</title>'
+    write_text(folder / "report.html", "\n".join([head, f"<style>{_STYLE}</style>", *body, "</html>", ""]))
+
+
+def provenance(
+    sets: Mapping[str, DistilledSet],
+    digests: Mapping[str, str],
+    recipes: Mapping[str, Recipe],
+    architectures: Sequence[str],
+    versions: Mapping[str, str],
+) -> dict[str, Any]:
+    """Return what a report was made with: sets by hash and fingerprint, recipes, architectures and versions."""
+    said = {
+        name: {
+            "blake2b": digests[name],
+            "method": distilled.method,
+            "data": distilled.data.get("name"),
+            "fingerprint": distilled.data.get("fingerprint"),
+        }
+        for name, distilled in sets.items()
+    }
+    named = {name or "given": asdict(recipe) for name, recipe in recipes.items()}
+    return {"sets": said, "architectures": list(architectures), "recipes": named, "versions": dict(versions)}
+
+
+def short_names(architectures: Sequence[str]) -> dict[str, str]:
+    """Return a short name for each architecture: its name without options, numbered where several share it.
+
+    Example:
+        >>> short_names(["convnet:width=4", "convnet:width=8", "resnet18"])
+        {'convnet:width=4': 'convnet 1', 'convnet:width=8': 'convnet 2', 'resnet18': 'resnet18'}
+    """
+    whole = list(dict.fromkeys(architectures))
+    bare = [name.partition(":")[0] for name in whole]
+    return {
+        name: own if bare.count(own) == 1 else f"{own} {bare[: place + 1].count(own)}"
+        for place, (name, own) in enumerate(zip(whole, bare, strict=True))
+    }
+
+
+def latex(lines: Sequence[Line], short: Mapping[str, str]) -> str:
+    """Return the table for a paper, with the rules of booktabs; short names are explained in comments."""
+    head, *rows = _cells(lines, short)
+    text = [r"% \usepackage{booktabs}", *(f"% {name}: {whole}" for whole, name in short.items())]
+    text += [rf"\begin{{tabular}}{{ll{'r' * (len(head) - 2)}}}", r"\toprule"]
+    text += [" & ".join(map(_tex, head)) + r" \\", r"\midrule"]
+    text += [" & ".join(map(_tex, row)) + r" \\" for row in rows]
+    return "\n".join([*text, r"\bottomrule", r"\end{tabular}"]) + "\n"
+
+
+def _cells(lines: Sequence[Line], short: Mapping[str, str]) -> list[list[str]]:
+    table = [["set", "architecture", "seen", "distilled", "random real", "gain"]]
+    for line in lines:
+        gain = 100 * (line.distilled.mean - line.random_real.mean)
+        low, high = (100 * end for end in line.gain)
+        scores = [str(line.distilled), str(line.random_real), f"{gain:+.1f} ({low:+.1f} to {high:+.1f})"]
+        table.append([line.set, short[line.architecture], "yes" if line.seen else "no", *scores])
+    return table
+
+
+def _tex(cell: str) -> str:
+    return re.sub(r"([&%$#_{}])", r"\\\1", cell).replace("±", r"$\pm$")
+
+
+def _table(cells: Sequence[Sequence[str]]) -> str:
+    head, *rows = ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in cells]
+    return f"<table><tr>{head.replace('td>', 'th>')}</tr>" + "".join(f"<tr>{row}</tr>" for row in rows) + "</table>"
+
+
+def _of_set(name: str, distilled: DistilledSet) -> str:
+    """Return a set's images with the names of their classes, and what it says of itself."""
+    _, height, width = distilled.image_shape
+    scale, figures = _SCALE if width <= 64 else 1, []
+    for png, label in zip(islice(pngs(distilled), _MOST_IMAGES), distilled.classes.tolist(), strict=False):
+        caption = escape(distilled.class_names[label])
+        size = f'width="{scale * width}" height="{scale * height}"'
+        picture = f'<img alt="{caption}" {size} src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+        figures.append(f"<figure>{picture}<figcaption>{caption}</figcaption></figure>")
+    facts = _table([["what", "is"], *([key, text] for key, text in facts_of(distilled).items())])
+    return f"<h2>{escape(name)}</h2>{''.join(figures)}{facts}"
