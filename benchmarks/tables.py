@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from metadd_ablations import overview, recorded
-from metadd_ablations import tables as ablation_tables
+from transfer_tables import rendered as transfer
 
 from lightning_dd.applications import continual_report as continual
 from lightning_dd.applications import membership_report as membership
@@ -30,7 +29,6 @@ from lightning_dd.utils.files import write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-ABLATIONS = ROOT / "benchmarks" / "ablations"
 PAGES = [ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "cells.md"]
 _PATTERN = re.compile(r"(<!-- table: (?P<name>[\w.-]+) -->\n).*?(<!-- end of table -->)", flags=re.DOTALL)
 _FIGURE = re.compile(r"\(figures/([\w.-]+)\.png\)")
@@ -39,21 +37,18 @@ _FIGURE = re.compile(r"\(figures/([\w.-]+)\.png\)")
 def rendered(name: str) -> str:
     """Return the table of a file of recorded rows.
 
-    ``metadd`` is the overview of all of MetaDD's ablations, ``cells`` what ``lightning-dd list cells`` knows.
+    ``cells`` is what ``lightning-dd list cells`` knows.
     """
     if name == "cells":
         return published_cells()
-    if name == "metadd":
-        experiments = {path.stem: recorded(path) for path in sorted(ABLATIONS.glob("*.yaml"))}
-        return overview(experiments, ["default", "whole_norm", "absolute"]) + "\n"
     path = RESULTS / name
-    if path.suffix == ".jsonl":
-        return ablated(ABLATIONS / f"{path.stem.removeprefix('metadd_')}.yaml")
     record = json.loads(path.read_text(encoding="utf-8"))
     if isinstance(record, list):
         return markdown([Row(**row) for row in record])
     if "continual" in record:
         return continual.markdown(continual_rows(record)) + made_with(record["made_with"])
+    if "transfer" in record:
+        return transfer(path) + made_with(record["made_with"])
     if "membership" in record:
         return membership.markdown(membership_rows(record)) + made_with(record["made_with"])
     measured = {"vectorised": vectorised, "overhead": overhead, "memory": memory, "step": step, "parity": parity}
@@ -71,15 +66,6 @@ def published_cells() -> str:
         facts = [cell.accuracy, cell.ours, f"`{cell.evaluate}`", cell.source, cell.settings]
         lines.append([f"`{command}`", *facts])
     return markdown_table(lines) + "\n"
-
-
-def ablated(path: Path) -> str:
-    """Return the tables of the YAML file of one of MetaDD's ablations."""
-    experiment, rows = recorded(path)
-    command = f"python benchmarks/metadd_ablations.py {path.relative_to(ROOT)}"
-    commits = ", ".join(sorted({row["made_with"]["commit"] for row in rows}))  # whichever part of it made which row
-    made = rows[-1]["made_with"] | {"command": command, "commit": commits}
-    return ablation_tables(experiment, rows) + made_with(made)
 
 
 def costs(runs: list[dict[str, Any]]) -> str:

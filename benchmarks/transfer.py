@@ -150,10 +150,10 @@ def silenced(cls: type[Distiller]) -> type[Distiller]:
     return Silent
 
 
-def metadd(settings: Mapping[str, Any]) -> MetaDD:
+def metadd(settings: Mapping[str, Any], cls: type[MetaDD] = MetaDD) -> MetaDD:
     """Build the callback of a plan."""
     loss, training = MetaOptions(**settings.get("loss", {})), ClassifierRecipe(**settings.get("training", {}))
-    return MetaDD(**{**settings, "loss": loss, "training": training})
+    return cls(**{**settings, "loss": loss, "training": training})
 
 
 def score(task: Task, distilled_set: DistilledSet) -> float:

@@ -1,0 +1,82 @@
+"""The tables of a plan's recorded rows: accuracies of a base, and what each setting changes, in pairs of one seed."""
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import yaml
+from scipy.stats import t as student_t
+
+from lightning_dd.report import markdown_table
+
+_PLANS = Path(__file__).parent / "transfer"
+Row = dict[str, Any]
+
+
+def rendered(path: Path) -> str:
+    """Return the tables of a record, one for each split and each number of student steps."""
+    record = json.loads(path.read_text(encoding="utf-8"))
+    plan = yaml.safe_load((_PLANS / f"{path.stem.removeprefix('transfer_')}.yaml").read_text(encoding="utf-8"))
+    own = {name: base["own"] for name, base in plan["bases"].items()}
+    scored = [row for row in record["transfer"] if "accuracy" in row]
+    parts = []
+    for split, steps in dict.fromkeys((row["split"], row["steps"]) for row in scored):
+        rows = [row for row in scored if (row["split"], row["steps"]) == (split, steps)]
+        title = f"{'Test' if split == 'test' else 'Validation'} accuracy in %, students of {steps} steps:"
+        parts.append(f"{title}\n\n{table(rows, own)}\n")
+    failed = [row for row in record["transfer"] if "failed" in row]
+    parts += [f"{row['base']} {row['setting']}, seed {row['seed']}, failed: {row['failed']}\n" for row in failed]
+    return "\n".join(parts)
+
+
+def table(rows: list[Row], own: dict[str, str]) -> str:
+    """Return the Markdown table: a base's accuracies, and under it the mean paired differences of its settings."""
+    others = [name for name in dict.fromkeys(row["architecture"] for row in rows) if name not in own.values()]
+    heads = [name.partition(":")[0] for name in others]
+    lines = [["base", "setting", "seeds", "own", *heads, "mean of these"]]
+    for base in dict.fromkeys(row["base"] for row in rows):
+        groups = [[own[base]], *([name] for name in others), others]
+        if not any(row["base"] == base and row["architecture"] == own[base] for row in rows):
+            groups[0] = []
+        found = {name: whole(rows, base, name, groups) for name in dict.fromkeys(row["setting"] for row in rows)}
+        plain = found["base"]
+        levels = [level([*plain.values()], names) for names in groups] if plain else []
+        lines += [[base, "base", str(len(plain)), *levels]] if plain else []
+        for setting, scores in found.items():
+            pairs = [(scores[seed], plain[seed]) for seed in scores if seed in plain]
+            if setting != "base" and pairs:
+                changes = [change(pairs, names) for names in groups]
+                lines.append(["", setting, str(len(pairs)), *changes])
+    return markdown_table(lines)
+
+
+def whole(rows: list[Row], base: str, setting: str, groups: list[list[str]]) -> dict[int, dict[str, float]]:
+    """Return accuracies in % by seed and architecture, of the seeds whose students are all there."""
+    found: dict[int, dict[str, float]] = {}
+    for row in rows:
+        if (row["base"], row["setting"]) == (base, setting):
+            found.setdefault(row["seed"], {})[row["architecture"]] = 100 * row["accuracy"]
+    wanted = {name for names in groups for name in names}
+    return {seed: scores for seed, scores in found.items() if scores.keys() >= wanted}
+
+
+def level(scores: list[dict[str, float]], names: list[str]) -> str:
+    """Return mean and sample standard deviation over seeds of the mean over architectures."""
+    if not names:
+        return "-"
+    means = [statistics.fmean(one[name] for name in names) for one in scores]
+    spread = f" ± {statistics.stdev(means):.1f}" if len(means) > 1 else ""
+    return f"{statistics.fmean(means):.1f}{spread}"
+
+
+def change(pairs: list[tuple[dict[str, float], dict[str, float]]], names: list[str]) -> str:
+    """Return the mean difference of pairs, with its 95 % interval (Student's t) where there are three or more."""
+    if not names:
+        return "-"
+    differences = [statistics.fmean(new[name] - old[name] for name in names) for new, old in pairs]
+    mean, count = statistics.fmean(differences), len(differences)
+    if count < 3:
+        return f"{mean:+.1f}"
+    half = student_t.ppf(0.975, count - 1) * statistics.stdev(differences) / count**0.5
+    return f"{mean:+.1f} ± {half:.1f}"
