@@ -182,8 +182,19 @@ class Relabel(_Data, Verb):
     output: str = option("the distilled-set file to write")
     teacher_steps: int = option("training steps of each teacher on the real data", 1000)
     teacher_lr: float = option("their peak learning rate", 2e-3)
+    teacher_protocol: str | None = option(
+        "a published training of the teachers in place of these, sre2l_cifar or sre2l_tiny", None
+    )
+    teacher_epochs: int | None = option("epochs of it, if not the published ones", None)
+    teacher_file: str | None = option("a trained teacher of your own: one of the cache, or weights", None)
+    teacher_weights: str | None = option("what timm or torchvision publishes: default, or a name of theirs", None)
     epochs: int = option("epochs of views that are labelled and stored; 0 labels the images only", 300)
     min_scale: float = option("smallest area of a view's crop as a share of the image's", 0.08)
+    padding: int = option("pixels of black around an image, from which a crop of its size is cut instead", 0)
+    mix: str = option("what is done with another image's view: cutmix, mixup or none", "cutmix")
+    tiles: int = option("along a side of an image, shuffled in every view (RDED); 1 for none", 1)
+    train_mode: bool = option("have the teachers' batch normalisation use the statistics of each batch", False)
+    protocol: str = option("published recipe of the students, whose batches are mixed among themselves", "sre2l")
     temperature: float = option("of the students' softmax", 20.0)
     seed: int = option("of the views", 0)
 
@@ -195,8 +206,10 @@ class Relabel(_Data, Verb):
         from lightning_dd.synthetic.labels import TeacherLabels, relabel
 
         distilled = DistilledSet.load(self.file)
-        teacher = Teacher(list(self.teacher), steps=self.teacher_steps, lr=self.teacher_lr)
-        labels = TeacherLabels(teacher, self.epochs, self.min_scale, self.temperature)
+        how = {name: getattr(self, f"teacher_{name}") for name in ("protocol", "epochs", "file", "weights")}
+        names = ("epochs", "min_scale", "temperature", "padding", "mix", "tiles", "protocol", "train_mode")
+        teacher = Teacher(list(self.teacher), steps=self.teacher_steps, lr=self.teacher_lr, **how)
+        labels = TeacherLabels(teacher, **{name: getattr(self, name) for name in names})
         done = relabel(distilled, labels, real_data_of(distilled, self.choice()), self.teacher[0], self.seed)
         print(f"wrote {done.save(self.output)}")
 

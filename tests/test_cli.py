@@ -400,6 +400,33 @@ def test_relabel_gives_a_set_a_teachers_labels(tmp_path):
     assert (done.label_kind, done.views.epochs, done.ipc) == ("soft", 2, 1)
 
 
+def test_relabel_takes_what_a_configuration_says_of_teachers_and_views(tmp_path, capsys):
+    from lightning_dd.data import MNIST5k
+    from lightning_dd.models import build_network
+
+    file = make_distilled(data=MNIST5k).save(tmp_path / "hard.safetensors")
+    weights = tmp_path / "teacher.pt"
+    network = build_network("convnet:width=4", 10, (1, 28, 28), seed=0)
+    torch.save({name: torch.zeros_like(value) for name, value in network.state_dict().items()}, weights)
+    words = ["relabel", str(file), "--teacher=convnet:width=4", "--epochs=2", "--output=soft.safetensors"]
+    assert main([*words, f"--teacher_file={weights}"]) == 2
+    assert "at chance" in capsys.readouterr().err  # so the file was read
+    trained = ["--teacher_protocol=sre2l_cifar", "--teacher_epochs=1"]
+    assert main([*words, *trained, "--teacher_steps=5"]) == 2
+    assert "steps goes without a protocol" in capsys.readouterr().err
+    assert main([*words, "--teacher_weights=default"]) == 2
+    assert "convnet" in capsys.readouterr().err
+    options = ["--padding=4", "--mix=mixup", "--tiles=2", "--protocol=sre2l_cifar", "--train_mode=true"]
+    assert main([*words, *trained, *options]) == 0
+    done = DistilledSet.load("soft.safetensors")
+    said = done.training["relabelled"]["labels"]["init_args"]
+    assert (said["teacher"]["protocol"], said["teacher"]["epochs"]) == ("sre2l_cifar", 1)
+    assert (said["padding"], said["mix"], said["tiles"], said["train_mode"]) == (4, "mixup", 2, True)
+    parts = (done.views.outside, done.views.shares, done.views.tiles, done.views.order)
+    assert all(part is not None for part in parts)
+    assert done.views.crops[..., 2:].eq(1).all()
+
+
 def test_bare_names_need_no_import_in_a_fresh_process():
     distilling = [
         *("--model=FRePo", "--data=CIFAR10", "--trainer.callbacks+=MetaDD", "--trainer.callbacks.architectures=[a,b]"),
