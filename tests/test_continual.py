@@ -302,6 +302,9 @@ def test_stored_views_of_the_union_are_those_of_its_parts():
         torch.testing.assert_close(
             torch.softmax(united_logits / 20, 1)[:, 2 * index : 2 * index + 2], torch.softmax(logits / 20, 1)
         )
+        order = whole.views.order[2].long()  # each set's own, with both sets in every batch
+        assert torch.equal(order[order // 4 == index] - 4 * index, own.views.order[2].long())
+        assert (order[:4] // 4 == index).sum() == (order[4:] // 4 == index).sum() == 2
     with pytest.raises(UserError, match="different numbers of stored views"):
         union([soft_part([3, 1], 1), soft_part([0, 2], 2, epochs=4)])
 

@@ -135,16 +135,23 @@ def _united_data(sets: Sequence[DistilledSet]) -> dict[str, Any]:
 
 
 def _united_views(views: Sequence[SoftViews], logits: Sequence[Tensor]) -> SoftViews:
-    """Put the views of all rows side by side; mixtures stay within a set, and students mingle the sets."""
-    before = accumulate((len(view) for view in views), initial=0)
+    """Put the views of all rows side by side; mixtures stay within a set.
+
+    A stored order is kept within each set. The sets are interleaved evenly, so that every batch sees all of them.
+    """
+    before = list(accumulate((len(view) for view in views), initial=0))[:-1]
     parts = {
         name: [getattr(view, name) for view in views]
         for name in views[0].state_dict()
         if name not in ("outside", "order")
     }
-    parts["partners"] = [view.partners + rows for view, rows in zip(views, before, strict=False)]
+    parts["partners"] = [view.partners + rows for view, rows in zip(views, before, strict=True)]
     parts["logits"] = [rows.half() for rows in logits]
-    return replace(views[0], order=None, **{name: torch.cat(tensors, 1) for name, tensors in parts.items()})
+    orders = [view.order + rows for view, rows in zip(views, before, strict=True) if view.order is not None]
+    if orders:
+        places = torch.cat([(torch.arange(len(view)) + 0.5) / len(view) for view in views]).argsort(stable=True)
+        parts["order"] = [torch.cat(orders, 1)[:, places]]
+    return replace(views[0], **{name: torch.cat(tensors, 1) for name, tensors in parts.items()})
 
 
 def _check_alike(sets: Sequence[DistilledSet], names: Sequence[str]) -> None:
