@@ -29,7 +29,7 @@ from lightning_dd.utils.files import write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = [ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "cells.md"]
+PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("results", "transfer", "cells"))]
 _PATTERN = re.compile(r"(<!-- table: (?P<name>[\w.-]+) -->\n).*?(<!-- end of table -->)", flags=re.DOTALL)
 _FIGURE = re.compile(r"\(figures/([\w.-]+)\.png\)")
 
@@ -51,7 +51,7 @@ def rendered(name: str) -> str:
         return transfer(path) + made_with(record["made_with"])
     if "membership" in record:
         return membership.markdown(membership_rows(record)) + made_with(record["made_with"])
-    measured = {"vectorised": vectorised, "overhead": overhead, "memory": memory, "step": step, "parity": parity}
+    measured = {"curves": curves, "vectorised": vectorised, "overhead": overhead, "memory": memory, "step": step, "parity": parity}
     for kind in measured.keys() & record.keys():
         return measured[kind](record[kind]) + made_with(record["made_with"])
     cost = costs(record["runs"]) if "runs" in record else evaluation_cost(record["evaluation"])
@@ -82,6 +82,15 @@ def costs(runs: list[dict[str, Any]]) -> str:
 def evaluation_cost(cost: dict[str, float]) -> str:
     """Return the line that says what one command took; memory is that of its largest process."""
     return f"\nThe whole command took {cost['seconds'] / 60:.1f} minutes and {cost['peak_mb']:g} MB.\n"
+
+
+def curves(rows: list[dict[str, Any]]) -> str:
+    """Return the table of runs' validation accuracies by outer step."""
+    lines = [["run", "outer steps", "minutes", "validation accuracy by outer step [%]"]]
+    for row in rows:
+        points = ", ".join(f"{step:,}: {100 * value:.1f}" for step, value in row["curve"])
+        lines.append([row["run"], f"{row['steps']:,}", f"{row['minutes']:g}", points])
+    return markdown_table(lines) + "\n"
 
 
 def overhead(rows: list[dict[str, Any]]) -> str:
