@@ -162,15 +162,44 @@ class Export(Verb):
 
         from lightning_dd.callbacks.pictures import write_picture
         from lightning_dd.distilled.export import export_set
+        from lightning_dd.distilled.hub import on_hub
         from lightning_dd.distilled.set import DistilledSet
         from lightning_dd.distillers.checkpoint import distilled_from_checkpoint
 
-        finished = self.file.endswith(".safetensors") or Path(self.file).is_dir()
+        finished = self.file.endswith(".safetensors") or on_hub(self.file) or Path(self.file).is_dir()
         distilled = DistilledSet.load(self.file) if finished else distilled_from_checkpoint(self.file)
         for line in export_set(distilled, self.format, self.output):
             print(line)
         if self.picture is not None:
             print(f"wrote {write_picture(distilled, self.picture)}")
+
+
+@dataclass(kw_only=True)
+class Push(Verb):
+    """Put a distilled set on the Hugging Face hub, with a card and its configuration."""
+
+    file: str = option("a distilled-set file, or a run's folder", positional=True)
+    repo: str = option("user/name; hf://user/name then names the set wherever a file goes", positional=True)
+    licence: str = option("of the real data, as hubs name it (cc-by-4.0)", "unknown")
+    report: str | None = option("folder of an evaluation of this file, whose accuracies the card shows", None)
+    private: bool = option("let nobody else see a new repository", False)
+
+    def run(self) -> None:
+        """Write the card and push."""
+        from pathlib import Path
+
+        import yaml
+
+        from lightning_dd.distilled.card import data_card
+        from lightning_dd.distilled.hub import FILE, push_files
+        from lightning_dd.distilled.set import DistilledSet, find_set
+
+        path = find_set(self.file)
+        distilled = DistilledSet.load(path)
+        card = data_card(distilled, path, self.licence, Path(self.report) if self.report else None)
+        run = yaml.safe_dump(distilled.run, sort_keys=False, allow_unicode=True)
+        files = {FILE: path, "README.md": card.encode(), "run.yaml": run.encode()}
+        print(f"pushed: {push_files(self.repo, files, self.private)}")
 
 
 @dataclass(kw_only=True)
@@ -302,6 +331,7 @@ VERBS: dict[str, type[Verb]] = {
     "reproduce": Reproduce,
     "relabel": Relabel,
     "export": Export,
+    "push": Push,
     "convert": Convert,
     "list": List,
 }

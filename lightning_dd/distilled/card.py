@@ -1,10 +1,17 @@
 """What a distilled set says of itself, for people."""
 
+import hashlib
+import json
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
+import yaml
+
+from lightning_dd.cells import cells_of
 from lightning_dd.distilled.packing import packed
 from lightning_dd.distilled.set import DistilledSet
+from lightning_dd.utils.errors import UserError, first_line, printable
 
 
 def facts_of(distilled: DistilledSet, path: Path | None = None) -> dict[str, str]:
@@ -34,6 +41,73 @@ def facts_of(distilled: DistilledSet, path: Path | None = None) -> dict[str, str
         "bytes": sizes(distilled, path),
     }
     return {name: text for name, text in found.items() if text}
+
+
+def data_card(distilled: DistilledSet, path: Path, licence: str, report: Path | None = None) -> str:
+    """Return the card of a set on a hub, in Markdown: what it is, how to use it, how it scores, how it was made.
+
+    Args:
+        distilled: the set.
+        path: its file.
+        licence: of the real data, as hubs name it (``cc-by-4.0``); ``unknown`` says so.
+        report: folder of an evaluation, whose rows of this file are shown.
+
+    Raises:
+        UserError: the report is none, or not of this file.
+    """
+    name = distilled.data.get("name", "unknown data")
+    facts = "\n".join(f"- **{key}**: {printable(text)}" for key, text in facts_of(distilled, path).items())
+    cells = [cell for cell in cells_of(distilled.method, str(name)) if cell.ipc == distilled.ipc]
+    published = "".join(f"- **published cell**: {cell.name}, {cell.accuracy} % in {cell.source}\n" for cell in cells)
+    run = yaml.safe_dump(distilled.run, sort_keys=False, allow_unicode=True) if distilled.run else "# unknown\n"
+    return f"""---
+license: {json.dumps("other" if licence == "unknown" else licence)}
+tags: [dataset-distillation, lightning_dd]
+task_categories: [image-classification]
+---
+# {printable(distilled.method)} of {printable(str(name))}, {distilled.ipc} image(s) per class
+
+A distilled set of [lightning_dd]: a few images that networks are trained on in place of the real ones.
+
+```python
+from lightning_dd import DistilledSet
+
+distilled = DistilledSet.load("distilled.safetensors")  # train with distilled.loss on distilled.images and .labels
+```
+
+{facts}
+{published}- **licence of the real data**: {licence}
+
+{_scores(path, report)}The whole run, as `lightning-dd fit --config run.yaml` takes it:
+
+```yaml
+{run}```
+"""
+
+
+def _scores(path: Path, report: Path | None) -> str:
+    """Return the mean accuracies of a report's students on this file, by architecture; nothing without a report."""
+    if report is None:
+        return ""
+    try:
+        made_with = json.loads((report / "provenance.json").read_text(encoding="utf-8"))
+        rows = json.loads((report / "results.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"report '{report}': no report of evaluate ({first_line(error)})") from None
+    digest = hashlib.blake2b(path.read_bytes()).hexdigest()
+    names = [name for name, said in made_with["sets"].items() if said["blake2b"] == digest]
+    own = [row for row in rows if row["set"] in names]
+    if not own:
+        raise UserError(f"report '{report}' is of other files than '{path}'")
+    lines = ["| architecture | seen | distilled | random real |", "| --- | --- | --- | --- |"]
+    for architecture in dict.fromkeys(row["architecture"] for row in own):
+        some = [row for row in own if row["architecture"] == architecture]
+        means = [
+            f"{100 * fmean(row['accuracy'] for row in some if row['source'] == source):.1f}"
+            for source in ("distilled", "random-real")
+        ]
+        lines.append(f"| `{architecture}` | {'yes' if some[0]['seen'] else 'no'} | {' | '.join(means)} |")
+    return "Mean test accuracy in %:\n\n" + "\n".join(lines) + "\n\n"
 
 
 def _few(names: tuple[str, ...], most: int = 12) -> str:
