@@ -13,7 +13,7 @@ from lightning_dd.data.imagenet import imagenet_names
 from lightning_dd.data.images import DataFacts
 from lightning_dd.models import build_network
 from lightning_dd.pretrained import ClassifierRecipe, Teacher
-from lightning_dd.pretrained.task import Task
+from lightning_dd.pretrained.task import Task, train_once
 from lightning_dd.pretrained.weights import fetch_weights, fit_weights
 from lightning_dd.utils.errors import UserError
 
@@ -173,3 +173,13 @@ def test_weights_of_a_library_come_by_name_for_images_standardised_as_theirs(mon
     here.mean = torch.tensor([0.5, 0.5, 0.5])
     with pytest.raises(UserError, match=r"data.mean=\[0.485, 0.456, 0.406\] and data.std=\[0.229, 0.224, 0.225\]"):
         fetch_weights(ARCHITECTURE, "default", here)
+
+
+def test_a_training_that_diverged_is_named_and_not_cached():
+    data = TinyData()
+    data.setup("fit")
+    asked = ("classifiers", {"diverges": True})
+    nan, one = ({"weight": torch.tensor([number])} for number in (float("nan"), 1.0))
+    with pytest.raises(UserError, match=r"a network: its training diverged .*: lower its learning rate"):
+        train_once(*asked, lambda: (nan, {}), Task.of(data), "a network")
+    assert train_once(*asked, lambda: (one, {}), Task.of(data), "a network").tensors()["weight"] == 1

@@ -14,7 +14,7 @@ from lightning_dd.data.images import DataFacts, Patches, Split
 from lightning_dd.distilled.set import DistilledSet, library_versions
 from lightning_dd.distillers.checkpoint import Resumable
 from lightning_dd.distillers.run import run_settings
-from lightning_dd.losses.krr import LABEL_KINDS
+from lightning_dd.losses.krr import LABEL_KINDS, SolveError
 from lightning_dd.models.factory import Architectures, NetworkMixture, build_network
 from lightning_dd.models.interface import Network
 from lightning_dd.pretrained.classifier import Committee, Teacher
@@ -202,7 +202,11 @@ class Distiller(Resumable, ScoredModule):
         Args:
             views: have a teacher label views as well, where labels are a teacher's; false for a look at the set.
             training: facts of the run to keep beside it (outer step, validation score).
+
+        Raises:
+            UserError: the run has no finite numbers any more.
         """
+        self.require_health(about_to_write=True)
         with torch.inference_mode(mode=False):  # for a student may be trained on it
             images, labels = (part.detach().cpu().clone().contiguous() for part in self.synthetic())
             stored = self.synthetic.parameterisation.stored()
@@ -263,25 +267,22 @@ class Distiller(Resumable, ScoredModule):
     def training_step(self, batch: int, batch_idx: int) -> Tensor:
         """One outer step; ``batch`` only counts."""
         images, labels = self.synthetic()
-        terms = self.outer_terms(images, labels)
+        try:
+            terms = self.outer_terms(images, labels)
+        except SolveError as error:
+            raise self.stop_at(error) from None
         loss = torch.stack(list(terms.values())).sum()
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, OuterTerm):
                 loss, more = callback.add(self.trainer, self, images, labels, loss)
                 terms, loss = terms | more, torch.stack([loss, *more.values()]).sum()
+        self.note(terms)
         if self.steps_to_log == 0:
             terms = {f"outer/{name}": value.detach() for name, value in terms.items()}
             for name, value in ({"outer/loss": loss.detach()} | terms | self._watched).items():
                 self.log(name, value, prog_bar=name in ("outer/loss", "outer/accuracy"))
             self._watched.clear()
         return loss
-
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Log gradient norms (before any clipping) at logging steps."""
-        if self.steps_to_log == 0:
-            for name, part in self.synthetic.named_parameters():
-                if part.grad is not None:
-                    self.log(f"gradient/{name.rpartition('.')[2]}", part.grad.norm())
 
     def start_scoring(self) -> None:
         """Train a student on the current synthetic set: its accuracy is the run's score.
@@ -301,12 +302,6 @@ class Distiller(Resumable, ScoredModule):
         """Return the student's logits."""
         logits: Tensor = self._probe[0](images)
         return logits
-
-    @property
-    def steps_to_log(self) -> int:
-        """Outer steps until the Trainer logs again; 0 where it logs this one."""
-        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        return (every - 1 - self.trainer.global_step) % max(1, every)
 
 
 class OuterTerm(Callback, RemembersArguments, ABC):

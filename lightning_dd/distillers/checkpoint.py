@@ -4,12 +4,12 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
-from pytorch_lightning import LightningModule
 from pytorch_lightning.trainer.states import TrainerFn
 
 from lightning_dd.data.images import DataFacts
 from lightning_dd.data.preprocess import Preprocessing
 from lightning_dd.distilled.set import DistilledSet
+from lightning_dd.distillers.health import Healthy
 from lightning_dd.pretrained.task import Task
 from lightning_dd.utils.arguments import known_class, nothing_imported, public_settings, refuse_other
 from lightning_dd.utils.errors import UserError, first_line
@@ -21,13 +21,12 @@ FORMAT = 2
 """Raised when checkpoints of before cannot be continued."""
 
 
-class Resumable(LightningModule, ABC):
+class Resumable(Healthy, ABC):
     """A module whose checkpoint holds the data's facts and the state of every rank, so that a resumed run is exact.
 
     A subclass extends :meth:`rank_state` and :meth:`load_rank_state` by what a rank keeps outside the module tree.
     """
 
-    task: Task
     run: dict[str, Any]
     shown_ipc: int
 
@@ -52,11 +51,17 @@ class Resumable(LightningModule, ABC):
         """Continue exactly from :meth:`rank_state`."""
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what lies outside the module tree: the data's facts, and the state of every rank."""
+        """Add what lies outside the module tree: the data's facts, and the state of every rank.
+
+        Raises:
+            UserError: something of it is not finite: a broken run's checkpoint would take the place of a good one.
+        """
         ranks: list[dict[str, Any]] = [{}]
         if self._is_fitting():
             own, strategy = {"state": self.rank_state()}, self.trainer.strategy
             ranks = [strategy.broadcast(own, rank) for rank in range(self.trainer.world_size)]
+            kept = checkpoint.get("state_dict"), checkpoint.get("optimizer_states"), ranks
+            self.require_health(about_to_write=True, checkpoint=kept)
         checkpoint[STATE_KEY] = {
             "format": FORMAT,
             "method": type(self).__name__,

@@ -27,6 +27,7 @@ from lightning_dd.students.loop import take_steps
 from lightning_dd.students.recipe import Recipe
 from lightning_dd.utils.errors import UserError
 from lightning_dd.utils.files import write_atomically
+from lightning_dd.utils.finite import all_finite
 from lightning_dd.utils.seeding import make_generator
 
 _log = logging.getLogger(__name__)
@@ -169,7 +170,7 @@ def train_once(kind: str, identity: Mapping[str, Any], make: Callable[[], Made],
         what: how messages call it.
 
     Raises:
-        UserError: it is not in the cache and may not be trained.
+        UserError: it is not in the cache and may not be trained, or its training diverged.
     """
     identity = {"version": _VERSION, **identity, **task.identity()}
     key = hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=16).hexdigest()
@@ -184,7 +185,7 @@ def train_once(kind: str, identity: Mapping[str, Any], make: Callable[[], Made],
                 "train_missing=true (what is trained already is kept), or name a file of it"
             )
         with _locked(path):
-            return _find(path, identity) or _keep(path, identity, *make())
+            return _find(path, identity) or _keep(path, what, identity, *make())
 
 
 def is_trained(path: Path) -> bool:
@@ -232,8 +233,12 @@ def _header(path: Path) -> dict[str, dict[str, Any]]:
     return header
 
 
-def _keep(path: Path, identity: Mapping[str, Any], tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> Trained:
+def _keep(
+    path: Path, what: str, identity: Mapping[str, Any], tensors: Mapping[str, Tensor], facts: dict[str, Any]
+) -> Trained:
     plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    if not all_finite(plain):
+        raise UserError(f"{what}: its training diverged (NaN in its weights), nothing is kept: lower its learning rate")
     metadata = {_HEADER: json.dumps({"identity": identity, "facts": facts})}
     try:
         write_atomically(path, lambda temporary: save_file(plain, temporary, metadata))

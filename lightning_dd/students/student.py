@@ -14,6 +14,7 @@ from lightning_dd.students.recipe import Recipe
 from lightning_dd.students.recipe import protocol as published
 from lightning_dd.utils.arguments import public_settings, refuse_other
 from lightning_dd.utils.errors import UserError
+from lightning_dd.utils.finite import all_finite
 from lightning_dd.utils.scoring import ScoredModule
 
 _STATE = "lightning_dd_student"
@@ -110,7 +111,13 @@ class Student(ScoredModule):
         return self.forward(images)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what it takes to rebuild the network without its data."""
+        """Add what it takes to rebuild the network without its data.
+
+        Raises:
+            UserError: the weights are not finite: such a checkpoint would take the place of a good one.
+        """
+        if not all_finite(checkpoint.get("state_dict")):
+            raise UserError(f"the student has diverged (NaN in its weights): lower model.lr ({self.recipe.lr:g})")
         checkpoint[_STATE] = {"num_classes": self.num_classes, "image_shape": list(self.image_shape)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

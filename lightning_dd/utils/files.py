@@ -99,12 +99,8 @@ def _refuse_swollen(content: Any) -> None:
     """Refuse tensors with more entries than stored numbers, which would take their memory at the first copy."""
     import torch
 
-    waiting, seen = [content], set()
-    while waiting:
-        item = waiting.pop()
-        if isinstance(item, torch.Tensor):
-            if item.layout != torch.strided or item.nbytes > item.untyped_storage().nbytes():
-                raise ValueError(f"a tensor of {tuple(item.shape)} holds fewer numbers")
-        elif isinstance(item, dict | list | tuple) and id(item) not in seen:
-            seen.add(id(item))
-            waiting += [*item.keys(), *item.values()] if isinstance(item, dict) else item
+    from lightning_dd.utils.finite import tensors_in
+
+    for item in tensors_in(content):
+        if item.layout != torch.strided or item.nbytes > item.untyped_storage().nbytes():
+            raise ValueError(f"a tensor of {tuple(item.shape)} holds fewer numbers")
