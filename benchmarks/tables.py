@@ -51,7 +51,14 @@ def rendered(name: str) -> str:
         return transfer(path) + made_with(record["made_with"])
     if "membership" in record:
         return membership.markdown(membership_rows(record)) + made_with(record["made_with"])
-    measured = {"curves": curves, "vectorised": vectorised, "overhead": overhead, "memory": memory, "step": step, "parity": parity}
+    measured = {
+        "curves": curves,
+        "vectorised": vectorised,
+        "overhead": overhead,
+        "memory": memory,
+        "step": step,
+        "parity": parity,
+    }
     for kind in measured.keys() & record.keys():
         return measured[kind](record[kind]) + made_with(record["made_with"])
     cost = costs(record["runs"]) if "runs" in record else evaluation_cost(record["evaluation"])

@@ -157,9 +157,7 @@ class Cli(LightningCLI):
             print(f"best set, {exports[-1].monitor} {best:.3f}: {folder / 'best.safetensors'}")
         last = folder / "last.safetensors"
         size = last.stat().st_size / 2**20
-        print(
-            f"last set, outer step {self.trainer.global_step}: {last} ({size:.2f} MB; lightning-dd info says of what)"
-        )
+        print(f"last set, outer step {self.trainer.global_step}: {last} ({size:.2f} MB; see lightning-dd info)")
         chosen = f"{shlex.quote(self.model.student_architecture)} unseen-small"
         report = shlex.quote(str(folder / "report"))
         print(f"next: lightning-dd evaluate {shlex.quote(str(folder))} --architectures {chosen} --output {report}")

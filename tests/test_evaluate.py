@@ -255,6 +255,15 @@ def test_evaluate_writes_one_table_in_four_forms(tmp_path, capsys):
     assert made_with["sets"]["a"]["blake2b"] == hashlib.blake2b(Path(files[0]).read_bytes()).hexdigest()
     assert made_with["sets"]["b"]["fingerprint"] == make_distilled().data["fingerprint"]
     assert made_with["recipes"]["given"]["steps"] == 3
+    assert "--architectures" in made_with["command"]
+    assert str(tmp_path) not in made_with["command"]
+    with (tmp_path / "report" / "classes.csv").open() as file:
+        classes = list(csv.DictReader(file))
+    assert len(classes) == 16 * 3
+    own = [float(line["accuracy"]) for line in classes if line["set"] == "a"]
+    assert sum(own[:3]) / 3 == pytest.approx(rows[0].accuracy, abs=1e-4)  # classes of equal size
+    page = Page((tmp_path / "report" / "report.html").read_text())
+    assert page.words.count("class2") == 2 * (2 + 1)  # under two images, and in the table of classes, of each set
     tex = (tmp_path / "report" / "results.tex").read_text()
     assert tex.count(r"\\") == 1 + 2  # a heading, and an architecture a line: the two sets are alike
     assert r"$\pm$" in tex
@@ -280,7 +289,7 @@ def test_the_page_of_a_report_loads_nothing_and_runs_nothing(tmp_path):
     names = ("<script>alert(1)</script>", "class1", "class2")
     made = make_distilled(ipc=2, class_names=names)
     (tmp_path / "results.png").write_bytes(b"")
-    rows = [row(source=source, accuracy=0.5) for source in (DISTILLED, RANDOM_REAL)]
+    rows = [replace(row(source=source), set="<b>set</b>") for source in (DISTILLED, RANDOM_REAL)]
     evaluate.write_pages(tmp_path, rows, {"<b>set</b>": made}, {"command": "<i>"})
     page = Page((tmp_path / "report.html").read_text())
     assert page.loaded

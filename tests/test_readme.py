@@ -15,9 +15,10 @@ from lightning_dd import DistilledSet
 from lightning_dd.cli import main
 from lightning_dd.data import MNIST5k
 from lightning_dd.models import build_network
-from lightning_dd.parsing import find_configuration
+from lightning_dd.parsing import find_configuration, parse_verb
 from lightning_dd.students.loop import train_student
 from lightning_dd.students.recipe import Recipe
+from lightning_dd.verbs import VERBS
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -67,6 +68,22 @@ def test_what_a_contributor_copies_runs_from_a_package_of_their_own(tmp_path, mo
 
 def test_every_configuration_it_names_exists():
     assert len([find_configuration(name) for name in re.findall(r"--config ([\w/]+)", TEXT)]) > 10
+
+
+COMMANDS = re.findall(r"^lightning-dd (.+?)(?:  +#.*)?$", TEXT, re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_it_writes_can_be_parsed(command, capsys):
+    """What a command does is tested under its name; here, that README spells it as the parser does."""
+    verb, *words = shlex.split(command)
+    if verb in VERBS and "--help" not in words:
+        parse_verb(verb, VERBS[verb], words)
+        return
+    words = [word for word in words if "runs/..." not in word and word != "--ckpt_path"]
+    with pytest.raises(SystemExit) as stop:
+        main([verb, *words, *([] if "--help" in words else ["--print_config"])])
+    assert stop.value.code in (0, None)
 
 
 def test_the_tables_are_the_recorded_results():

@@ -70,8 +70,10 @@ def evaluate_files(
     if not bench.train(cells, workers):
         return []
     rows = _in_groups([bench.row(cell) for cell in cells], bench.sets)
-    write_results(folder, [asdict(row) for row in rows], markdown(rows), bar_figure(summarise(rows)))
-    made_with = provenance(bench.sets, bench.digests, recipes, architectures, library_versions())
+    records = [{name: value for name, value in asdict(row).items() if name != "by_class"} for row in rows]
+    write_results(folder, records, markdown(rows), bar_figure(summarise(rows)))
+    words = [*files, "--architectures", *architectures, f"--seeds={seeds}"]
+    made_with = provenance(bench.sets, bench.digests, recipes, words, library_versions())
     write_pages(folder, rows, bench.sets, made_with)
     print(f"to hand on: {folder}/report.html, results.tex, provenance.json")
     print(f"student curves: tensorboard --logdir {folder / 'tensorboard'}")

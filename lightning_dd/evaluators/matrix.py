@@ -66,6 +66,8 @@ class Row:
     protocol: str = ""
     seconds: float = 0.0
     """Wall time of training and testing this student."""
+    by_class: tuple[float, ...] = ()
+    """Test accuracy of each class after the last step, in label order; in its own file of a report."""
     other_data: bool = False
     """Whether the real data here is not what the set was made from."""
     shown_ipc: int | None = None
@@ -107,6 +109,7 @@ def run_cell(
     trainer.fit(student, datamodule=data)
     trainer.logger = None  # tests would each open another event file
     last = _test(trainer, student, data)
+    by_class = tuple(round(value, 5) for value in student.class_accuracy.tolist())
     at_best = None if best.weights is None else last
     if best.weights is not None and best.step != steps:
         student.load_state_dict(best.weights)
@@ -126,6 +129,7 @@ def run_cell(
         ipc=distilled.ipc,
         method=source.method,
         protocol=cell.protocol,
+        by_class=by_class,
         shown_ipc=None if distilled.stored is None else distilled.shown_ipc,
     )
 

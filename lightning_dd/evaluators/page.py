@@ -1,21 +1,27 @@
 """The report of an evaluation as one self-contained page, as a table for papers, and what it was made with."""
 
 import base64
+import csv
+import io
 import json
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from html import escape
 from itertools import islice
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from lightning_dd.distilled.card import facts_of
 from lightning_dd.distilled.export import pngs
 from lightning_dd.distilled.set import DistilledSet
-from lightning_dd.evaluators.matrix import Row
+from lightning_dd.evaluators.matrix import DISTILLED, Row
 from lightning_dd.evaluators.report import Line, note, summarise
+from lightning_dd.report import grouped
 from lightning_dd.students.recipe import Recipe
+from lightning_dd.utils.arguments import without_places
 from lightning_dd.utils.files import write_text
 
 _MOST_IMAGES = 100
@@ -31,7 +37,7 @@ figure img { image-rendering: pixelated } pre { background: #f6f6f6; padding: 1e
 def write_pages(
     folder: Path, rows: Sequence[Row], sets: Mapping[str, DistilledSet], made_with: Mapping[str, Any]
 ) -> None:
-    """Write ``report.html``, ``results.tex`` and ``provenance.json`` beside the other files of a report.
+    """Write ``report.html``, ``results.tex``, ``classes.csv`` and ``provenance.json`` beside a report's other files.
 
     The page loads nothing: its pictures are inside, and there is no script.
 
@@ -45,6 +51,7 @@ def write_pages(
     short = short_names([line.architecture for line in lines])
     write_text(folder / "provenance.json", json.dumps(made_with, indent=1) + "\n")
     write_text(folder / "results.tex", latex(lines, short))
+    write_text(folder / "classes.csv", _classes_csv(rows, sets))
     figure = base64.b64encode((folder / "results.png").read_bytes()).decode()
     body = [
         "<h1>Distilled sets on architectures, seen and unseen</h1>",
@@ -52,7 +59,7 @@ def write_pages(
         f"<p>{escape(note(rows, lines).replace('`', ''))}</p>",
         _table([["short", "architecture"], *([name, whole] for whole, name in short.items())]),
         f'<img alt="test accuracy by architecture" src="data:image/png;base64,{figure}">',
-        *(_of_set(name, distilled) for name, distilled in sets.items()),
+        *(_of_set(name, distilled, by_class(rows, name, short)) for name, distilled in sets.items()),
         f"<h2>Made with</h2><pre>{escape(json.dumps(made_with, indent=1))}</pre>",
     ]
     head = '<!doctype html><html lang="en"><meta charset="utf-8"><title>lightning_dd report</title>'
@@ -63,10 +70,10 @@ def provenance(
     sets: Mapping[str, DistilledSet],
     digests: Mapping[str, str],
     recipes: Mapping[str, Recipe],
-    architectures: Sequence[str],
+    words: Sequence[str],
     versions: Mapping[str, str],
 ) -> dict[str, Any]:
-    """Return what a report was made with: sets by hash and fingerprint, recipes, architectures and versions."""
+    """Return what a report was made with: command, sets by hash and fingerprint, recipes and versions."""
     said = {
         name: {
             "blake2b": digests[name],
@@ -77,7 +84,8 @@ def provenance(
         for name, distilled in sets.items()
     }
     named = {name or "given": asdict(recipe) for name, recipe in recipes.items()}
-    return {"sets": said, "architectures": list(architectures), "recipes": named, "versions": dict(versions)}
+    command = shlex.join(["lightning-dd", "evaluate", *without_places(list(words))])
+    return {"command": command, "sets": said, "recipes": named, "versions": dict(versions)}
 
 
 def short_names(architectures: Sequence[str]) -> dict[str, str]:
@@ -124,8 +132,29 @@ def _table(cells: Sequence[Sequence[str]]) -> str:
     return f"<table><tr>{head.replace('td>', 'th>')}</tr>" + "".join(f"<tr>{row}</tr>" for row in rows) + "</table>"
 
 
-def _of_set(name: str, distilled: DistilledSet) -> str:
-    """Return a set's images with the names of their classes, and what it says of itself."""
+def by_class(rows: Sequence[Row], name: str, short: Mapping[str, str]) -> dict[str, list[float]]:
+    """Return the mean accuracy of each class over a set's students, by short name of the architecture."""
+    own = [row for row in rows if row.set == name and row.source == DISTILLED and row.by_class]
+    by_architecture = grouped(own, lambda row: short[row.architecture])
+    return {
+        key: [fmean(values) for values in zip(*(row.by_class for row in some), strict=True)]
+        for key, some in by_architecture.items()
+    }
+
+
+def _classes_csv(rows: Sequence[Row], sets: Mapping[str, DistilledSet]) -> str:
+    """Return one line for each student and class."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["set", "architecture", "source", "seed", "protocol", "class", "accuracy"])
+    for row in rows:
+        for label, accuracy in zip(sets[row.set].class_names, row.by_class, strict=False):
+            writer.writerow([row.set, row.architecture, row.source, row.seed, row.protocol, label, accuracy])
+    return text.getvalue()
+
+
+def _of_set(name: str, distilled: DistilledSet, accuracies: Mapping[str, Sequence[float]]) -> str:
+    """Return a set's images with the names of their classes, the accuracy of each class, and what it says of itself."""
     _, height, width = distilled.image_shape
     scale, figures = _SCALE if width <= 64 else 1, []
     for png, label in zip(islice(pngs(distilled), _MOST_IMAGES), distilled.classes.tolist(), strict=False):
@@ -134,4 +163,7 @@ def _of_set(name: str, distilled: DistilledSet) -> str:
         picture = f'<img alt="{caption}" {size} src="data:image/png;base64,{base64.b64encode(png).decode()}">'
         figures.append(f"<figure>{picture}<figcaption>{caption}</figcaption></figure>")
     facts = _table([["what", "is"], *([key, text] for key, text in facts_of(distilled).items())])
-    return f"<h2>{escape(name)}</h2>{''.join(figures)}{facts}"
+    columns = zip(distilled.class_names, *accuracies.values(), strict=True) if accuracies else []
+    rows = [[label, *(f"{100 * value:.1f}" for value in values)] for label, *values in columns]
+    classes = _table([["class", *accuracies], *rows]) if rows else ""
+    return f"<h2>{escape(name)}</h2>{''.join(figures)}{classes}{facts}"

@@ -20,9 +20,12 @@ class ScoredModule(LightningModule, ABC):
 
     Attributes:
         accuracy: the metric; a subclass makes it with :meth:`make_accuracy` once the classes are known.
+        by_class: the same for each class, over a test.
+        class_accuracy: what it was ``(num_classes,)`` in the last test.
     """
 
     accuracy: MulticlassAccuracy
+    by_class: MulticlassAccuracy
 
     @abstractmethod
     def scored_logits(self, images: Tensor) -> Tensor:
@@ -40,6 +43,7 @@ class ScoredModule(LightningModule, ABC):
         if num_classes < 2:
             raise UserError(f"the data has {num_classes} class: there is nothing to tell apart, give at least two")
         self.accuracy = MulticlassAccuracy(num_classes, average="micro")
+        self.by_class = MulticlassAccuracy(num_classes, average="none")
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Let no checkpoint name files outside the run's folder: Lightning removes what it remembers as older ones."""
@@ -65,12 +69,19 @@ class ScoredModule(LightningModule, ABC):
         """Log ``val/accuracy``."""
         self._log_accuracy("val")
 
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Count correct answers, also of each class."""
+        logits = self.scored_logits(batch[0])
+        self.accuracy.update(logits, batch[1])
+        self.by_class.update(logits, batch[1])
+
     def on_test_epoch_end(self) -> None:
-        """Log ``test/accuracy``."""
+        """Log ``test/accuracy``, and keep what it is of each class."""
         self._log_accuracy("test")
+        self.class_accuracy: Tensor = self.by_class.compute()
+        self.by_class.reset()
 
     on_test_epoch_start = on_predict_epoch_start = on_validation_epoch_start
-    test_step = validation_step
 
     def _log_accuracy(self, split: str) -> None:
         self.log(f"{split}/accuracy", self.accuracy.compute(), prog_bar=True, sync_dist=True)
