@@ -233,7 +233,10 @@ _SGD = Recipe(
 _ADAMW = Recipe(epochs=300, lr=1e-3, warmup=0, augment="none", optimizer="adamw", weight_decay=0.01, decay_biases=False)
 
 PROTOCOLS: dict[str, Recipe] = {
-    # Zhou et al. 2022, arXiv 2206.00719: Adam, warm-up 500 steps, cosine to 1 %, steps by the number of images.
+    # Zhou et al. 2022, arXiv 2206.00719: Adam, warm-up 500 steps, cosine to 1 %, steps by the number of images. Their
+    # script shuffles no set, so of more than 500 images a batch is the same block of classes every time. Ours are
+    # shuffled: on 500 real images of 50 classes, in 2 or 10 such blocks, students differ by 0.2 and 0.1 points, less
+    # than from seed to seed.
     "frepo": Recipe(),
     # Zhao et al. 2021, arXiv 2006.05929: SGD, 300 epochs, a tenth at half of them, no augmentation.
     "dc": replace(_SGD, epochs=301, augment="none"),
