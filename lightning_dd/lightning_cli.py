@@ -150,8 +150,8 @@ class Cli(LightningCLI):
     def after_fit(self) -> None:
         """Say where the result is, and the command that comes next."""
         exports = [item for item in self.trainer.callbacks if isinstance(item, callbacks.ExportDistilledSet)]  # type: ignore[attr-defined]
-        if not isinstance(self.model, distillers.Distiller) or not exports:
-            return
+        if not isinstance(self.model, distillers.Distiller) or not exports or not hasattr(exports[-1], "folder"):
+            return  # a student, or nothing was fitted
         folder, best = exports[-1].folder, exports[-1].best
         if best is not None:
             print(f"best set, {exports[-1].monitor} {best:.3f}: {folder / 'best.safetensors'}")

@@ -331,7 +331,6 @@ def test_validation_and_checkpoints_follow_the_length_of_the_run(monkeypatch):
         seen["keep"] = self.checkpoint_callback._every_n_train_steps
 
     monkeypatch.setattr("pytorch_lightning.Trainer.fit", fit)
-    monkeypatch.setattr("lightning_dd.lightning_cli.Cli.after_fit", lambda self: None)
     for steps, options, expected in (
         (400, [], {"validate": 100, "keep": 100}),
         (20_000, [], {"validate": 5000, "keep": 1000}),
