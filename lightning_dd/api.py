@@ -16,6 +16,7 @@ from lightning_dd.callbacks import (
     PoolAlternation,
     SyntheticImages,
 )
+from lightning_dd.callbacks.interruption import Interruption
 from lightning_dd.cells import Cell, closest, counted, find_cell
 from lightning_dd.data import RealData
 from lightning_dd.data.parts import DataChoice, build_data
@@ -26,7 +27,7 @@ from lightning_dd.evaluators.matrix import Hardware, Row
 from lightning_dd.students.recipe import protocol as published
 from lightning_dd.utils.arguments import class_path, known_class, plain_values, public_settings
 from lightning_dd.utils.silence import quieten
-from lightning_dd.utils.trainer import check_checkpoint, check_length, make_trainer
+from lightning_dd.utils.trainer import check_checkpoint, check_length, make_trainer, whole_checkpoints
 
 TRAINER: dict[str, Any] = {
     "devices": 1,
@@ -90,7 +91,8 @@ def distil(
         The set after the last outer step, as it is in ``output/last.safetensors``.
 
     Raises:
-        UserError: the settings do not fit the data, or the folder cannot be written.
+        UserError: the settings do not fit the data, the folder cannot be written, or the run breaks.
+        SystemExit: the run was told to stop, and has written a checkpoint (130 after Ctrl-C, 143 after SIGTERM).
     """
     settings: dict[str, Any] = {
         **TRAINER,
@@ -109,6 +111,9 @@ def distil(
     _say_cell(model, data, steps, callbacks, **trainer)
     check_length(steps, settings["val_check_interval"])
     check_checkpoint(ckpt_path)
+    if ModelCheckpoint not in left_out:
+        always.append(Interruption(lambda checkpoint: f"continue with ckpt_path='{checkpoint}'"))
+    settings["plugins"] = whole_checkpoints(settings.get("plugins"))
     runner = make_trainer(max_steps=steps, callbacks=[*always, *callbacks], **settings)
     runner.fit(model, datamodule=data, ckpt_path=ckpt_path)
     return DistilledSet.load(Path(output) / "last.safetensors")

@@ -1,11 +1,14 @@
 """The command line: a thin dispatcher. Nothing heavy is imported before the verb is known."""
 
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from lightning_dd import __version__
-from lightning_dd.utils.errors import UserError, unknown_name
+from lightning_dd.utils.errors import UserError, of_system, printable, unknown_name
 from lightning_dd.verbs import VERBS
 
 LIGHTNING_VERBS = {
@@ -37,14 +40,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments after the program's name; ``None`` takes them from the process.
 
     Returns:
-        The exit status: 0, or 2 after one line on stderr about something the user can mend.
+        The exit status: 0, or 2 after one line on stderr about something the user can mend; 130 after Ctrl-C and 143
+        after SIGTERM.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     try:
-        status = _dispatch([word for word in arguments if word != "--debug"])
+        with _ended_by_sigterm():
+            status = _dispatch([word for word in arguments if word != "--debug"])
         sys.stdout.flush()
         return status
+    except (KeyboardInterrupt, SystemExit) as error:
+        cause = error if isinstance(error, KeyboardInterrupt) else error.__context__  # Lightning puts one for the other
+        if not isinstance(cause, KeyboardInterrupt):
+            raise
+        print("lightning-dd: stopped; run the same command again: what is finished is kept", file=sys.stderr)
+        return 128 + (signal.SIGTERM if isinstance(cause, _Terminated) else signal.SIGINT)
     except BrokenPipeError:  # whoever reads the output has read enough, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes
         return 1
@@ -53,6 +64,32 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"lightning-dd: error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:  # a full disk, a folder that was taken away
+        if debug:
+            raise
+        print(f"lightning-dd: error: {printable(of_system(error))}", file=sys.stderr)
+        return 2
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a command as Ctrl-C does."""
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Let SIGTERM end a block in order: workers are ended, too, and files are left whole."""
+
+    def end(number: int, frame: object) -> None:
+        raise _Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _dispatch(arguments: list[str]) -> int:

@@ -96,8 +96,8 @@ def distil_stage(
 ) -> Path:
     """Distil as ``lightning-dd fit --config ... --data ... [overrides]`` would, on the given data, into a folder.
 
-    A finished stage is not run again, and an interrupted one continues from its last checkpoint, so an experiment of
-    many stages can be restarted.
+    A finished stage is not run again, and an interrupted one continues from its last whole checkpoint, so an
+    experiment of many stages can be restarted.
 
     Args:
         configs: configuration files of a distiller, the later layered over the earlier; their ``data`` is replaced.
@@ -113,6 +113,7 @@ def distil_stage(
         SystemExit: the configuration could not be parsed (status 2, one line on stderr).
     """
     from lightning_dd.lightning_cli import run_lightning  # heavy, and settings are needed before
+    from lightning_dd.utils.trainer import newest_checkpoint
 
     output, paths = Path(output), [find_configuration(str(path)) for path in configs]
     if not paths:
@@ -124,15 +125,17 @@ def distil_stage(
         write_text(kept, record)
     elif kept.read_text(encoding="utf-8") != record:
         raise UserError(f"'{output}' holds a distillation of other settings: name another output, or remove it")
-    result, checkpoint = output / "last.safetensors", output / "checkpoints" / "last.ckpt"
+    result = output / "last.safetensors"
     if result.is_file():
         _log.info("'%s' is there already: not distilled again", result)
         return result
+    checkpoint = newest_checkpoint(output / "checkpoints")
     logger = {"class_path": "TensorBoardLogger", "init_args": {"save_dir": str(output), "name": "", "version": ""}}
     # One process: a launcher would start the whole experiment again for every other one.
     trainer = [f"--trainer.logger={json.dumps(logger)}", "--trainer.devices=1"]
-    resume = [f"--ckpt_path={checkpoint}"] if checkpoint.is_file() else []
-    run_lightning(["fit", *(f"--config={path}" for path in paths), *trainer, *options, *resume])
+    resume = [f"--ckpt_path={checkpoint}"] if checkpoint else []
+    words = ["fit", *(f"--config={path}" for path in paths), *trainer, *options, *resume]
+    run_lightning(words, again="run the same command again to go on")
     if not result.is_file():
         names = ", ".join(map(str, configs))
         raise UserError(f"{names}: the run wrote no '{result}'; trainer.callbacks must hold ExportDistilledSet")

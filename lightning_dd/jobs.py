@@ -272,7 +272,7 @@ def _serve(line: Connection, payload: bytes, number: int) -> None:
             ledger.write(job.identity, work(job.task, lambda: None))
             line.send(None)
     except Exception as error:
-        line.send((isinstance(error, UserError), f"{error}", traceback.format_exc()))
+        line.send((isinstance(error, UserError | OSError), f"{error}", traceback.format_exc()))
 
 
 def _end_with_parent() -> None:

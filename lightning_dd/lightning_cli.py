@@ -11,18 +11,20 @@ import yaml
 from jsonargparse import set_parsing_settings
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
+from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.utilities import rank_zero_only
 
 from lightning_dd import callbacks, data, distilled, distillers, students, synthetic
 from lightning_dd.api import CALLBACKS, SAVE_EVERY, SWITCHES, TRAINER, rhythm
+from lightning_dd.callbacks.interruption import Interruption
 from lightning_dd.cells import closest, counted, follow_ipc
 from lightning_dd.losses.metadd import MetaOptions
 from lightning_dd.parsing import OneLineErrors, explain, run_name, user_error_in, with_paths
 from lightning_dd.utils.arguments import class_path, find_class, subclasses
 from lightning_dd.utils.errors import SEED, UserError, check_range, first_line
 from lightning_dd.utils.silence import quieten
-from lightning_dd.utils.trainer import check_checkpoint, check_length, make_trainer
+from lightning_dd.utils.trainer import check_checkpoint, check_length, make_trainer, whole_checkpoints
 
 set_parsing_settings(subclasses_enabled=[MetaOptions])  # a dataclass, whose subclasses bring terms of their own
 ROOMS = (callbacks, data, distilled, distillers, students, synthetic)
@@ -89,7 +91,8 @@ class Parser(OneLineErrors, LightningArgumentParser):
 class Cli(LightningCLI):
     """LightningCLI in subclass mode for model and data, with one seed for both Lightning and the model."""
 
-    def __init__(self, arguments: Sequence[str]) -> None:
+    def __init__(self, arguments: Sequence[str], again: str = "") -> None:
+        self.asked, self.again = arguments, again
         self.arguments = own_statistics(follow_ipc(with_paths(arguments)))
         super().__init__(
             LightningModule,
@@ -146,6 +149,13 @@ class Cli(LightningCLI):
         if text:
             print(text, flush=True)
 
+    def how_to_go_on(self, checkpoint: Path) -> str:
+        """Return the words that say how a run which was told to stop continues from its checkpoint."""
+        words = list(self.asked)
+        for place in reversed([place for place, word in enumerate(words) if word.startswith("--ckpt_path")]):
+            del words[place : place + (1 if "=" in words[place] else 2)]
+        return self.again or f"continue with: {shlex.join(['lightning-dd', *words, f'--ckpt_path={checkpoint}'])}"
+
     @rank_zero_only
     def after_fit(self) -> None:
         """Say where the result is, and the command that comes next."""
@@ -177,7 +187,11 @@ class Cli(LightningCLI):
         super()._set_seed()
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
-        """Say what Lightning refuses in one line."""
+        """Say what Lightning refuses in one line; write checkpoints whole, and end in order when told to stop."""
+        config["plugins"] = whole_checkpoints(config.get("plugins"))
+        kept = config["callbacks"] if isinstance(config["callbacks"], list) else [config["callbacks"]]
+        if self.config.subcommand == "fit" and any(isinstance(callback, ModelCheckpoint) for callback in kept):
+            callbacks = [*callbacks, Interruption(self.how_to_go_on)]
         return make_trainer(super()._instantiate_trainer, config=config, callbacks=callbacks)
 
 
@@ -192,25 +206,28 @@ def help_on_classes(arguments: Sequence[str]) -> str | None:
     return None
 
 
-def run_lightning(arguments: Sequence[str]) -> Cli:
+def run_lightning(arguments: Sequence[str], again: str = "") -> Cli:
     """Run one of Lightning's verbs, with its options.
+
+    Args:
+        arguments: as on the command line.
+        again: how a fit that was told to stop is continued, in words, where it is not by its own command.
 
     Raises:
         UserError: something the user can mend.
-        SystemExit: the arguments could not be parsed (status 2, one line on stderr), or asked for help (status 0).
+        SystemExit: the arguments could not be parsed (status 2, one line on stderr) or asked for help (status 0), or a
+            fit was told to stop (130 after Ctrl-C, 143 after SIGTERM).
     """
     quieten()
     if text := help_on_classes(arguments):
         print(text)
         sys.exit(0)
     try:
-        return Cli(arguments)
+        return Cli(arguments, again)
     except (UserError, SystemExit):
         raise
     except MisconfigurationException as error:
         raise UserError(" ".join(str(error).split())) from None
-    except OSError as error:
-        raise UserError(f"'{error.filename}': {error.strerror or error}") from error
     except Exception as error:
         mistake = user_error_in(error)
         if mistake is not None:

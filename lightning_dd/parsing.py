@@ -1,5 +1,6 @@
 """The words of a command line: configurations by name, the options of our own verbs, and a mistake in one line."""
 
+import errno
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -9,7 +10,7 @@ from typing import Any, NoReturn, get_type_hints
 
 from jsonargparse import ActionConfigFile, ArgumentParser  # type: ignore[attr-defined]
 
-from lightning_dd.utils.errors import UserError, printable, unknown_name
+from lightning_dd.utils.errors import UserError, of_system, printable, unknown_name
 
 FOLDER = Path(__file__).parent / "configs"
 """The configuration files that come with the package."""
@@ -130,14 +131,20 @@ def explain(message: str, known_classes: KnownClasses = lambda key: {}) -> str:
     return first[1] if first else " ".join(message.split())
 
 
+_OF_DISKS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+
+
 def user_error_in(error: BaseException) -> UserError | None:
-    """Return the user's error that a library wrapped in its own, if there is one."""
+    """Return the user's error that a library wrapped in its own, or what the disk refused it, if there is one."""
+    refused: OSError | None = error if isinstance(error, OSError) else None
     seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, UserError):
             return seen
+        if isinstance(seen, OSError) and seen.errno in _OF_DISKS:
+            refused = seen
         seen = seen.__cause__ or seen.__context__
-    return None
+    return None if refused is None else UserError(of_system(refused))
 
 
 class Verb:

@@ -4,11 +4,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+from filelock import BaseFileLock
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import TQDMProgressBar
 
 from lightning_dd.distillers.base import Distiller
-from lightning_dd.utils.files import require_writable
+from lightning_dd.utils.files import hold, require_writable
 
 
 class RunFiles(Callback):
@@ -35,24 +36,38 @@ class RunFiles(Callback):
 class ExportDistilledSet(RunFiles):
     """Write ``last.safetensors`` when the fit ends and ``best.safetensors`` at the best validation score.
 
+    While a fit runs it holds its folders, that of the logger included, so that no other fit mixes its files in.
+
     Args:
         dirpath: where to; ``None`` is the logger's folder, or the Trainer's root without a logger.
         monitor: the score, larger is better.
 
     Raises:
-        UserError: (before the first step) the folder cannot be written.
+        UserError: (before the first step) the folder cannot be written, or another fit is writing to it.
     """
 
     def __init__(self, dirpath: str | None = None, monitor: str = "val/accuracy") -> None:
         super().__init__(dirpath)
+        self._held: list[BaseFileLock] = []
         self.monitor = monitor
         self.best: float | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Find out now, not after hours, that the folder cannot be written."""
+        """Find out now, not after hours, that the folder cannot be written or is another run's."""
         super().setup(trainer, pl_module, stage)
         if stage == "fit" and trainer.is_global_zero:
-            require_writable(self.folder)
+            logged = {Path(logger.log_dir) for logger in trainer.loggers if logger.log_dir}
+            for folder in sorted({self.folder, *logged}):
+                self._held.append(hold(require_writable(folder)))
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let others write there."""
+        while self._held:
+            self._held.pop().release()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Let others write there."""
+        self.teardown(trainer, pl_module, "fit")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write ``best.safetensors`` if the score improved."""

@@ -92,6 +92,17 @@ def check_range(accepted: str, prefix: str = "", /, **settings: float | None) ->
             raise UserError(f"{prefix}{name} must be {accepted}{below}, got {number}")
 
 
+def of_system(error: OSError) -> str:
+    """Return what the system refused, in one line: the file, if it is known, and why.
+
+    Example:
+        >>> of_system(OSError(28, "No space left on device", "a.ckpt"))
+        "'a.ckpt': No space left on device"
+    """
+    name = error.filename.decode() if isinstance(error.filename, bytes) else error.filename
+    return f"'{name}': {error.strerror}" if name else f"{error.strerror or error}"
+
+
 def first_line(error: BaseException) -> str:
     r"""Return the first line of another library's message, or its kind where it says nothing.
 

@@ -5,9 +5,13 @@ import pickle
 import re
 import zipfile
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
+
+from filelock import BaseFileLock, FileLock, Timeout
+from safetensors import SafetensorError
 
 from lightning_dd.utils.errors import UserError, first_line
 
@@ -23,7 +27,8 @@ def write_atomically(path: Path | str, write: Callable[[Path], object]) -> Path:
         The path written.
 
     Raises:
-        UserError: the folder cannot be made or written; nothing is left behind.
+        UserError: the folder cannot be made or written, or the disk is full; what was there stays, and nothing else is
+            left behind.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.stem}-{uuid4().hex}{path.suffix}")
@@ -39,10 +44,11 @@ def write_atomically(path: Path | str, write: Callable[[Path], object]) -> Path:
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
         temporary.replace(path)
-    except OSError as error:
-        raise UserError(f"cannot write '{path}': {error.strerror or error}") from None
+    except (OSError, SafetensorError) as error:  # the latter for what the system says, too
+        raise UserError(f"cannot write '{path}': {getattr(error, 'strerror', None) or first_line(error)}") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
     return path
 
 
@@ -60,6 +66,22 @@ def require_writable(folder: Path | str) -> Path:
     folder = Path(folder)
     write_text(folder / ".writable", "").unlink()
     return folder
+
+
+def hold(folder: Path | str) -> BaseFileLock:
+    """Return the lock of a folder that one run at a time may write, held until it is released or the process ends.
+
+    Raises:
+        UserError: another run holds it.
+    """
+    lock = FileLock(Path(folder) / ".lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise UserError(f"another run is writing to '{folder}': wait for it, or name another folder") from None
+    except (OSError, NotImplementedError):
+        pass  # a file system without locks
+    return lock
 
 
 def load_torch(path: Path | str, what: str, numbers: Iterable[Any] = ()) -> Any:

@@ -1,17 +1,52 @@
 """What a user asks of Lightning's Trainer, checked where the setting can still be named."""
 
+import io
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import torch
+from lightning_fabric.plugins import CheckpointIO, TorchCheckpointIO
 from pytorch_lightning import Trainer
 from pytorch_lightning.accelerators import CPUAccelerator
 from pytorch_lightning.utilities import rank_zero_warn
 
 from lightning_dd.utils.errors import UserError, check_range
-from lightning_dd.utils.files import load_torch
+from lightning_dd.utils.files import load_torch, write_atomically
 
 _MOST_PROCESSES = 8  # on the cores of a small machine
+
+
+class WholeCheckpoints(TorchCheckpointIO):
+    """Writes checkpoints beside their target, synced and renamed: a kill or a full disk leaves the one before."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Write a checkpoint to a file of this machine; to an address, as Lightning does."""
+        if "://" in str(path) or storage_options is not None:
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        buffer = io.BytesIO()  # torch would hide why a file cannot be written
+        torch.save(checkpoint, buffer)
+        write_atomically(path, lambda temporary: temporary.write_bytes(buffer.getbuffer()))
+
+
+def whole_checkpoints(plugins: Any) -> list[Any]:
+    """Return a Trainer's plugins with :class:`WholeCheckpoints`, unless they say how checkpoints are written."""
+    listed = list(plugins) if isinstance(plugins, list | tuple) else [] if plugins is None else [plugins]
+    return listed if any(isinstance(plugin, CheckpointIO) for plugin in listed) else [*listed, WholeCheckpoints()]
+
+
+def newest_checkpoint(folder: Path, besides: Path | None = None) -> Path | None:
+    """Return the newest checkpoint of a folder that can be read whole, if any; broken ones are passed over."""
+    there = [path for path in folder.glob("*.ckpt") if path.is_file() and path != besides]
+    for path in sorted(there, key=lambda path: path.stat().st_mtime, reverse=True):
+        try:
+            if isinstance(load_torch(path, "checkpoint"), dict):
+                return path
+        except UserError as error:
+            rank_zero_warn(f"passed over: {error}")
+    return None
 
 
 def make_trainer(make: Callable[..., Trainer] = Trainer, **settings: Any) -> Trainer:
@@ -62,6 +97,8 @@ def check_length(max_steps: int, val_check_interval: Any) -> None:
 def check_checkpoint(path: Any) -> None:
     """Refuse a checkpoint that is no file of this machine or holds more than data: Lightning unpickles what it fetches.
 
+    Where it cannot be read, the newest one beside it that can is named.
+
     Args:
         path: a file, or ``last`` for the newest of the run's folder; ``None`` starts anew.
 
@@ -72,5 +109,9 @@ def check_checkpoint(path: Any) -> None:
         return
     if "://" in str(path):
         raise UserError(f"ckpt_path '{path}' must be a file of this machine, or last: fetch it first")
-    if not isinstance(load_torch(path, "ckpt_path"), dict):
-        raise UserError(f"ckpt_path '{path}': not a checkpoint")
+    try:
+        if not isinstance(load_torch(path, "ckpt_path"), dict):
+            raise UserError(f"ckpt_path '{path}': not a checkpoint")
+    except UserError as error:
+        other = newest_checkpoint(Path(path).parent, besides=Path(path))
+        raise UserError(f"{error}" + (f"; the newest whole one beside it is '{other}'" if other else "")) from None
