@@ -1,5 +1,7 @@
 """Two real processes (gloo on the CPU): what is shared, what is not, and what is counted."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from helpers import TinyData, make_distilled, tiny_trainer
@@ -155,6 +157,21 @@ def test_students_on_two_processes_take_the_steps_of_one(tmp_path):
     assert same(two[0]["module"], two[1]["module"])
     for name, value in one["module"].items():
         torch.testing.assert_close(two[0]["module"][name], value, rtol=1e-3, atol=1e-5)
+
+
+def test_a_process_with_fewer_rows_counts_less_so_that_three_processes_are_as_one(tmp_path):
+    for name, kwargs in (("one", {}), ("three", TWO | {"devices": 3})):
+        (tmp_path / name).mkdir()
+        student = Student("conv:width=4,depth=2,norm=none", augment="none", lr=0.01)
+        data = DistilledData.from_set(make_distilled(ipc=4, data=TinyData), TinyData(), batch_size=None)
+        data.distilled = replace(
+            data.distilled, **{part: getattr(data.distilled, part)[:10] for part in ("images", "labels", "classes")}
+        )  # 4, 3 and 3 rows
+        tiny_trainer(tmp_path, 5, callbacks=[KeepRank(tmp_path / name)], **kwargs).fit(student, data)
+    (one,), three = ranks(tmp_path / "one", 1), ranks(tmp_path / "three", 3)
+    for rank in three:
+        for name, value in one["module"].items():
+            torch.testing.assert_close(rank["module"][name], value, rtol=1e-3, atol=1e-5)
 
 
 def test_more_processes_than_synthetic_images_are_refused():

@@ -66,6 +66,10 @@ class DistilledData(LightningDataModule):
         self._batch_size = batch_size if self.batch_size is None else self.batch_size
         self._seed = seed if self.seed is None else self.seed
 
+    def rows_per_step(self, world_size: int) -> int:
+        """Return how many synthetic images a step has on all processes together."""
+        return min(self._batch_size * world_size, len(self.distilled))
+
     def prepare_data(self) -> None:
         """Let the real data download what it needs."""
         self.real.prepare_data()

@@ -101,10 +101,14 @@ class Student(ScoredModule):
         return logits
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Fit one batch; randomness depends on seed, rank and step alone, so a resumed run is exact."""
+        """Fit one batch; randomness depends on seed, rank and step alone, so a resumed run is exact.
+
+        Of several processes that cannot share a step's rows equally, each counts by its rows, as in one process.
+        """
         loss = self.one_step.loss(self, *batch, self.trainer.fit_loop.total_batch_idx, self.global_rank)
         self.log("student/loss", loss.detach(), prog_bar=True)
-        return loss
+        world = self.trainer.world_size  # DDP takes the mean over processes
+        return loss * (world * len(batch[0]) / self._distilled_data().rows_per_step(world))
 
     def scored_logits(self, images: Tensor) -> Tensor:
         """Return the network's logits."""
