@@ -258,7 +258,6 @@ def _check_answer(line: Connection, job: Job, count: int) -> None:
         raise UserError(text) if is_mistake else RuntimeError(f"{job.name}: {text}\n\n{trace}")
 
 
-@quiet_trainers()
 def _serve(line: Connection, payload: bytes, number: int) -> None:
     """Work on one job after another, until the parent ends this process, or ends itself."""
     global _PLACE
@@ -267,10 +266,11 @@ def _serve(line: Connection, payload: bytes, number: int) -> None:
     _PLACE = number
     try:
         work, ledger = pickle.loads(payload)  # heavy imports happen here
-        while True:
-            job = line.recv()
-            ledger.write(job.identity, work(job.task, lambda: None))
-            line.send(None)
+        with quiet_trainers():  # from here on, for Lightning says when it is imported that it will speak
+            while True:
+                job = line.recv()
+                ledger.write(job.identity, work(job.task, lambda: None))
+                line.send(None)
     except Exception as error:
         line.send((isinstance(error, UserError | OSError), f"{error}", traceback.format_exc()))
 

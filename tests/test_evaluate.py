@@ -6,7 +6,9 @@ import json
 import os
 import pickle
 import signal
+import subprocess
 import sys
+import time
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -17,6 +19,7 @@ from helpers import TinyData, make_distilled, tiny_trainer
 from pytorch_lightning.utilities import rank_zero_only
 from toy_jobs import Launched
 
+import lightning_dd
 from lightning_dd import jobs
 from lightning_dd.cli import main
 from lightning_dd.data import DATA_SETS, MNIST5k
@@ -592,3 +595,35 @@ def test_the_file_alone_rebuilds_its_data(tmp_path):
     path = make_distilled(data=MNIST5k).save(tmp_path / "set.safetensors")
     real = real_data_of(DistilledSet.load(path))
     assert isinstance(real, MNIST5k)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "status"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGKILL", -9)])
+def test_an_evaluation_told_to_stop_ends_within_seconds_and_keeps_its_rows(number, status, tmp_path):
+    file = make_distilled(data=MNIST5k).save(tmp_path / "set.safetensors")
+    words = ["evaluate", str(file), "--architectures", SMALL, "--steps=2000", "--seeds=3", "--workers=2"]
+    command = [sys.executable, "-m", "lightning_dd", *words, "--accelerator=cpu", "--output", str(tmp_path / "out")]
+    environment = os.environ | {"PYTHONPATH": str(Path(lightning_dd.__file__).parent.parent)}
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    parent = subprocess.Popen(command, env=environment, start_new_session=True, text=True, **pipes)
+    cells, end = tmp_path / "out" / "cells", time.monotonic() + 240
+    while not (cells.is_dir() and list(cells.glob("*.json"))):
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    asked = time.monotonic()
+    if number == "SIGINT":  # a terminal tells the workers, too
+        os.killpg(parent.pid, signal.SIGINT)
+    else:
+        parent.send_signal(signal.Signals[number])
+    errors = parent.communicate(timeout=60)[1]
+    assert time.monotonic() < asked + 5
+    assert parent.returncode == status
+    assert "Traceback" not in errors
+    while time.monotonic() < asked + 5:
+        left = subprocess.run(["ps", "-s", str(parent.pid), "-o", "pid="], capture_output=True, check=False).stdout
+        if not left.strip():
+            break
+    assert not left.strip()
+    rows = list(cells.iterdir())
+    assert rows
+    assert all(json.loads(row.read_text())["record"] for row in rows)
