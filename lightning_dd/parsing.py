@@ -137,13 +137,15 @@ _OF_DISKS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 def user_error_in(error: BaseException) -> UserError | None:
     """Return the user's error that a library wrapped in its own, or what the disk refused it, if there is one."""
     refused: OSError | None = error if isinstance(error, OSError) else None
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, UserError):
-            return seen
-        if isinstance(seen, OSError) and seen.errno in _OF_DISKS:
-            refused = seen
-        seen = seen.__cause__ or seen.__context__
+    found: BaseException | None = error
+    seen = set[int]()
+    while found is not None and id(found) not in seen:  # TensorBoard raises one error again and again: a circle
+        seen.add(id(found))
+        if isinstance(found, UserError):
+            return found
+        if isinstance(found, OSError) and found.errno in _OF_DISKS:
+            refused = found
+        found = found.__cause__ or found.__context__
     return None if refused is None else UserError(of_system(refused))
 
 
