@@ -123,7 +123,7 @@ def test_the_command_that_a_stopped_fit_names_continues_it(capsys):
 def test_a_command_told_to_stop_elsewhere_is_one_line(number, code, capsys, monkeypatch):
     def work(arguments):
         try:
-            os.kill(os.getpid(), number)
+            signal.raise_signal(number)  # in this thread, and at once
         except KeyboardInterrupt:
             if arguments == ["fit"]:
                 sys.exit(1)  # as Lightning's Trainer does
