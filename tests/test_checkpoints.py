@@ -95,9 +95,11 @@ def test_a_full_disk_is_one_line_whatever_meets_it_first(tmp_path, capsys):
         *("fit", "--config=mnist5k/frepo", "--trainer.accelerator=cpu", "--trainer.max_steps=2"),
         *("--trainer.enable_progress_bar=false", "--model.real_batch_size=8", "--model.architecture=conv:width=4"),
     ]
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     for free in (100, 2000, 20_000):  # the configuration, the settings, TensorBoard's curves
         with full_disk(free):
             assert main(options) == 2
+        assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
         assert capsys.readouterr().err.endswith("lightning-dd: error: File too large\n")
     wrapped = ValueError("you tried to log 0.01")  # as TensorBoard's logger says it
     wrapped.__cause__ = OSError(28, "No space left on device")

@@ -31,6 +31,7 @@ class Interruption(Checkpoint):
     def __init__(self, how: Callable[[Path], str]) -> None:
         self.how = how
         self._asked, self._seen, self._kept = 0, 0, -1
+        self._before: dict[int, Any] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take over both signals until Lightning gives them back to whoever had them before the fit."""
@@ -41,7 +42,14 @@ class Interruption(Checkpoint):
             return
         for number in (signal.SIGINT, signal.SIGTERM):
             if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it, or a worker
-                signal.signal(number, self._take)
+                self._before[number] = signal.signal(number, self._take)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Give both signals back: Lightning does not if one of its loggers then fails as well, as on a full disk."""
+        for number, before in self._before.items():
+            if signal.getsignal(number) == self._take and before is not None:  # None was not set by Python
+                signal.signal(number, before)
+        self._before.clear()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
