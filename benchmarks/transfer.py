@@ -88,7 +88,7 @@ class Task:
 
 
 def work(task: Task, tick: Callable[[], object]) -> dict[str, Any]:
-    """Distil a trial, or train and test a student on it; what fails is recorded with its error."""
+    """Distil a trial, or train and test a student on it, on a GPU in TF32; what fails is recorded with its error."""
     quieten()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     start = time.perf_counter()

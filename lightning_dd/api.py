@@ -225,13 +225,15 @@ def evaluate(
         UserError: a file, an architecture, the data or the folder is unusable.
     """
     listed = [sets] if isinstance(sets, str | Path | DistilledSet) else list(sets)
-    files = [
-        str(item.save(f"{output}/sets/{item.method.lower()}-{place}.safetensors"))
-        if isinstance(item, DistilledSet)
-        else str(item)
-        for place, item in enumerate(listed)
-    ]
+    files = [_file_of(item, f"{output}/sets", place) for place, item in enumerate(listed)]
     changes = {"steps": steps, "lr": lr, "batch_size": batch_size, "augment": augment, "ema": ema}
     recipes = {name: published(name, **changes) for name in ([protocol] if isinstance(protocol, str) else protocol)}
     choice, hardware = DataChoice(data, data_args or {}, root), Hardware(accelerator, devices, strategy)
     return evaluate_files(files, architectures, str(output), seeds, recipes, choice, hardware, workers, names)
+
+
+def _file_of(item: str | Path | DistilledSet, folder: str, place: int) -> str:
+    """Return the file of a set, which one that is in memory alone gets now."""
+    if not isinstance(item, DistilledSet):
+        return str(item)
+    return str(item.save(f"{folder}/{item.method.lower()}-{place}.safetensors"))

@@ -246,10 +246,7 @@ def decode_images(
                 if pixels is None:
                     pixels = allocate((count, *image.shape))
                 if image.shape != pixels.shape[1:]:
-                    raise UserError(
-                        f"the images differ in size ({where} is {image.shape[2]}x{image.shape[1]}, the first one "
-                        f"{pixels.shape[3]}x{pixels.shape[2]}); set data.image_size to bring them to one size"
-                    )
+                    raise _of_other_size(where, image.shape, pixels.shape[1:])
                 pixels[position] = image
                 all_grey, position = all_grey and grey, position + 1
     if pixels is None:
@@ -257,6 +254,14 @@ def decode_images(
     assert seen == count
     images = torch.from_numpy(pixels[:position])
     return images[:, :1].clone() if channels is None and all_grey else images
+
+
+def _of_other_size(where: str, found: Sequence[int], first: Sequence[int]) -> UserError:
+    sizes = [f"{width}x{height}" for _, height, width in (found, first)]
+    return UserError(
+        f"the images differ in size ({where} is {sizes[0]}, the first one {sizes[1]}); set data.image_size to bring "
+        "them to one size"
+    )
 
 
 def _attempt(*settings: Any) -> tuple[PixelArray, bool] | UserError:
