@@ -96,10 +96,13 @@ class ArrayLedger(Ledger):
 
 def tensor_digest(tensors: "Mapping[str, torch.Tensor]") -> str:
     """Return a hash of named tensors' values."""
+    import torch
+
     digest = hashlib.blake2b(digest_size=16)
     for name in sorted(tensors):
         digest.update(name.encode())
-        digest.update(tensors[name].detach().cpu().contiguous().numpy().tobytes())
+        value = tensors[name].detach().cpu().contiguous().flatten()
+        digest.update(value.view(torch.uint8).numpy().tobytes())  # numpy has no bfloat16
     return digest.hexdigest()
 
 

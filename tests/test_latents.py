@@ -60,7 +60,7 @@ def frepo(parameterisation=TINY, **changes):
         ({"slice": 2.5}, "latents: slice must be a whole number"),
         ({"lr_styles": 0}, "latents: lr_styles must be positive, got 0"),
         ({"level": -1}, "latents: level must be at least 0, got -1"),
-        ({"generator": "mine.pt", "level": 1}, "level must be 0 with a generator of your own"),
+        ({"generator": "my.Own", "level": 1}, "level must be 0 with a generator of your own"),
     ],
 )
 def test_bad_options_are_named(options, message):
@@ -360,10 +360,11 @@ def test_two_processes_hold_one_set(tmp_path):
 class Mine(nn.Module):
     """From 5 latents and the class to 8 x 8 pixels."""
 
-    def __init__(self, side=8, scale=1.0, noise=0.0):
+    def __init__(self, side=8, scale=1.0, noise=0.0, seed=0):
         super().__init__()
         self.side, self.scale, self.noise = side, scale, noise
-        self.body = nn.Linear(5 + 3, side * side)
+        self.body = nn.Linear(5 + 3, side * side, bias=False)
+        self.body.weight.data.normal_(generator=generator(seed))
 
     def forward(self, z, classes):
         given = torch.cat([z, torch.nn.functional.one_hot(classes, 3).to(z.dtype)], 1)
@@ -371,75 +372,79 @@ class Mine(nn.Module):
         return pixels + self.noise * torch.rand_like(pixels) if self.noise else pixels
 
 
-def export(path, **settings):
-    torch.manual_seed(0)
-    mine = Mine(**settings).eval()
-    example = (torch.randn(2, 5), torch.zeros(2, dtype=torch.long))
-    torch.jit.trace(mine, example, check_trace=False).save(str(path))
-    return mine
-
-
-def own(path, **options):
-    return Latents(generator=str(path), **({"latent_size": 5} | options))
+def own(settings="", **options):
+    return Latents(generator=f"test_latents.Mine{settings}", **({"latent_size": 5} | options))
 
 
 def test_a_generator_of_ones_own_is_used_and_its_z_learned(tmp_path):
-    mine = export(tmp_path / "mine.pt")
-    model = frepo(own(tmp_path / "mine.pt", slice=2), labels="centred")
+    model = frepo(own(slice=2), labels="centred")
     data = TinyData()
     fitted(tmp_path, model, data, steps=4)
     assert [name for name, _ in model.synthetic.named_parameters()] == ["parameterisation.z"]
-    plain = data.preprocessing(mine(model.synthetic.parameterisation.z, model.synthetic.classes))
-    torch.testing.assert_close(model.synthetic.parameterisation.render(), plain)
-    start = fitted(tmp_path, frepo(own(tmp_path / "mine.pt"), labels="centred"), steps=0)
-    assert not torch.equal(start.synthetic.parameterisation.z, model.synthetic.parameterisation.z)
+    made = model.synthetic.parameterisation
+    plain = data.preprocessing(made.generator(made.z, model.synthetic.classes))
+    torch.testing.assert_close(made.render(), plain)
+    start = fitted(tmp_path, frepo(own(), labels="centred"), steps=0)
+    assert not torch.equal(start.synthetic.parameterisation.z, made.z)
     assert torch.equal(
         start.synthetic.parameterisation.z, torch.randn(3, 5, generator=pretrained.make_generator(0, "init"))
     )
     weights = torch.randn(plain.shape, generator=generator())
     model.synthetic.zero_grad()
-    (model.synthetic.parameterisation.render() * weights).sum().backward()
-    expected = torch.autograd.grad((plain * weights).sum(), model.synthetic.parameterisation.z)[0]
-    torch.testing.assert_close(model.synthetic.parameterisation.z.grad, expected)
+    (made.render() * weights).sum().backward()
+    expected = torch.autograd.grad((plain * weights).sum(), made.z)[0]
+    torch.testing.assert_close(made.z.grad, expected)
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"side": 4}, r"must give images of shape \(2, 1, 8, 8\) for this data, got \(2, 1, 4, 4\)"),
-        ({"scale": 3.0}, r"must give pixels in \[0, 1\], got \["),
-        ({"scale": float("nan")}, "gives NaN or infinite values"),
-        ({"noise": 0.01, "scale": 0.9}, "other images for the same latents: switch its noise off"),
+        (":side=4", r"must give images of shape \(2, 1, 8, 8\) for this data, got \(2, 1, 4, 4\)"),
+        (":scale=3.0", r"must give pixels in \[0, 1\], got \["),
+        (":scale=.nan", "gives NaN or infinite values"),
+        (":noise=0.01,scale=0.9", "other images for the same latents: switch its noise off"),
+        (":depth=3", "cannot be made: .*unexpected keyword argument 'depth'"),
     ],
 )
 def test_a_generator_that_makes_something_else_is_refused(tmp_path, settings, message):
-    export(tmp_path / "mine.pt", **settings)
     with pytest.raises(UserError, match=message) as caught:
-        fitted(tmp_path, frepo(own(tmp_path / "mine.pt")))
+        fitted(tmp_path, frepo(own(settings)))
     assert "\n" not in str(caught.value)
 
 
-def test_a_generator_of_other_latents_or_no_generator_is_refused(tmp_path):
-    export(tmp_path / "mine.pt")
+def test_a_generator_of_other_latents_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"cannot run on latents of shape \(2, 6\).*latent_size") as caught:
-        fitted(tmp_path, frepo(own(tmp_path / "mine.pt", latent_size=6)))
+        fitted(tmp_path, frepo(own(latent_size=6)))
     assert "\n" not in str(caught.value)
-    torch.save(Mine().state_dict(), tmp_path / "pickle.pt")
-    (tmp_path / "half.pt").write_bytes((tmp_path / "mine.pt").read_bytes()[:300])
-    for name, message in (("none.pt", "no such file"), ("pickle.pt", "not a TorchScript"), ("half.pt", "truncated")):
-        with pytest.raises(UserError, match=message) as caught:
-            fitted(tmp_path, frepo(own(tmp_path / name)))
-        assert "\n" not in str(caught.value)
 
 
-def test_a_checkpoint_runs_no_generator_but_a_resumed_run_finds_its_own_again(tmp_path):
-    path = tmp_path / "mine.pt"
-    export(path)
-    checkpointing(tmp_path, 2, every=2).fit(frepo(own(path)), TinyData())
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "mine.pt",
+            "must be the path of a class of your own, .*: files that hold programs are not run",
+        ),
+        ("./mine.safetensors", "must be the path of a class of your own"),
+        ("mine", "must be the path of a class of your own"),
+        ("no_such_package.Mine", "generator 'no_such_package.Mine' cannot be imported"),
+        ("test_latents.own", "is no subclass of torch.nn.modules.module.Module"),
+    ],
+)
+def test_a_file_is_no_generator_and_does_not_run(tmp_path, name, message):
+    with pytest.raises(UserError, match=message) as caught:
+        fitted(tmp_path, frepo(Latents(generator=name)))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_checkpoint_makes_no_generator_but_a_resumed_run_makes_its_own_again(tmp_path):
+    checkpointing(tmp_path, 2, every=2).fit(frepo(own()), TinyData())
     checkpoint = str(tmp_path / "step=2.ckpt")
-    with pytest.raises(UserError, match=r"mine\.pt. is a program, and none is run for a file"):
+    with pytest.raises(UserError, match=r"test_latents\.Mine. is a program, and none is run for a file"):
         distilled_from_checkpoint(checkpoint)
-    checkpointing(tmp_path / "b", 3, every=3).fit(frepo(own(path)), TinyData(), ckpt_path=checkpoint)
-    export(path, scale=0.5)
-    with pytest.raises(UserError, match="is not the file the checkpoint was made with"):
-        checkpointing(tmp_path / "c", 3, every=3).fit(frepo(own(path)), TinyData(), ckpt_path=checkpoint)
+    checkpointing(tmp_path / "b", 3, every=3).fit(frepo(own()), TinyData(), ckpt_path=checkpoint)
+    content = torch.load(checkpoint, weights_only=True)
+    content["state_dict"]["synthetic.parameterisation.generator.digest"] += 1
+    torch.save(content, checkpoint)
+    with pytest.raises(UserError, match="has other weights than the checkpoint was made with"):
+        checkpointing(tmp_path / "c", 3, every=3).fit(frepo(own()), TinyData(), ckpt_path=checkpoint)

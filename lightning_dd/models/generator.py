@@ -1,18 +1,17 @@
 """Generators of images: a small class-conditional one, the encoder it is trained with, and one of the user's own."""
 
-import hashlib
-import warnings
 from collections.abc import Mapping
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_dd.utils.arguments import user_asked
-from lightning_dd.utils.errors import UserError, check_count
+from lightning_dd.jobs import tensor_digest
+from lightning_dd.models.factory import ArchitectureSpec
+from lightning_dd.utils.arguments import find_class, user_asked
+from lightning_dd.utils.errors import UserError, check_count, first_line
 from lightning_dd.utils.seeding import make_generator
 
 _STYLE_SIZE = 64
@@ -20,6 +19,7 @@ _SMALLEST_SIDE = 4
 _LARGEST_GROWTH = 4
 """Channels of the first blocks relative to the last one's."""
 _RANGE_SLACK = 1e-3
+_FILES = (".pt", ".pth", ".pt2", ".ckpt", ".safetensors")
 
 
 class Generator(nn.Module):
@@ -164,46 +164,45 @@ class ImageEncoder(nn.Module):
         return mean, log_variance.clamp(-10, 10)
 
 
-class ExportedGenerator(nn.Module):
-    """A TorchScript file that maps latents ``(n, d)`` float32 and classes ``(n,)`` int64 to images in [0, 1].
+class OwnGenerator(nn.Module):
+    """A class of the user's that maps latents ``(n, d)`` float32 and classes ``(n,)`` int64 to images in [0, 1].
 
-    TorchScript is read without Python's pickle, and so without running Python; ``torch.export``'s ``.pt2`` is not
-    accepted because torch unpickles parts of it. A program is a program all the same: use files you trust. Its
-    weights are frozen and it runs in inference mode. To write one, wrap what you have and trace it::
+    It is named by its path, as a network of one's own is, and imported: it is a program that the user wrote, and reads
+    its weights as it likes. They are frozen, and it runs in inference mode::
 
         class Mine(torch.nn.Module):
-            def forward(self, z, classes):  # your generator, whatever it needs, and its range moved to [0, 1]
-                return (my_generator(z, torch.nn.functional.one_hot(classes, 10)) + 1) / 2
+            def __init__(self, file="mine.safetensors"):
+                super().__init__()
+                self.body = my_generator()
+                self.body.load_state_dict(safetensors.torch.load_file(file))
 
-        torch.jit.trace(Mine().eval(), (torch.randn(2, 128), torch.zeros(2, dtype=torch.long))).save("mine.pt")
+            def forward(self, z, classes):  # whatever it needs, and its range moved to [0, 1]
+                return (self.body(z, torch.nn.functional.one_hot(classes, 10)) + 1) / 2
 
-    The program is not in a checkpoint, only its hash: a resumed run reads its file again, and nothing else does.
+    Of its weights a checkpoint holds the hash only: a resumed run makes it again, and nothing else does.
 
     Args:
-        path: the file.
+        name: ``my_package.Mine``, with its constructor's arguments ``my_package.Mine:file=other.safetensors``.
         num_classes: classes are below this.
         image_shape: ``(C, H, W)`` the images must have.
         latent_size: d.
 
     Attributes:
-        digest: ``(16,)`` uint8 buffer, the file's hash.
+        digest: ``(16,)`` uint8 buffer, the hash of its weights.
 
     Raises:
-        UserError: the file is missing or no TorchScript, or what it makes of two random latents has another shape, is
+        UserError: it is no such class or cannot be made, or what it makes of two random latents has another shape, is
             not finite, outside [0, 1] or random.
     """
 
     digest: Tensor
 
-    def __init__(self, path: Path | str, num_classes: int, image_shape: tuple[int, int, int], latent_size: int) -> None:
+    def __init__(self, name: str, num_classes: int, image_shape: tuple[int, int, int], latent_size: int) -> None:
         super().__init__()
-        self.path, self.image_shape, self.latent_size = Path(path), image_shape, latent_size
-        program = _read(self.path).eval()
-        for parameter in program.parameters():
-            parameter.requires_grad_(False)
+        self.name, self.image_shape, self.latent_size = name, image_shape, latent_size
+        program = _make(name).eval().requires_grad_(False)
         self._program = (program,)  # in a tuple: a registered module would enter the checkpoint
-        with self.path.open("rb") as file:
-            digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).digest()
+        digest = bytes.fromhex(tensor_digest(program.state_dict()))
         self.register_buffer("digest", torch.tensor(list(digest), dtype=torch.uint8))
         self._try(torch.tensor([0, num_classes - 1]))
 
@@ -220,26 +219,26 @@ class ExportedGenerator(nn.Module):
         except Exception as error:  # whatever a program of somebody else's raises
             why = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
             raise UserError(
-                f"generator '{self.path}' cannot run on latents of shape {tuple(z.shape)} and classes of shape (2,): "
+                f"generator '{self.name}' cannot run on latents of shape {tuple(z.shape)} and classes of shape (2,): "
                 f"{why[-1]} (latents: latent_size sets the first)"
             ) from None
         expected = (len(classes), *self.image_shape)
         got = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
         if got != expected:
-            raise UserError(f"generator '{self.path}' must give images of shape {expected} for this data, got {got}")
+            raise UserError(f"generator '{self.name}' must give images of shape {expected} for this data, got {got}")
         if not bool(torch.isfinite(images).all()):
-            raise UserError(f"generator '{self.path}' gives NaN or infinite values")
+            raise UserError(f"generator '{self.name}' gives NaN or infinite values")
         if not torch.equal(images, again):
-            raise UserError(f"generator '{self.path}' gives other images for the same latents: switch its noise off")
+            raise UserError(f"generator '{self.name}' gives other images for the same latents: switch its noise off")
         low, high = float(images.min()), float(images.max())
         if low < -_RANGE_SLACK or high > 1 + _RANGE_SLACK:
-            raise UserError(f"generator '{self.path}' must give pixels in [0, 1], got [{low:.3g}, {high:.3g}]")
+            raise UserError(f"generator '{self.name}' must give pixels in [0, 1], got [{low:.3g}, {high:.3g}]")
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        """Refuse the state of another file."""
+        """Refuse the state of other weights."""
         saved = state_dict.get(f"{prefix}digest")
         if saved is not None and not torch.equal(saved.cpu(), self.digest.cpu()):
-            raise UserError(f"generator '{self.path}' is not the file the checkpoint was made with")
+            raise UserError(f"generator '{self.name}' has other weights than the checkpoint was made with")
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
@@ -252,19 +251,19 @@ def _halvings(size: tuple[int, int]) -> list[tuple[int, int]]:
     return sizes
 
 
-def _read(path: Path) -> Any:
-    if not path.is_file():
-        raise UserError(f"generator '{path}': no such file")
+def _make(name: str) -> nn.Module:
     if not user_asked():
+        raise UserError(f"generator '{name}' is a program, and none is run for a file: use the run's own sets")
+    path = name.partition(":")[0]
+    if "/" in path or "." not in path or path.endswith(_FILES):
         raise UserError(
-            f"generator '{path}' is a program, and none is run for a file: use the run's own distilled sets"
+            f"latents: generator '{name}' must be the path of a class of your own, as my_package.Mine: files that "
+            "hold programs are not run"
         )
+    spec = ArchitectureSpec.parse(name)
+    cls: type[Any] = find_class(spec.name, nn.Module, "generator")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # torch prefers .pt2, which it unpickles
-            return torch.jit.load(str(path), map_location="cpu")  # type: ignore[no-untyped-call]
-    except Exception as error:  # torch raises many kinds, by how the file is broken
-        raise UserError(
-            f"generator '{path}': not a TorchScript file, or truncated ({type(error).__name__}); write it with "
-            "torch.jit.trace(...).save(path)"
-        ) from None
+        made: nn.Module = cls(**spec.options)
+    except Exception as error:  # whatever the user's class raises
+        raise UserError(f"generator '{name}' cannot be made: {first_line(error)}") from error
+    return made

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_dd.data.images import Split
-from lightning_dd.models.generator import ExportedGenerator, Generator
+from lightning_dd.models.generator import Generator, OwnGenerator
 from lightning_dd.pretrained.generator import train_generator
 from lightning_dd.pretrained.task import Task
 from lightning_dd.synthetic.parameterisation import Parameterisation
@@ -32,7 +32,7 @@ class Latents(Parameterisation):
     weights are part of the state, so a checkpoint needs neither data nor training.
 
     Args:
-        generator: a generator of your own (:class:`~lightning_dd.models.generator.ExportedGenerator`) in place of the
+        generator: a generator of your own (:class:`~lightning_dd.models.generator.OwnGenerator`) in place of the
             small one.
         level: the block from which on the generator is used. 0 learns all styles and no map (of your own generator: its
             z), and the highest level is the generator's last block. ``None`` is block 2, or what there is.
@@ -56,7 +56,7 @@ class Latents(Parameterisation):
         UserError: a value is out of range, or (in :meth:`build`) does not fit the generator or the data.
     """
 
-    generator: Generator | ExportedGenerator
+    generator: Generator | OwnGenerator
     classes: Tensor
 
     def __init__(
@@ -90,7 +90,7 @@ class Latents(Parameterisation):
         self.register_buffer("classes", classes, persistent=False)
         self._preprocessing = task.preprocessing
         if self.source is not None:
-            self.generator = ExportedGenerator(self.source, num_classes, image_shape, self.latent_size)
+            self.generator = OwnGenerator(self.source, num_classes, image_shape, self.latent_size)
             self.level, shapes = 0, dict[str, tuple[int, ...]](z=(self.latent_size,))
         else:
             with seeded(derive_seed(self.seed, "generator")):
@@ -150,7 +150,7 @@ class Latents(Parameterisation):
 
     def _drawn(self, z: Tensor, classes: Tensor) -> list[Tensor]:
         """Return the latents of random z ``(n, d)``."""
-        if isinstance(self.generator, ExportedGenerator):
+        if isinstance(self.generator, OwnGenerator):
             return [z]
         styles = self.generator.styles(z, classes)
         if self.level == 0:
@@ -170,7 +170,7 @@ class Latents(Parameterisation):
             return self._preprocessing(pixels.float()).to(latents[0].dtype)
 
     def _pixels(self, classes: Tensor, *latents: Tensor) -> Tensor:
-        if isinstance(self.generator, ExportedGenerator):
+        if isinstance(self.generator, OwnGenerator):
             return cast(Tensor, self.generator(latents[0], classes))
         if self.level == 0:
             styles = latents[0]
