@@ -192,7 +192,7 @@ def evaluate(
     accelerator: str = "auto",
     devices: int = 1,
     strategy: str = "auto",
-    workers: int | str = 1,
+    workers: int | str = "auto",
     names: Sequence[str] = (),
 ) -> list[Row]:
     """Train architectures x seeds on distilled sets and on random real images, as ``lightning-dd evaluate`` does.
@@ -214,7 +214,7 @@ def evaluate(
         accelerator: Lightning's Trainer argument.
         devices: processes per student.
         strategy: Lightning's Trainer argument, ``ddp`` for several processes.
-        workers: processes of this machine that train students side by side, or ``auto`` for one per core.
+        workers: processes of this machine that train students side by side; ``auto`` is one per core, or per GPU.
         names: what the sets are called in the report; without them the files' names, or for ``best`` and ``last``
             method, data, images per class and seed.
 

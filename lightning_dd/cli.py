@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 from lightning_dd import __version__
 from lightning_dd.utils.errors import UserError, of_system, printable, unknown_name
+from lightning_dd.utils.threads import bound_spinning
 from lightning_dd.verbs import VERBS
 
 LIGHTNING_VERBS = {
@@ -45,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
+    bound_spinning()
     try:
         with _ended_by_sigterm():
             status = _dispatch([word for word in arguments if word != "--debug"])

@@ -71,7 +71,7 @@ class Experiment(Verb):
     accelerator: str = option(
         "Lightning's Trainer argument for distillers; students take a GPU where there is one, unless it is cpu", "auto"
     )
-    workers: int | str = option("processes of this machine that train side by side, or auto for one per core", 1)
+    workers: int | str = option("processes that train side by side; auto is one per core, or per GPU", "auto")
 
     takes_files: ClassVar[bool] = False
     """Whether a method may be finished distilled-set files."""

@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import sys
 import threading
 import time
 import traceback
@@ -30,6 +31,7 @@ from tqdm import tqdm
 from lightning_dd.utils.errors import UserError
 from lightning_dd.utils.files import write_atomically
 from lightning_dd.utils.silence import quiet_trainers
+from lightning_dd.utils.threads import spinning, threads_for
 
 if TYPE_CHECKING:
     import torch
@@ -42,6 +44,9 @@ Work = Callable[[Any, Tick], Record]
 """From a task to its result; a function, or a method of an object that can be sent to another process."""
 
 _PLACE: int | None = None  # of this process among the workers
+_UNIT_SECONDS, _FLOPS_PER_SECOND = 5e-3, 5e10  # of small networks on one core, whose layers are many and thin
+_WORTH_WORKERS = 30.0  # seconds of work, for every worker imports and reads what this process has
+_WORKER_BYTES = 2 * 2**30
 
 
 class Ledger:
@@ -117,7 +122,14 @@ class Job:
     task: Any
     """What the work is called with."""
     cost: int = 1
-    """How long it takes, in units of the bar: the longest job is handed out first."""
+    """How long it takes, in units of the bar."""
+    flops: float | None = None
+    """Of one unit, as a training step, where that is known; small units take one thread."""
+
+    @property
+    def seconds(self) -> float | None:
+        """About how long it takes on one core, where that is known."""
+        return None if self.flops is None else self.cost * (_UNIT_SECONDS + self.flops / _FLOPS_PER_SECOND)
 
 
 def check_workers(workers: int | str) -> None:
@@ -142,7 +154,8 @@ def run_jobs(
         work: from a job's task to its record.
         ledger: where records are kept.
         workers: processes of this machine, each with its share of the cores; ``auto`` takes as many as there are
-            cores. There are never more than jobs, and one alone is this process.
+            cores, as far as memory goes, and this process alone where the work is short. There are never more than
+            jobs, and one alone is this process.
         unit: of the jobs' costs.
         together: the processes of a launcher work on every job together, instead of sharing the jobs out.
 
@@ -157,10 +170,12 @@ def run_jobs(
     rank, world = (found.global_rank(), found.world_size()) if found else (0, 1)
     first = not getattr(rank_zero_only, "rank", 0)  # of the processes of one training
     leads = rank == 0 if found else first
-    missing = sorted(share_of(jobs, ledger, rank, world), key=lambda job: -job.cost)
+    missing = sorted(share_of(jobs, ledger, rank, world), key=lambda job: (-(job.seconds or 0.0), -job.cost))
     cores = os.cpu_count() or 1
-    count = min(cores if workers == "auto" else int(workers), len(missing))
+    count = _count(missing, 1 if workers == "auto" and world > 1 else workers, cores)
     silent = not (leads and missing)
+    if not silent and count > 1:
+        print(f"{len(missing)} jobs, {count} side by side; small ones take one thread each", file=sys.stderr)
     with tqdm(total=sum(job.cost for job in missing), unit=unit, smoothing=0.05, disable=silent) as bar:
         if count > 1:
             _in_workers(missing, pickle.dumps((work, ledger)), count, cores, lambda job: bar.update(job.cost))
@@ -168,7 +183,8 @@ def run_jobs(
             done = 0
             for job in missing:
                 bar.set_description(job.name)
-                record = work(job.task, bar.update)
+                with threads_for(job.flops):
+                    record = work(job.task, bar.update)
                 if found or first:
                     ledger.write(job.identity, record)
                 done += job.cost
@@ -176,6 +192,17 @@ def run_jobs(
     if found:
         wait_for(jobs, ledger)
     return leads
+
+
+def _count(jobs: Sequence[Job], workers: int | str, cores: int) -> int:
+    """Return how many processes work on these jobs."""
+    if workers != "auto":
+        return min(int(workers), len(jobs))
+    seconds = [job.seconds for job in jobs]
+    if None not in seconds and sum(filter(None, seconds)) < _WORTH_WORKERS:
+        return 1
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min(cores, len(jobs), max(1, memory // _WORKER_BYTES))
 
 
 def share_of(jobs: Sequence[Job], ledger: Ledger, rank: int, world_size: int) -> list[Job]:
@@ -218,12 +245,22 @@ def device_of(accelerator: str) -> "torch.device":
     return torch.device("cuda", (place() or 0) % torch.cuda.device_count())
 
 
+def workers_on(accelerator: str, workers: int | str) -> int | str:
+    """Return how many processes train side by side: where they train on GPUs, ``auto`` is one for each."""
+    if workers != "auto" or device_of(accelerator).type == "cpu":
+        return workers
+    import torch
+
+    return torch.cuda.device_count()
+
+
 def _in_workers(jobs: Sequence[Job], payload: bytes, count: int, cores: int, on_done: Callable[[Job], object]) -> None:
     """Hand jobs out to new processes, one at a time; whatever happens, none of them is left."""
     context = multiprocessing.get_context("spawn")
+    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, cores // count)))
     waiting, busy, idle, workers = list(reversed(jobs)), dict[Connection, Job](), list[Connection](), []
     try:
-        with _environment("OMP_NUM_THREADS", str(max(1, cores // count))):  # read when torch is loaded there
+        with _environment({"OMP_NUM_THREADS": threads, **spinning()}):  # read when torch is loaded there
             for number in range(count):
                 line, theirs = context.Pipe()
                 workers.append(context.Process(target=_serve, args=(theirs, payload, number), daemon=True))
@@ -272,7 +309,9 @@ def _serve(line: Connection, payload: bytes, number: int) -> None:
         with quiet_trainers():  # from here on, for Lightning says when it is imported that it will speak
             while True:
                 job = line.recv()
-                ledger.write(job.identity, work(job.task, lambda: None))
+                with threads_for(job.flops):
+                    record = work(job.task, lambda: None)
+                ledger.write(job.identity, record)
                 line.send(None)
     except Exception as error:
         line.send((isinstance(error, UserError | OSError), f"{error}", traceback.format_exc()))
@@ -286,12 +325,12 @@ def _end_with_parent() -> None:
 
 
 @contextmanager
-def _environment(name: str, value: str) -> Iterator[None]:
-    old = os.environ.get(name)
-    os.environ[name] = value
+def _environment(settings: Mapping[str, str]) -> Iterator[None]:
+    before = dict(os.environ)
+    os.environ.update(settings)
     try:
         yield
     finally:
-        del os.environ[name]
-        if old is not None:
-            os.environ[name] = old
+        for name in settings:
+            del os.environ[name]
+            os.environ.update({name: before[name]} if name in before else {})

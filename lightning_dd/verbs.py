@@ -48,7 +48,7 @@ class _Workers:
     """Where students are trained."""
 
     accelerator: str = option("Lightning's Trainer argument", "auto")
-    workers: int | str = option("processes of this machine that train side by side, or auto for one per core", 1)
+    workers: int | str = option("processes that train side by side; auto is one per core, or per GPU", "auto")
 
 
 @dataclass(kw_only=True)

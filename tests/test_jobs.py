@@ -5,16 +5,28 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import toy_jobs
 from pytorch_lightning.utilities import rank_zero_only
 from toy_jobs import Launched, jobs, run, work
 
 from lightning_dd import jobs as module
-from lightning_dd.jobs import ArrayLedger, Job, Ledger, check_workers, device_of, launcher, place, run_jobs
+from lightning_dd.jobs import (
+    ArrayLedger,
+    Job,
+    Ledger,
+    check_workers,
+    device_of,
+    launcher,
+    place,
+    run_jobs,
+    workers_on,
+)
 from lightning_dd.utils.errors import UserError
 
 
@@ -156,6 +168,9 @@ def test_every_worker_has_a_gpu_of_its_own_as_far_as_they_go(monkeypatch):
         monkeypatch.setattr(module, "_PLACE", number)
         assert device_of("auto").index == index
         assert device_of("cpu").type == "cpu"
+    assert workers_on("auto", "auto") == 2
+    assert workers_on("cpu", "auto") == "auto"
+    assert workers_on("auto", 3) == 3
 
 
 @pytest.mark.parametrize("workers", [0, -1, "many", 1.5])
@@ -174,6 +189,37 @@ def test_auto_takes_the_cores_but_no_more_than_there_are_jobs(tmp_path, monkeypa
     run_jobs(jobs(["short"], tmp_path), work, Ledger(tmp_path / "ledger"), "auto")
     assert counts == [3, 4]  # one job alone is this process's
     assert {process for _, process in started(tmp_path)} == {os.getpid()}
+
+
+def test_auto_leaves_short_work_to_this_process_and_every_process_its_memory(tmp_path, monkeypatch):
+    counts = []
+    monkeypatch.setattr(module, "_in_workers", lambda jobs, payload, count, *more: counts.append(count))
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    for number, flops in enumerate((1e3, 1e12)):
+        asked = [replace(job, flops=flops) for job in jobs(["short"] * 3, tmp_path)]
+        run_jobs(asked, work, Ledger(tmp_path / str(number)), "auto")
+    assert counts == [3]
+    monkeypatch.setattr(module, "_WORKER_BYTES", 2**60)
+    run_jobs(jobs(["short"] * 3, tmp_path), work, Ledger(tmp_path / "ledger"), "auto")
+    assert counts == [3]
+
+
+def test_the_longest_job_comes_first_by_what_its_steps_take(tmp_path):
+    order = []
+    asked = [Job(f"{flops}", {"of": flops}, flops, cost, flops) for flops, cost in ((1e9, 3), (1e12, 2), (1e6, 9))]
+    run_jobs(asked, lambda task, tick: order.append(task) or {}, Ledger(tmp_path))
+    assert order == [1e12, 1e9, 1e6]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_small_jobs_take_one_thread_here_and_in_workers(workers, tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    asked = [Job(f"{flops}", {"of": flops}, flops, flops=flops) for flops in (1e3, 1e12)]
+    run_jobs(asked, toy_jobs.count_threads, Ledger(tmp_path), workers)
+    assert [Ledger(tmp_path).need(job.identity)["threads"] for job in asked] == [1, 2]
+    torch.set_num_threads(before)
 
 
 # ---- what goes wrong ---------------------------------------------------------------------------------------------

@@ -26,6 +26,13 @@ def work(task, tick):
     return {"number": number, "value": sum(1 / (n + number + 1) for n in range(1000)), "torch": "torch" in sys.modules}
 
 
+def count_threads(task, tick):
+    """Say how many threads torch would take."""
+    import torch
+
+    return {"threads": torch.get_num_threads()}
+
+
 def jobs(kinds, folder):
     """One job per kind; the cost grows with the number."""
     return [

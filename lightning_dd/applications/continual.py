@@ -22,10 +22,10 @@ from lightning_dd.distilled.datamodule import check_match, real_set
 from lightning_dd.distilled.set import DistilledSet, library_versions
 from lightning_dd.distilled.union import union
 from lightning_dd.experiment import Method, digests, distil_stage
-from lightning_dd.jobs import Job, Ledger, Record, Tick, check_workers, device_of, run_jobs
+from lightning_dd.jobs import Job, Ledger, Record, Tick, check_workers, device_of, run_jobs, workers_on
 from lightning_dd.models.factory import build_network
 from lightning_dd.report import grouped
-from lightning_dd.students.loop import train_student
+from lightning_dd.students.loop import step_flops, train_student
 from lightning_dd.students.recipe import Recipe, protocol
 from lightning_dd.utils.errors import UserError
 from lightning_dd.utils.files import require_writable
@@ -160,15 +160,16 @@ def run_continual(experiment: Continual) -> list[Row]:
     """
     check_workers(experiment.workers)
     folder = require_writable(experiment.output)
-    num_classes = _check_data(experiment)
+    num_classes, image_shape = _check_data(experiment)
     ledger, rows = Ledger(folder / "students"), list[Row]()
     for order in range(experiment.orders):
         course = Course(experiment, order, num_classes)
         for method in experiment.distillers.values():
             for step in range(experiment.steps):
                 fill_memory(course, method, step)
-        jobs = _jobs(course)
-        if not run_jobs(jobs, partial(_score, course), ledger, experiment.workers, unit="step"):
+        jobs = _jobs(course, image_shape)
+        workers = workers_on(experiment.accelerator, experiment.workers)
+        if not run_jobs(jobs, partial(_score, course), ledger, workers, unit="step"):
             continue
         new = rows_of(order, {job.task: ledger.need(job.identity) for job in jobs})
         _print_accuracies(new)
@@ -259,8 +260,8 @@ def rows_of(order: int, scores: Mapping[Lesson, Record]) -> list[Row]:
     return rows
 
 
-def _check_data(experiment: Continual) -> int:
-    """Return the number of classes, once steps, budget and architectures are known to fit the data."""
+def _check_data(experiment: Continual) -> tuple[int, tuple[int, int, int]]:
+    """Return the number of classes and the images' shape, once all is known to fit the data."""
     for line in _lines(experiment):
         recipe_on(experiment, line)  # refuses a recipe that cannot be
     data = build_data(experiment.data, experiment.data_args, experiment.root)
@@ -272,7 +273,7 @@ def _check_data(experiment: Continual) -> int:
     channels, height, width = images.shape[1:]
     for architecture in experiment.architectures:
         build_network(architecture, len(names), (channels, height, width), seed=0)
-    return len(names)
+    return len(names), (channels, height, width)
 
 
 def _lines(experiment: Continual) -> list[str]:
@@ -280,7 +281,7 @@ def _lines(experiment: Continual) -> list[str]:
     return [*experiment.distillers, *([JOINT] if experiment.joint else [])]
 
 
-def _jobs(course: Course) -> list[Job]:
+def _jobs(course: Course, image_shape: tuple[int, int, int]) -> list[Job]:
     """Return all students of a class order as jobs, each with everything its scores depend on."""
     experiment, jobs, versions = course.experiment, [], library_versions()
     axes = (_lines(experiment), range(experiment.steps), experiment.architectures, range(experiment.students))
@@ -299,8 +300,9 @@ def _jobs(course: Course) -> list[Job]:
         }
         name = f"order {course.number} {lesson.line} step {lesson.step + 1} {lesson.architecture} {lesson.number}"
         known = sum(map(len, classes))
-        cost = recipe.steps_for(experiment.ipc * known, known)
-        jobs.append(Job(name, identity, lesson, cost))
+        rows = experiment.ipc * known
+        flops = step_flops(lesson.architecture, recipe, rows, known, image_shape)
+        jobs.append(Job(name, identity, lesson, recipe.steps_for(rows, known), flops))
     return jobs
 
 

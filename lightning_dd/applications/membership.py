@@ -23,7 +23,7 @@ from lightning_dd.applications.victims import (
     recipe_on,
     train_network,
 )
-from lightning_dd.jobs import ArrayLedger, Job, Ledger, Record, Tick, check_workers, run_jobs
+from lightning_dd.jobs import ArrayLedger, Job, Ledger, Record, Tick, check_workers, run_jobs, workers_on
 from lightning_dd.models.factory import build_network
 from lightning_dd.report import write_results
 from lightning_dd.utils.errors import UserError
@@ -68,7 +68,7 @@ def run_membership(experiment: Membership) -> list[Row]:
         for index in range(count)
     ]
     jobs = {network: job_of(experiment, network) for network in networks}
-    workers = experiment.workers
+    workers = workers_on(experiment.accelerator, experiment.workers)
     run_jobs(list(jobs.values()), partial(train_network, experiment), _answers(experiment), workers, unit="step")
     targets = [_attack_job(experiment, network, jobs) for network in networks if not network.shadow]
     ledger = Ledger(folder / "attacks")
@@ -209,7 +209,9 @@ def _attack_job(experiment: Membership, victim: Network, jobs: Mapping[Network, 
         "folds": experiment.folds,
         "attack_rows": experiment.attack_rows,
     }
-    return Job(f"attacks on {jobs[victim].name}", identity, Target(victim, jobs[victim].identity, shadows))
+    flops = 5e10 * len(experiment.attacks) * len(experiment.lengths)  # a second or so for each attack and length
+    target = Target(victim, jobs[victim].identity, shadows)
+    return Job(f"attacks on {jobs[victim].name}", identity, target, flops=flops)
 
 
 def _notes(rows: Sequence[Row], experiment: Membership) -> list[str]:

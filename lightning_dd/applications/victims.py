@@ -21,7 +21,7 @@ from lightning_dd.experiment import distil_stage
 from lightning_dd.jobs import Job, Record, Tick, device_of, tensor_digest
 from lightning_dd.losses.krr import initial_labels
 from lightning_dd.models.factory import build_network
-from lightning_dd.students.loop import train_student
+from lightning_dd.students.loop import step_flops, train_student
 from lightning_dd.students.recipe import Recipe
 from lightning_dd.utils.errors import UserError
 from lightning_dd.utils.seeding import derive_seed, make_generator
@@ -140,7 +140,9 @@ def job_of(experiment: Membership, network: Network) -> Job:
         "seed": network.own_seed,
         "torch": library_versions(["torch"]),
     }
-    return Job(f"{network.source} {network.seed} {network.index}", identity, network, experiment.lengths[-1])
+    size = (len(train), train.num_classes, train.image_shape)
+    flops = step_flops(experiment.architecture, recipe_on(experiment, network.source), *size)
+    return Job(f"{network.source} {network.seed} {network.index}", identity, network, experiment.lengths[-1], flops)
 
 
 def train_network(experiment: Membership, network: Network, tick: Tick) -> Record:

@@ -19,10 +19,11 @@ from lightning_dd.distilled.set import DistilledSet, find_set, library_versions
 from lightning_dd.evaluators.matrix import ALL_REAL, DISTILLED, RANDOM_REAL, Cell, Hardware, Row, run_cell
 from lightning_dd.evaluators.page import provenance, write_pages
 from lightning_dd.evaluators.report import bar_figure, markdown, summarise
-from lightning_dd.jobs import Job, Ledger, Tick, check_workers, device_of, place, run_jobs, tensor_digest
+from lightning_dd.jobs import Job, Ledger, Tick, check_workers, device_of, place, run_jobs, tensor_digest, workers_on
 from lightning_dd.models.factory import build_network
 from lightning_dd.models.zoo import expand
 from lightning_dd.report import grouped, write_results
+from lightning_dd.students.loop import step_flops
 from lightning_dd.students.recipe import Recipe
 from lightning_dd.utils.arguments import public_settings
 from lightning_dd.utils.errors import UserError, check_range
@@ -39,7 +40,7 @@ def evaluate_files(
     recipe: Recipe | Mapping[str, Recipe],
     data: DataChoice = DataChoice(),  # noqa: B008  (frozen)
     hardware: Hardware = Hardware(),  # noqa: B008
-    workers: int | str = 1,
+    workers: int | str = "auto",
     names: Sequence[str] = (),
 ) -> list[Row]:
     """Train every architecture and seed on every set and on random real images, and write the report.
@@ -120,16 +121,22 @@ class Bench:
     def train(self, cells: Sequence[Cell], workers: int | str) -> bool:
         """Train what the ledger lacks; return whether this process writes the report."""
         together = self.hardware.strategy != "auto"  # then all processes of a launcher train one student
-        jobs = [
-            Job(
-                f"{cell.architecture} {cell.source} {cell.seed}",
-                self._identity(cell),
-                cell,
-                cost=self.recipes[cell.protocol].steps_for(len(found := self.sets[cell.set_name]), found.num_classes),
-            )
-            for cell in cells
-        ]
+        jobs = [self._job(cell) for cell in cells]
+        alone = together or self.hardware.devices != 1
+        workers = 1 if alone and workers == "auto" else workers_on(self.hardware.accelerator, workers)
         return run_jobs(jobs, self.work, self.ledger, workers, unit="step", together=together)
+
+    def _job(self, cell: Cell) -> Job:
+        found, recipe, train = self.sets[cell.set_name], self.recipes[cell.protocol], self.reals[cell.set_name].train
+        assert train is not None
+        rows, classes = len(train) if cell.source == ALL_REAL else len(found), found.num_classes
+        return Job(
+            f"{cell.architecture} {cell.source} {cell.seed}",
+            self._identity(cell),
+            cell,
+            cost=recipe.steps_for(len(found), classes),
+            flops=step_flops(cell.architecture, recipe, rows, classes, found.image_shape),
+        )
 
     def work(self, cell: Cell, tick: Tick) -> dict[str, Any]:
         """Train a cell's student and return its row as plain values."""

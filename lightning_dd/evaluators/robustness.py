@@ -92,7 +92,7 @@ def score_files(
     control: str | None = None,
     data: DataChoice = DataChoice(),  # noqa: B008  (frozen)
     hardware: Hardware = Hardware(),  # noqa: B008
-    workers: int | str = 1,
+    workers: int | str = "auto",
 ) -> list[Robustness]:
     """Train the students that both scores need, and write the report; finished students are not trained again.
 

@@ -7,15 +7,18 @@ devices, and :func:`train_student` in a bare loop. In one process on a CPU both 
 
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
+from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_dd.augment.frepo import Augmentation
 from lightning_dd.distilled.set import DistilledSet
 from lightning_dd.distilled.views import SyntheticBatches
 from lightning_dd.losses.labels import student_loss
+from lightning_dd.models.factory import build_network
 from lightning_dd.models.interface import Network
 from lightning_dd.students.recipe import Recipe
 from lightning_dd.utils.seeding import derive_seed, make_generator, seeded
@@ -114,3 +117,25 @@ def train_student(
     if average is not None:
         network.load_state_dict(average.module.state_dict())
     return network.eval().requires_grad_(False)
+
+
+def step_flops(architecture: str, recipe: Recipe, rows: int, num_classes: int, shape: tuple[int, int, int]) -> float:
+    """Return about how many FLOPs a training step takes: convolutions and products of a forward pass, three times.
+
+    Args:
+        architecture: a name of the factory.
+        recipe: of the student.
+        rows: images it learns from.
+        num_classes: of the data.
+        shape: ``(C, H, W)`` of an image.
+    """
+    batch = min(rows, recipe.batch_for(rows, num_classes))
+    return 3.0 * batch * _forward_flops(architecture, num_classes, shape)
+
+
+@cache
+def _forward_flops(architecture: str, num_classes: int, shape: tuple[int, int, int]) -> int:
+    network = build_network(architecture, num_classes, shape, seed=0).eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        network(torch.zeros(1, *shape))
+    return int(counter.get_total_flops())

@@ -1,0 +1,45 @@
+"""Threads on a machine that others use, too. Importing this imports nothing heavy."""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+SPINNING = {"GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "1"}
+"""How long OpenMP's threads wait awake for each other: turns of a loop (GNU, about 40 microseconds) or ms (LLVM)."""
+SMALL_STEP = 4e9
+"""FLOPs of a training step below which a second thread saves little and costs much beside busy processes."""
+
+
+def spinning() -> dict[str, str]:
+    """Return what lets a thread that waits for others fall asleep soon; nothing where the environment says how.
+
+    A thread of GNU's OpenMP waits awake for ten milliseconds. That costs nothing on a quiet machine. Beside a busy
+    process the thread that is waited for needs that very core, and a step of a small network takes many times as long.
+    """
+    return {} if os.environ.keys() & {*SPINNING, "OMP_WAIT_POLICY"} else SPINNING
+
+
+def bound_spinning() -> None:
+    """Do so in this process, if torch is not loaded yet: OpenMP reads it then."""
+    if "torch" not in sys.modules:
+        os.environ.update(spinning())
+
+
+@contextmanager
+def threads_for(flops: float | None) -> Iterator[None]:
+    """Run a block whose steps have so many FLOPs, if that is known: small steps take one thread.
+
+    The work alone decides, so that it gives the same digits on any number of cores and beside any number of workers.
+    """
+    if flops is None or flops >= SMALL_STEP:
+        yield
+        return
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
