@@ -18,7 +18,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from lightning_dd.callbacks import MetaDD, PoolAlternation
 from lightning_dd.data import DATA_SETS, ParquetImages, RealData
 from lightning_dd.data.sampling import answers
 from lightning_dd.distilled import DistilledSet
+from lightning_dd.distilled.card import label_bytes
 from lightning_dd.distillers import Distiller
 from lightning_dd.jobs import Job, Ledger, device_of, run_jobs
 from lightning_dd.losses.metadd import MetaOptions
@@ -85,6 +86,7 @@ class Task:
     architecture: str | None = None
     steps: int = 0
     split: str = "val"
+    batch_size: int = 500
 
 
 def work(task: Task, tick: Callable[[], object]) -> dict[str, Any]:
@@ -108,12 +110,23 @@ def distilled(trial: Trial, output: Path) -> tuple[Path, dict[str, Any]]:
     with FileLock(path.with_suffix(".lock")):
         facts = path.with_suffix(".txt")
         if not facts.is_file():
-            facts.write_text(json.dumps(distil(trial, path)), encoding="utf-8")
+            made, took = distil(trial) if trial.labels is None else relabelled(trial, output)
+            made.save(path)
+            took |= {"image_bytes": made.image_bytes, "label_bytes": label_bytes(made)}
+            facts.write_text(json.dumps(took), encoding="utf-8")
         return path, json.loads(facts.read_text(encoding="utf-8"))
 
 
-def distil(trial: Trial, path: Path) -> dict[str, Any]:
-    """Distil once, write the file, and return what it took."""
+def relabelled(trial: Trial, output: Path) -> tuple[DistilledSet, dict[str, Any]]:
+    """Give a trial's set, which is distilled but once, other labels."""
+    path, took = distilled(replace(trial, labels=None), output)
+    strategy, data = revive(trial.labels), real_data(json.dumps(trial.data))
+    assert isinstance(strategy, Labels)
+    return relabel(DistilledSet.load(path), strategy, data, trial.distiller["architecture"], trial.seed), took
+
+
+def distil(trial: Trial) -> tuple[DistilledSet, dict[str, Any]]:
+    """Distil once, and return the set and what it took."""
     data = real_data(json.dumps(trial.data))
     arguments = dict(trial.distiller)
     cls = getattr(lightning_dd.distillers, arguments.pop("class"))
@@ -121,14 +134,7 @@ def distil(trial: Trial, path: Path) -> dict[str, Any]:
     callbacks = [PoolAlternation(**trial.alternation), *([] if trial.metadd is None else [metadd(trial.metadd)])]
     start = time.perf_counter()
     trainer(trial.outer_steps, callbacks).fit(distiller, datamodule=data)
-    facts = {"fit_seconds": round(time.perf_counter() - start, 1)}
-    made = distiller.distilled_set()
-    if trial.labels is not None:
-        strategy = revive(trial.labels)
-        assert isinstance(strategy, Labels)
-        made = relabel(made, strategy, data, distiller.architecture, trial.seed)
-    made.save(path)
-    return facts
+    return distiller.distilled_set(), {"fit_seconds": round(time.perf_counter() - start, 1)}
 
 
 def trainer(outer_steps: int, callbacks: Sequence[Callback] = ()) -> Trainer:
@@ -163,7 +169,7 @@ def score(task: Task, distilled_set: DistilledSet) -> float:
     device = device_of("auto")
     seed = derive_seed(trial.seed, "student")
     network = build_network(task.architecture, distilled_set.num_classes, distilled_set.image_shape, seed).to(device)
-    train_student(network, distilled_set, Recipe(steps=task.steps, lr=1e-3), seed)
+    train_student(network, distilled_set, Recipe(steps=task.steps, lr=1e-3, batch_size=task.batch_size), seed)
     real = data.test if task.split == "test" else data.val
     assert real is not None
     hits = answers(network, real, device).argmax(1) == real.labels.cpu()
@@ -221,10 +227,13 @@ def jobs(plan: dict[str, Any], output: Path) -> list[Job]:
         for steps in stage["steps"]:
             for trial, names in listed:
                 name = f"{trial.base} {trial.setting} {trial.seed} {steps}"
-                found += [(f"{name} {own}", Task(trial, str(output), own, steps, stage["split"])) for own in names]
+                how = (steps, stage["split"], stage.get("batch_size", 500))
+                found += [(f"{name} {own}", Task(trial, str(output), own, *how)) for own in names]
     made = []
     for place, (name, task) in enumerate(found):
-        rest = {"architecture": task.architecture, "steps": task.steps, "split": task.split}
+        rest: dict[str, Any] = {"architecture": task.architecture, "steps": task.steps, "split": task.split}
+        if task.batch_size != 500:  # what is not said in older ledgers
+            rest["batch_size"] = task.batch_size
         made.append(Job(name, {"trial": identity(task.trial), **rest}, task, len(found) - place))
     return made
 

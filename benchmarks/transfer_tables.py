@@ -20,14 +20,53 @@ def rendered(path: Path) -> str:
     plan = yaml.safe_load((_PLANS / f"{path.stem.removeprefix('transfer_')}.yaml").read_text(encoding="utf-8"))
     own = {name: base["own"] for name, base in plan["bases"].items()}
     scored = [row for row in record["transfer"] if "accuracy" in row]
+    failed = [row for row in record["transfer"] if "failed" in row]
+    parts = [budgets(record["transfer"], plan) + "\n"] if "against" in plan else by_budget(scored, own)
+    parts += [f"{row['base']} {row['setting']}, seed {row['seed']}, failed: {row['failed']}\n" for row in failed]
+    return "\n".join(parts)
+
+
+def by_budget(scored: list[Row], own: dict[str, str]) -> list[str]:
+    """Return a table for each split and number of student steps."""
     parts = []
     for split, steps in dict.fromkeys((row["split"], row["steps"]) for row in scored):
         rows = [row for row in scored if (row["split"], row["steps"]) == (split, steps)]
         title = f"{'Test' if split == 'test' else 'Validation'} accuracy in %, students of {steps} steps:"
         parts.append(f"{title}\n\n{table(rows, own)}\n")
-    failed = [row for row in record["transfer"] if "failed" in row]
-    parts += [f"{row['base']} {row['setting']}, seed {row['seed']}, failed: {row['failed']}\n" for row in failed]
-    return "\n".join(parts)
+    return parts
+
+
+def budgets(rows: list[Row], plan: dict[str, Any]) -> str:
+    """Return the table of images by labels and student budgets: means over unseen architectures.
+
+    Beside each stands the paired difference to the base ``against`` with the same kind of labels and the same budget.
+    """
+    own = {base["own"] for base in plan["bases"].values()}
+    scored = [row for row in rows if "accuracy" in row and row["architecture"] not in own]
+    names = list(dict.fromkeys(row["architecture"] for row in scored))
+    steps = sorted({row["steps"] for row in scored})
+    labels = {setting: "soft" if "labels" in spec else "hard" for setting, spec in plan["settings"].items()}
+    plain = {
+        kind: next(setting for setting, own_kind in labels.items() if own_kind == kind) for kind in labels.values()
+    }
+    lines = [["images", "labels", "images [kB]", "labels [kB]", "seeds", *(f"{count} steps" for count in steps)]]
+    for base, setting in dict.fromkeys((row["base"], row["setting"]) for row in rows):
+        kind = labels[setting]
+        cells, seeds = [], set[int]()
+        for count in steps:
+            here = [row for row in scored if row["steps"] == count]
+            scores, reference = (
+                whole(here, *which, [names]) for which in ((base, setting), (plan["against"], plain[kind]))
+            )
+            seeds |= set(scores)
+            pairs = [(scores[seed], reference[seed]) for seed in scores if seed in reference]
+            difference = "" if base == plan["against"] and setting == plain[kind] else f" ({change(pairs, names)})"
+            cells.append(level([*scores.values()], names) + (difference if pairs else "") if scores else "-")
+        stored = next(row for row in rows if (row["base"], row["setting"]) == (base, setting) and "image_bytes" in row)
+        sizes = [f"{stored[name] / 1000:.0f}" for name in ("image_bytes", "label_bytes")]
+        called = " + ".join([base, *(part for part in setting.split("_") if part not in ("base", "soft"))])
+        lines.append([called, kind, *sizes, str(len(seeds)), *cells])
+    return markdown_table(lines)
 
 
 def table(rows: list[Row], own: dict[str, str]) -> str:

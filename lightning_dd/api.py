@@ -23,7 +23,9 @@ from lightning_dd.data.parts import DataChoice, build_data
 from lightning_dd.distilled.set import DistilledSet
 from lightning_dd.distillers.base import Distiller
 from lightning_dd.evaluators.evaluate import evaluate_files
+from lightning_dd.evaluators.label_rows import LabelRows
 from lightning_dd.evaluators.matrix import Hardware, Row
+from lightning_dd.pretrained.classifier import Teacher
 from lightning_dd.students.recipe import protocol as published
 from lightning_dd.utils.arguments import class_path, known_class, plain_values, public_settings
 from lightning_dd.utils.silence import quieten
@@ -194,6 +196,8 @@ def evaluate(
     strategy: str = "auto",
     workers: int | str = "auto",
     names: Sequence[str] = (),
+    labels: Sequence[str] = (),
+    teacher: Teacher | None = None,
 ) -> list[Row]:
     """Train architectures x seeds on distilled sets and on random real images, as ``lightning-dd evaluate`` does.
 
@@ -217,6 +221,9 @@ def evaluate(
         workers: processes of this machine that train students side by side; ``auto`` is one per core, or per GPU.
         names: what the sets are called in the report; without them the files' names, or for ``best`` and ``last``
             method, data, images per class and seed.
+        labels: every set once more with ``hard``, ``static`` or ``dynamic`` labels, and random real images with the
+            same beside (:class:`~lightning_dd.evaluators.label_rows.LabelRows`).
+        teacher: whose labels those are.
 
     Returns:
         One row per student, with accuracies in [0, 1].
@@ -229,7 +236,8 @@ def evaluate(
     changes = {"steps": steps, "lr": lr, "batch_size": batch_size, "augment": augment, "ema": ema}
     recipes = {name: published(name, **changes) for name in ([protocol] if isinstance(protocol, str) else protocol)}
     choice, hardware = DataChoice(data, data_args or {}, root), Hardware(accelerator, devices, strategy)
-    return evaluate_files(files, architectures, str(output), seeds, recipes, choice, hardware, workers, names)
+    others = LabelRows(tuple(labels), teacher)
+    return evaluate_files(files, architectures, str(output), seeds, recipes, choice, hardware, workers, names, others)
 
 
 def _file_of(item: str | Path | DistilledSet, folder: str, place: int) -> str:

@@ -67,13 +67,24 @@ class Evaluate(_Students, _Data, _Workers, Verb):
     devices: int = option("processes per student", 1)
     strategy: str = option("Lightning's Trainer argument, ddp for several processes", "auto")
     names: list[str] = option("what the sets are called in the report, one for each file", list, words=True)
+    labels: list[str] = option(
+        "every set once more with these labels: hard, static (a teacher's, of the images) or dynamic (of new views in "
+        "every pass), and random real images with the same beside",
+        list,
+        words=True,
+    )
+    teacher: list[str] = option("architectures of the teacher of those; several are a committee", list, words=True)
+    teacher_steps: int = option("training steps of each on the real data", 1000)
 
     def run(self) -> None:
         """Train and report."""
         from lightning_dd.api import evaluate
+        from lightning_dd.pretrained import Teacher
 
         settings = dict(vars(self))
-        evaluate(settings.pop("files"), **settings)
+        asked, steps = settings.pop("teacher"), settings.pop("teacher_steps")
+        teacher = Teacher(list(asked), steps=steps) if asked else None
+        evaluate(settings.pop("files"), **settings, teacher=teacher)
 
 
 @dataclass(kw_only=True)

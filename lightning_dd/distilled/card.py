@@ -124,13 +124,18 @@ def _called_labels(said: Any) -> str:
     return f"after the run, from {said['from']['label_kind']} labels" if isinstance(said, dict) else ""
 
 
+def label_bytes(distilled: DistilledSet) -> int:
+    """Return how many bytes labels take, with a teacher's views of them."""
+    return distilled.labels.nbytes + _view_bytes(distilled)
+
+
+def _view_bytes(distilled: DistilledSet) -> int:
+    return sum(part.nbytes for part in distilled.views.state_dict().values()) if distilled.views else 0
+
+
 def sizes(distilled: DistilledSet, path: Path | None = None) -> str:
     """Say how many bytes a set takes, and what takes them."""
-    parts = {
-        "images": distilled.image_bytes,
-        "labels": distilled.labels.nbytes,
-        "views": sum(part.nbytes for part in distilled.views.state_dict().values()) if distilled.views else 0,
-    }
+    parts = {"images": distilled.image_bytes, "labels": distilled.labels.nbytes, "views": _view_bytes(distilled)}
     whole = f"{path.stat().st_size:,}: " if path else ""
     inside = [f"{name} {size:,}" for name, size in parts.items() if size]
     if distilled.preprocessing.kind == "zca":

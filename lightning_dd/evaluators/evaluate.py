@@ -14,8 +14,10 @@ from pytorch_lightning.utilities import rank_zero_warn
 
 from lightning_dd.data.base import RealData
 from lightning_dd.data.parts import DataChoice
+from lightning_dd.distilled.card import label_bytes
 from lightning_dd.distilled.datamodule import check_match, other_data, real_data_of
 from lightning_dd.distilled.set import DistilledSet, find_set, library_versions
+from lightning_dd.evaluators.label_rows import LabelRows
 from lightning_dd.evaluators.matrix import ALL_REAL, DISTILLED, RANDOM_REAL, Cell, Hardware, Row, run_cell
 from lightning_dd.evaluators.page import provenance, write_pages
 from lightning_dd.evaluators.report import bar_figure, markdown, summarise
@@ -42,6 +44,7 @@ def evaluate_files(
     hardware: Hardware = Hardware(),  # noqa: B008
     workers: int | str = "auto",
     names: Sequence[str] = (),
+    labels: LabelRows = LabelRows(),  # noqa: B008
 ) -> list[Row]:
     """Train every architecture and seed on every set and on random real images, and write the report.
 
@@ -56,6 +59,7 @@ def evaluate_files(
     """
     named, folder = check_asked(files, architectures, output, seeds, workers, names)
     recipes = {"": recipe} if isinstance(recipe, Recipe) else dict(recipe)
+    named = labels.files(named, recipes.values(), data, folder / "labelled")
     bench = Bench(named, recipes, folder, data, hardware)
     architectures = bench.architectures(architectures)
     for name, difference in bench.elsewhere.items():
@@ -151,7 +155,9 @@ class Bench:
         """Return the row of a cell whose student, or one like it, has been trained."""
         elsewhere = cell.set_name in self.elsewhere
         own: dict[str, Any] = {"set": cell.set_name, "protocol": cell.protocol, "other_data": elsewhere}
-        own |= {"method": self.sets[cell.set_name].method} if cell.source == DISTILLED else {}
+        if cell.source == DISTILLED:
+            distilled = self.sets[cell.set_name]
+            own |= {"method": distilled.method, "label_bytes": label_bytes(distilled)}
         return Row(**(self.ledger.need(self._identity(cell)) | own))
 
     def _identity(self, cell: Cell) -> dict[str, Any]:

@@ -72,6 +72,8 @@ class Row:
     """Whether the real data here is not what the set was made from."""
     shown_ipc: int | None = None
     """Images per class that a set shows, where they are more than it stores."""
+    label_bytes: int = 0
+    """Of the labels of a distilled set, with a teacher's views of them."""
 
 
 @dataclass(frozen=True)

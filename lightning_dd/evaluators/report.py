@@ -125,12 +125,15 @@ def note(rows: Sequence[Row], lines: Sequence[Line]) -> str:
     spread = f"over {many} distilled sets of {students} students each" if many > 1 else f"over {students} student seeds"
     elsewhere = sorted({row.set for row in rows if row.other_data})
     warning = f"**Scored on other data than the set was made from:** {', '.join(elsewhere)}.\n\n" if elsewhere else ""
+    sizes_of = {_group(row): row.label_bytes for row in rows if row.source == DISTILLED and row.label_bytes}
+    labels = ", ".join(f"{name} {size / 1000:,.1f} kB" for name, size in sizes_of.items())
+    stored_labels = f" Labels: {labels}." if len(set(sizes_of.values())) > 1 else ""
     return (
         f"{warning}Test accuracy in %, mean ± sample standard deviation {spread}; {sizes} image(s) per class, "
         f"{steps} steps. "
         "`last` is the last step, `best` the step with the best validation accuracy. `random real`: as many random "
         "real training images, drawn anew for each seed, same recipe, last step. `gain`: with its 95 % bootstrap "
-        "interval. `seen`: the set was distilled with an architecture of that name."
+        f"interval. `seen`: the set was distilled with an architecture of that name.{stored_labels}"
     )
 
 

@@ -1,0 +1,100 @@
+"""The sets of an evaluation once more with other labels: what of a score is the images', and what the labels'."""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from lightning_dd.data.base import RealData
+from lightning_dd.data.parts import DataChoice
+from lightning_dd.distilled.datamodule import real_data_of
+from lightning_dd.distilled.set import DistilledSet
+from lightning_dd.evaluators.matrix import random_real, with_hard_labels
+from lightning_dd.jobs import tensor_digest
+from lightning_dd.pretrained.classifier import Teacher
+from lightning_dd.students.recipe import Recipe
+from lightning_dd.synthetic.labels import TeacherLabels, relabel
+from lightning_dd.utils.errors import UserError, unknown_name
+
+HARD, STATIC, DYNAMIC = KINDS = ("hard", "static", "dynamic")
+
+
+@dataclass(frozen=True)
+class LabelRows:
+    """Which other labels every set gets beside its own, so that images are compared under equal labels.
+
+    ``hard`` labels are the classes. ``static`` ones are a teacher's answers to the images, fitted while students
+    augment as usual. ``dynamic`` ones are its answers to a new view of every image in every pass, which is what a
+    teacher gives that stands beside the student all the time (Shen & Xing 2022, arXiv 2112.01528). Random real images
+    with the same teacher's labels stand beside the last two, for a gain over those is the images' own. They are drawn
+    once; with hard labels every evaluation has them, drawn anew for every student.
+
+    Args:
+        kinds: any of :data:`KINDS`.
+        teacher: one network or a committee, trained on the real data where the cache lacks it.
+
+    Raises:
+        UserError: a kind is unknown, or there is no teacher for one that needs it.
+    """
+
+    kinds: tuple[str, ...] = ()
+    teacher: Teacher | None = None
+
+    def __post_init__(self) -> None:
+        for kind in self.kinds:
+            if kind not in KINDS:
+                raise unknown_name("labels", kind, KINDS)
+            if kind != HARD and (self.teacher is None or self.teacher.architecture is None):
+                raise UserError(f"labels: '{kind}' are a teacher's: name its architecture, as --teacher resnet18")
+
+    def files(
+        self, named: Mapping[str, str], recipes: Iterable[Recipe], data: DataChoice, folder: Path
+    ) -> dict[str, str]:
+        """Return sets by name, and the same ones with other labels after each, which are written to a folder.
+
+        Args:
+            named: files by the name of the set.
+            recipes: of the students, whose passes over a set are counted for ``dynamic`` labels.
+            data: the real data that is meant.
+            folder: of the new files; one that is there already is made again, with the same outcome.
+        """
+        found: dict[str, str] = {}
+        drawn: dict[tuple[int, str], str] = {}
+        for name, file in named.items():
+            distilled = DistilledSet.load(file)
+            found[name] = file
+            real: RealData | None = None
+            for kind in self.kinds:
+                real = real or _set_up(distilled, data)
+                strategy = self._strategy(kind, distilled, recipes)
+                given = self._given(strategy, distilled, real)
+                found[f"{name}-{kind}"] = str(given.save(folder / f"{name}-{kind}.safetensors"))
+                key = (distilled.ipc, kind + tensor_digest(distilled.preprocessing.state_dict()))
+                if strategy is not None and key not in drawn:
+                    drawn[key] = f"random-{kind}" if f"random-{kind}" not in found else f"{name}-random-{kind}"
+                    control = self._given(strategy, random_real(distilled, real, 0), real)
+                    found[drawn[key]] = str(control.save(folder / f"{drawn[key]}.safetensors"))
+        return found
+
+    def _strategy(self, kind: str, distilled: DistilledSet, recipes: Iterable[Recipe]) -> TeacherLabels | None:
+        """Return where labels of a kind come from; ``None`` for the classes."""
+        if kind == HARD:
+            return None
+        rows, classes = len(distilled), distilled.num_classes
+        passes = max(
+            math.ceil(recipe.steps_for(rows, classes) / math.ceil(rows / min(rows, recipe.batch_for(rows, classes))))
+            for recipe in recipes
+        )
+        return TeacherLabels(self.teacher, epochs=passes if kind == DYNAMIC else 0)
+
+    def _given(self, strategy: TeacherLabels | None, distilled: DistilledSet, real: RealData) -> DistilledSet:
+        if strategy is None:
+            return with_hard_labels(distilled, real, 0)
+        return relabel(distilled, strategy, real, otherwise="")  # the strategy names its teacher
+
+
+def _set_up(distilled: DistilledSet, data: DataChoice) -> RealData:
+    real = real_data_of(distilled, data)
+    real.prepare_data()
+    real.setup("fit")
+    return real

@@ -1,0 +1,71 @@
+"""Sets once more with other labels, and random real images with the same beside them."""
+
+import pytest
+import torch
+from helpers import TinyData, make_distilled
+
+from lightning_dd.api import evaluate
+from lightning_dd.cli import main
+from lightning_dd.data import DATA_SETS
+from lightning_dd.data.parts import DataChoice
+from lightning_dd.distilled import DistilledSet
+from lightning_dd.evaluators.label_rows import LabelRows
+from lightning_dd.pretrained import Teacher
+from lightning_dd.students.recipe import Recipe
+from lightning_dd.utils.errors import UserError
+
+SMALL = "conv:width=4,depth=2,norm=none"
+TEACHER = Teacher("convnet:width=4,depth=2,norm=batch", steps=20, lr=0.02)
+
+
+@pytest.fixture(autouse=True)
+def _register_tiny_data(monkeypatch):
+    monkeypatch.setitem(DATA_SETS, "TinyData", TinyData)
+
+
+def test_images_stay_and_labels_are_the_classes_the_teachers_or_those_of_every_pass(tmp_path):
+    file = str(make_distilled(ipc=2).save(tmp_path / "own.safetensors"))
+    recipe = Recipe(steps=7, batch_size=3)  # two batches a pass: four passes
+    found = LabelRows(("hard", "static", "dynamic"), TEACHER).files(
+        {"own": file}, [recipe, Recipe(steps=1)], DataChoice(), tmp_path / "labelled"
+    )
+    assert list(found) == ["own", "own-hard", "own-static", "random-static", "own-dynamic", "random-dynamic"]
+    sets = {name: DistilledSet.load(path) for name, path in found.items()}
+    assert all(torch.equal(sets["own"].images, sets[f"own-{kind}"].images) for kind in ("hard", "static", "dynamic"))
+    assert torch.equal(sets["own-hard"].labels.argmax(1), sets["own"].classes)
+    assert sets["own-static"].label_kind == "soft"
+    assert sets["own-static"].views is None
+    assert sets["own-dynamic"].views.epochs == sets["random-dynamic"].views.epochs == 4
+    torch.testing.assert_close(sets["own-dynamic"].labels, sets["own-static"].labels)
+    assert sets["random-static"].images.shape == sets["own"].images.shape
+    assert not torch.equal(sets["random-static"].labels, sets["own-static"].labels)
+
+
+def test_the_report_has_a_row_for_each_and_says_what_labels_take(tmp_path):
+    distilled = make_distilled(ipc=2)
+    rows = evaluate(
+        distilled, [SMALL], tmp_path / "report", seeds=1, steps=2, labels=["hard", "dynamic"], teacher=TEACHER
+    )
+    assert list(dict.fromkeys(row.set for row in rows)) == ["test-0", "test-0-hard", "test-0-dynamic", "random-dynamic"]
+    sizes = {row.set: row.label_bytes for row in rows if row.source == "distilled"}
+    assert sizes["test-0"] == sizes["test-0-hard"] == 4 * 6 * 3
+    assert sizes["test-0-dynamic"] == sizes["random-dynamic"] > sizes["test-0"]
+    assert f"test-0-dynamic {sizes['test-0-dynamic'] / 1000:.1f} kB" in (tmp_path / "report" / "results.md").read_text()
+
+
+def test_the_control_is_drawn_once_for_sets_of_one_size(tmp_path):
+    named = {name: str(make_distilled(ipc=1).save(tmp_path / f"{name}.safetensors")) for name in ("a", "b")}
+    named["c"] = str(make_distilled(ipc=2).save(tmp_path / "c.safetensors"))
+    found = LabelRows(("static",), TEACHER).files(named, [Recipe(steps=1)], DataChoice(), tmp_path / "labelled")
+    assert list(found) == ["a", "a-static", "random-static", "b", "b-static", "c", "c-static", "c-random-static"]
+
+
+def test_mistakes_are_one_line(tmp_path, capsys):
+    with pytest.raises(UserError, match="unknown labels 'soft'; known: dynamic, hard, static"):
+        LabelRows(("soft",))
+    with pytest.raises(UserError, match="'static' are a teacher's"):
+        LabelRows(("static",))
+    file = str(make_distilled().save(tmp_path / "own.safetensors"))
+    words = ["evaluate", file, "--architectures", SMALL, "--output", str(tmp_path / "out"), "--labels", "static"]
+    assert main(words) == 2
+    assert "name its architecture" in capsys.readouterr().err
