@@ -3,10 +3,13 @@
 import pytest
 import torch
 from helpers import TinyData, tiny_trainer
+from PIL import Image
 from torch.nn import functional as F
-from torchvision.transforms.functional import resized_crop
+from torchvision.transforms.functional import pil_to_tensor, resized_crop, to_pil_image
 
 from lightning_dd.augment.crops import draw_crops
+from lightning_dd.data import ImageFolder
+from lightning_dd.data.sampling import stratified_cut
 from lightning_dd.distilled.views import ViewStyle
 from lightning_dd.distillers import RDED
 from lightning_dd.distillers.base import Probe
@@ -125,3 +128,55 @@ def test_labels_are_soft_unless_asked_otherwise():
 def test_bad_settings_are_refused_in_one_line(settings, message, tmp_path):
     with pytest.raises(UserError, match=message):
         run(tmp_path, **settings)
+
+
+def photos(folder, size):
+    """Write 24 files of three classes, larger than the images and of other proportions, and return their data."""
+    generator = torch.Generator().manual_seed(0)
+    for label, name in enumerate(("a", "b", "c")):
+        (folder / "train" / name).mkdir(parents=True)
+        (folder / "test" / name).mkdir(parents=True)
+        for number in range(8):
+            noise = torch.randint(0, 80, (3, size[0] + number, size[1]), generator=generator, dtype=torch.uint8)
+            noise[label] += 150
+            for split in ("train", "test"):
+                to_pil_image(noise).save(folder / split / name / f"{number}.png")
+    return ImageFolder(str(folder), image_size=8, val_fraction=0.25)
+
+
+def test_crops_are_of_the_original_files(tmp_path):
+    data = photos(tmp_path / "photos", (20, 30))
+    settings = {"ipc": 1, "patches": 2, "candidates": 5, "crops": 2, "crop_min_scale": 0.5}
+    model = run(tmp_path / "run", data, **settings)
+    generator = make_generator(0, "candidates")
+    drawn = torch.cat([model.candidates_of(data.train, label, generator) for label in range(3)]).sort().values
+    surest = {label: [] for label in range(3)}
+    files = sorted((tmp_path / "photos" / "train").rglob("*.png"))
+    kept, _ = stratified_cut(torch.arange(3).repeat_interleave(8), 0.25, data.split_seed)
+    for row in drawn.tolist():
+        whole = pil_to_tensor(Image.open(files[kept[row]])).float() / 255
+        height, width = whole.shape[1:]
+        assert height >= 20
+        assert width == 30
+        boxes = draw_crops(2, (height, width), 0.5, generator, ratio=1.0)
+        tries = []
+        for box in (boxes * torch.tensor([width, height, width, height])).round().int().tolist():
+            crop = resized_crop(whole[None], box[1], box[0], box[3], box[2], [4, 4], antialias=True)
+            seen = F.pad(data.preprocessing(crop), [2] * 4)
+            label = torch.tensor([kept[row] // 8])
+            tries.append((float(F.cross_entropy(model.network(seen), label)), crop[0]))
+        surest[int(kept[row]) // 8].append(min(tries, key=lambda pair: pair[0]))
+    for label, own in surest.items():
+        best = [crop for _, crop in sorted(own, key=lambda pair: pair[0])[:4]]
+        expected = torch.cat([torch.cat(best[:2], 2), torch.cat(best[2:], 2)], 1)
+        found = data.preprocessing.inverse(model.synthetic.images.detach())[label]
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_broken_file_that_was_left_out_shifts_no_row(tmp_path):
+    data = photos(tmp_path / "photos", (20, 30))
+    (tmp_path / "photos" / "train" / "a" / "0.png").write_bytes(b"none")
+    skipping = ImageFolder(data.root, image_size=8, val_fraction=0.25, skip_broken=True)
+    model = run(tmp_path / "run", skipping, ipc=1, patches=2, candidates=5)
+    assert skipping.train.whole is None
+    assert model.synthetic.images.shape == (3, 3, 8, 8)

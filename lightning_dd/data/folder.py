@@ -1,15 +1,16 @@
 """Images in one folder per class."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
 from pytorch_lightning.utilities import rank_zero_warn
+from torch import Tensor
 
 from lightning_dd.data.cache import Allocate, content_key, new_pixels
 from lightning_dd.data.images import RawSplit
-from lightning_dd.data.readers import EXTENSIONS, EncodedImages, choose_classes, decode_images
+from lightning_dd.data.readers import EXTENSIONS, Encoded, EncodedImages, choose_classes, decode_images
 from lightning_dd.data.sampling import scarcest, stratified_cut
 from lightning_dd.utils.errors import UserError
 
@@ -92,12 +93,17 @@ class ImageFolder(EncodedImages):
         own = [name for name in ("photos", "skip_broken") if getattr(self, name)]
         return content_key("folder", self.size_of(train=train), self.channels, self._names(), stamps, *own)
 
+    def sources(self, rows: Tensor) -> Iterator[Encoded]:
+        """Yield the files of these rows of the training split."""
+        listed = self._files(True)
+        return ((str(file), file) for file, _ in (listed[row] for row in rows.tolist()))
+
     def decode(self, *, train: bool, allocate: Allocate = new_pixels) -> RawSplit:
         """Decode the folder of the split, uint8 ``(N, channels, image_size, image_size)``."""
         listed = self._files(train)
-        sources = ((str(file), file) for file, _ in listed)
         broken: dict[int, str] | None = {} if self.skip_broken else None
         size = self.size_of(train=train)
+        sources: Iterator[Encoded] = ((str(file), file) for file, _ in listed)
         images = decode_images(sources, len(listed), size, self.channels, allocate, self.photos, broken)
         for text in list((broken or {}).values())[:_MOST_SAID]:
             rank_zero_warn(f"left out: {text}")

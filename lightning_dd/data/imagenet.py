@@ -4,15 +4,17 @@ They are looked for as folders per class or as parquet shards, and read the same
 WordNet ids. Channel statistics are FRePo's (Zhou et al. 2022, arXiv 2206.00719) where it has some.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
+from torch import Tensor
+
 from lightning_dd.data.cache import Allocate, new_pixels
 from lightning_dd.data.folder import ImageFolder
 from lightning_dd.data.images import RawSplit
-from lightning_dd.data.readers import CLASS_GROUPS, Classes, EncodedImages, choose_classes
+from lightning_dd.data.readers import CLASS_GROUPS, Classes, Encoded, EncodedImages, choose_classes
 from lightning_dd.data.standard_sets import from_torchvision
 from lightning_dd.data.tables import ParquetImages, where_to_look
 from lightning_dd.utils.errors import UserError
@@ -52,6 +54,10 @@ class _FromImageNet(EncodedImages):
     def source_key(self, *, train: bool) -> str:
         """Return the key of the files that were found."""
         return self._reader.source_key(train=train)
+
+    def sources(self, rows: Tensor) -> Iterator[Encoded]:
+        """Yield what was found of these rows of the training split."""
+        return self._reader.sources(rows)
 
     def decode(self, *, train: bool, allocate: Allocate = new_pixels) -> RawSplit:
         """Decode the files that were found, uint8 ``(N, 3, image_size, image_size)``."""

@@ -1,5 +1,6 @@
 """A split as read from disk, as rows are drawn from it, and as a batch that was drawn; and the facts of the data."""
 
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
@@ -118,6 +119,9 @@ class Split:
         self.preprocessing = preprocessing and preprocessing.to(self.device)
         self._source = source
         self._rows = torch.arange(len(source), device=source.device) if rows is None else rows
+        self.whole: Callable[[Tensor], Iterator[Tensor]] | None = None
+        """From rows ``(B,)`` in rising order to their images as the files hold them, uint8 ``(C, h, w)`` of any size;
+        ``None`` where :meth:`pixels` are those of the files."""
         self._pool: ThreadPoolExecutor | None = None
         self._ahead: tuple[Tensor, Tensor, list[Future[Tensor]]] | None = None
         self._kept = self._normalise_all() if keep_normalised else None

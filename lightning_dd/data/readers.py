@@ -1,7 +1,7 @@
 """What all readers of image files share: a cache of what was decoded, the choice of classes, the decoder."""
 
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from itertools import islice
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lightning_dd.data.base import RealData
 from lightning_dd.data.cache import Allocate, PixelArray, cached_split, new_pixels
-from lightning_dd.data.images import RawSplit
+from lightning_dd.data.images import RawSplit, Split
 from lightning_dd.utils.errors import UserError, check_range, first_line
 
 EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"})
@@ -130,6 +130,11 @@ class EncodedImages(CachedData):
         self.test_resize = test_resize
         self.channels = channels
         self.classes = classes
+        self.photos, self.skip_broken = False, False
+
+    @abstractmethod
+    def sources(self, rows: Tensor) -> Iterator[Encoded]:
+        """Yield the encoded images of these rows ``(B,)``, in rising order, of what :meth:`decode` makes of train."""
 
     @abstractmethod
     def all_class_names(self) -> tuple[str, ...]:
@@ -140,6 +145,24 @@ class EncodedImages(CachedData):
         if train or self.test_resize is None or self.image_size is None:
             return self.image_size
         return self.test_resize, self.image_size
+
+    def _split_of(self, raw: RawSplit, rows: Tensor) -> Split:
+        split, channels = super()._split_of(raw, rows), raw.images.shape[1]
+        first = self.train is None  # which is the training split
+        if first and self.image_size is not None and not self.skip_broken:  # else rows would not be places of files
+            split.whole = lambda places: self._whole_images(rows[places.cpu()], channels)
+        return split
+
+    def _whole_images(self, rows: Tensor, channels: int) -> Iterator[Tensor]:
+        """Decode training images neither resized nor cropped, uint8 ``(C, h, w)``, a task at a time."""
+
+        def whole(image: Encoded) -> Tensor:
+            return torch.from_numpy(_decode(image, None, channels, self.photos)[0].copy())
+
+        remaining = iter(self.sources(rows))
+        with ThreadPoolExecutor() as pool:
+            while batch := list(islice(remaining, _TASK)):
+                yield from pool.map(whole, batch)
 
     def spec(self) -> dict[str, Any]:
         """Arguments another machine needs to rebuild this data (never a path)."""

@@ -68,18 +68,27 @@ class ImageTable(EncodedImages):
         """Arguments another machine needs to rebuild this data (never a path)."""
         return super().spec() | {"image_column": self.image_column, "label_column": self.label_column}
 
-    def decode(self, *, train: bool, allocate: Allocate = new_pixels) -> RawSplit:
-        """Decode the rows whose classes are chosen, uint8 ``(N, C, H, W)``."""
+    def _chosen_rows(self, train: bool) -> tuple[Tensor, Tensor, tuple[str, ...]]:
+        """Return the rows of a split whose classes are chosen, the labels of these, and the classes' names."""
         names = self.all_class_names()
         chosen = choose_classes(self.classes, names)
         labels = relabel(self.labels(train=train), chosen, len(names))
         rows = (labels >= 0).nonzero().flatten()
+        return rows, labels[rows], tuple(names[place] for place in chosen)
+
+    def sources(self, rows: Tensor) -> Iterator[Encoded]:
+        """Yield the images of these rows among the chosen ones of train; the table is read once."""
+        return self.encoded(train=True, rows=self._chosen_rows(True)[0][rows])
+
+    def decode(self, *, train: bool, allocate: Allocate = new_pixels) -> RawSplit:
+        """Decode the rows whose classes are chosen, uint8 ``(N, C, H, W)``."""
+        rows, labels, names = self._chosen_rows(train)
         if len(rows) == 0:
             raise UserError(f"data.{self.arguments[not train]}: there are no rows to read")
         images = decode_images(
             self.encoded(train=train, rows=rows), len(rows), self.size_of(train=train), self.channels, allocate
         )
-        return RawSplit(images, labels[rows], tuple(names[place] for place in chosen))
+        return RawSplit(images, labels, names)
 
 
 class ParquetImages(ImageTable):

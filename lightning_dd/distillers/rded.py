@@ -1,5 +1,6 @@
 """RDED: realistic, diverse and efficient sets without any optimisation (Sun et al. 2024, arXiv 2312.03526)."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from torch.nn import functional as F
 
 from lightning_dd.augment.crops import draw_crops
 from lightning_dd.data.images import Split
+from lightning_dd.data.preprocess import to_unit
 from lightning_dd.distillers.selection import SelectionDistiller
 from lightning_dd.synthetic.labels import Labels, TeacherLabels
 from lightning_dd.utils.arguments import revive
@@ -27,8 +29,8 @@ class RDED(SelectionDistiller):
     one. Crops and tiles are made of pixels and normalised afterwards, so whitened data is whitened as whole
     images. All of it happens once, and the teacher's soft labels follow.
 
-    Crops are of images as the data set decodes them; the paper's are of the original files, whose sides are longer and
-    not cut off (``synthesize/utils.py``). At 32 and 64 pixels there is no difference.
+    Crops are of the original files where those are larger than the images (``synthesize/utils.py``), which are read
+    once more, in their order; data of an own folder with ``skip_broken`` is cropped as it was decoded.
 
     Args:
         candidates: real images drawn of every class, at most all it has.
@@ -69,50 +71,89 @@ class RDED(SelectionDistiller):
         if any(side % self.patches for side in facts.image_shape[1:]):
             raise UserError(f"patches={self.patches} do not divide images of {facts.image_shape[1:]} pixels")
         generator = make_generator(self.seed, "candidates")
-        made = []
-        for label in range(facts.num_classes):
-            rows = (train.labels == label).nonzero().flatten()
-            order = torch.randperm(len(rows), generator=generator)[: self.candidates]
-            needed = self.shown_ipc * self.patches**2
-            if needed > len(order):
-                raise UserError(
-                    f"ipc={self.ipc} with patches={self.patches} needs {needed} candidates of every class, and class "
-                    f"{label} has {len(order)}"
-                )
-            height, width = facts.image_shape[1:]
-            boxes = draw_crops(len(order) * self.crops, (height, width), self.crop_min_scale, generator, ratio=1.0)
-            boxes = (boxes * torch.tensor([width, height, width, height])).round().int()
-            pixels = train.pixels(rows[order.to(rows.device)]).to(self.task.device)
-            made.append(self.best_crops(pixels, boxes, label, needed))
+        larger = train.whole is not None and next(train.whole(torch.tensor([0]))).shape != facts.image_shape
+        made = (self.from_files if larger else self.from_pixels)(train, generator)
         tiled = torch.cat([tile(pixels, self.patches) for pixels in made])
         return self.task.preprocessing(tiled)
 
-    def best_crops(self, pixels: Tensor, boxes: Tensor, label: int, count: int) -> Tensor:
-        """Return the ``count`` surest crops of one class as pixels ``(count, C, H / patches, W / patches)``.
+    def from_pixels(self, train: Split, generator: torch.Generator) -> list[Tensor]:
+        """Return the surest crops of each class, ``(shown_ipc * patches^2, C, H / patches, W / patches)`` in [0, 1]."""
+        made = []
+        for label in range(self.facts.num_classes):
+            rows = self.candidates_of(train, label, generator)
+            height, width = self.facts.image_shape[1:]
+            boxes = self.boxes(len(rows) * self.crops, height, width, generator)
+            pixels = train.pixels(rows).to(self.task.device)
+            target = torch.full((len(rows),), label)
+            parts = (torch.split(part, size) for part, size in ((pixels, _IMAGES), (boxes, _IMAGES * self.crops)))
+            found = [self.surest(*some) for some in zip(*parts, torch.split(target, _IMAGES), strict=True)]
+            best, losses = (torch.cat(values) for values in zip(*found, strict=True))
+            chosen = losses.argsort(stable=True)[: self.needed]  # the surest first
+            made.append(best[chosen.to(best.device)])
+        return made
+
+    def from_files(self, train: Split, generator: torch.Generator) -> list[Tensor]:
+        """Return what :meth:`from_pixels` does, cut from the original files: one pass over them, class by class or not.
+
+        Never more than the surest crops so far are kept of a class.
+        """
+        assert train.whole is not None
+        classes = range(self.facts.num_classes)
+        drawn = torch.cat([self.candidates_of(train, label, generator) for label in classes]).sort().values.cpu()
+        kept: list[list[tuple[float, int, Tensor]]] = [[] for _ in classes]
+        files = train.whole(drawn)
+        for rows in torch.split(drawn, _IMAGES):
+            images = [to_unit(next(files)).to(self.task.device) for _ in rows]
+            boxes = torch.cat([self.boxes(self.crops, image.shape[1], image.shape[2], generator) for image in images])
+            labels = train.labels[rows.to(train.labels.device)].cpu()
+            best, losses = self.surest(images, boxes, labels)
+            for label, loss, row, crop in zip(labels.tolist(), losses.tolist(), rows.tolist(), best.cpu(), strict=True):
+                kept[label].append((loss, row, crop.clone()))
+                kept[label].sort(key=lambda found: found[:2])
+                del kept[label][self.needed :]
+        return [torch.stack([crop for _, _, crop in own]).to(self.task.device) for own in kept]
+
+    @property
+    def needed(self) -> int:
+        """Crops of every class that are kept."""
+        return self.shown_ipc * self.patches**2
+
+    def candidates_of(self, train: Split, label: int, generator: torch.Generator) -> Tensor:
+        """Draw rows of a class."""
+        rows = (train.labels == label).nonzero().flatten()
+        order = torch.randperm(len(rows), generator=generator)[: self.candidates]
+        if self.needed > len(order):
+            raise UserError(
+                f"ipc={self.ipc} with patches={self.patches} needs {self.needed} candidates of every class, and class "
+                f"{label} has {len(order)}"
+            )
+        return rows[order.to(rows.device)]
+
+    def boxes(self, count: int, height: int, width: int, generator: torch.Generator) -> Tensor:
+        """Draw square crops ``(count, 4)`` of an image, in pixels: left, top, width, height."""
+        boxes = draw_crops(count, (height, width), self.crop_min_scale, generator, ratio=1.0)
+        return (boxes * torch.tensor([width, height, width, height])).round().int()
+
+    def surest(self, images: Sequence[Tensor] | Tensor, boxes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the surest crop of every image, ``(N, C, H / patches, W / patches)`` in [0, 1], and its loss ``(N,)``.
 
         Args:
-            pixels: candidates ``(N, C, H, W)``.
+            images: N of ``(C, h, w)``, pixels in [0, 1].
             boxes: ``(N * crops, 4)`` in pixels, those of an image side by side.
-            label: their class.
-            count: at most N.
+            labels: ``(N,)``.
         """
-        best, losses = [], []
-        for images, places in zip(torch.split(pixels, _IMAGES), torch.split(boxes, _IMAGES * self.crops), strict=True):
-            cut = self.cut(images, places)
-            logits = self.committee().logits(self.shown(cut))
-            target = torch.full((len(cut),), label, device=logits.device)
-            loss = F.cross_entropy(logits, target, reduction="none").view(len(images), self.crops).min(1)
-            first = self.crops * torch.arange(len(images), device=cut.device)
-            best.append(cut[first + loss.indices.to(cut.device)])
-            losses.append(loss.values)
-        chosen = torch.cat(losses).argsort(stable=True)[:count]  # the surest first
-        return torch.cat(best)[chosen.to(pixels.device)]
+        cut = self.cut(images, boxes)
+        logits = self.committee().logits(self.shown(cut))
+        target = labels.to(logits.device).repeat_interleave(self.crops)
+        loss = F.cross_entropy(logits, target, reduction="none").view(len(images), self.crops).min(1)
+        first = self.crops * torch.arange(len(images), device=cut.device)
+        return cut[first + loss.indices.to(cut.device)], loss.values
 
-    def cut(self, pixels: Tensor, boxes: Tensor) -> Tensor:
-        """Return crops at the size of a tile, resized as torchvision does; arguments as for :meth:`best_crops`."""
-        size = [side // self.patches for side in pixels.shape[2:]]
+    def cut(self, images: Sequence[Tensor] | Tensor, boxes: Tensor) -> Tensor:
+        """Return crops at the size of a tile, resized as torchvision does; arguments as for :meth:`surest`."""
+        size = [side // self.patches for side in self.facts.image_shape[1:]]
         crops = [
-            pixels[place // self.crops, None, :, top : top + height, left : left + width]
+            images[place // self.crops][None, :, top : top + height, left : left + width]
             for place, (left, top, width, height) in enumerate(boxes.tolist())
         ]
         return torch.cat([F.interpolate(crop, size, mode="bilinear", antialias=True) for crop in crops])
