@@ -1,12 +1,14 @@
 """Every YAML file under configs/ is run: a new one cannot escape."""
 
 import json
+from io import BytesIO
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from helpers import make_distilled, tiny_settings
+from torchvision.transforms.functional import to_pil_image
 
 import lightning_dd.distillers
 from lightning_dd.cli import main
@@ -40,7 +42,17 @@ def stand_ins(monkeypatch):
             images = torch.randint(0, 256, (len(labels), channels, side, side), generator=generator).to(torch.uint8)
             return RawSplit(images, labels, tuple(map(str, range(classes))))
 
+        def sources(self, rows, channels=channels, side=side):
+            """Files that are larger than the images."""
+            for row in rows.tolist():
+                with BytesIO() as file:
+                    to_pil_image(torch.full((channels, 2 * side, 3 * side), row % 256, dtype=torch.uint8)).save(
+                        file, "png"
+                    )
+                    yield str(row), file.getvalue()
+
         monkeypatch.setattr(cls, "read", read)
+        monkeypatch.setattr(cls, "sources", sources, raising=False)
         monkeypatch.setattr(cls, "prepare_data", lambda self: None)
         monkeypatch.setattr(cls, "notes", lambda self: [])  # there are no files to speak of
 
