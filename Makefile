@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/
 
-.PHONY: demo test test-slow check lint types install benchmark clean
+.PHONY: demo test test-slow docs lint types install benchmark clean
 
 install: $(VENV)/.installed ## make the environment
 
@@ -34,8 +34,12 @@ lint: install
 types: install
 	$(RUN)mypy
 
+docs: install ## these pages and the reference as one folder of HTML, site/index.html
+	$(RUN)python -m pip install --quiet -e '.[docs]'
+	$(RUN)python -m sphinx -b html -W --keep-going docs site
+
 benchmark: install ## time the FRePo outer + inner step
 	$(RUN)python benchmarks/frepo_step.py
 
 clean:
-	rm -rf runs .mypy_cache .ruff_cache .pytest_cache
+	rm -rf runs site docs/reference .mypy_cache .ruff_cache .pytest_cache

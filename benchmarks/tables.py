@@ -29,7 +29,8 @@ from lightning_dd.utils.files import write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("results", "transfer", "cells"))]
+PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("results", "transfer", "cells", "choose"))]
+_LABELS = {"frepo": "learned", **dict.fromkeys(("random_soft", "rded", "sre2l"), "a teacher's")}
 _PATTERN = re.compile(r"(<!-- table: (?P<name>[\w.-]+) -->\n).*?(<!-- end of table -->)", flags=re.DOTALL)
 _FIGURE = re.compile(r"\(figures/([\w.-]+)\.png\)")
 
@@ -37,10 +38,12 @@ _FIGURE = re.compile(r"\(figures/([\w.-]+)\.png\)")
 def rendered(name: str) -> str:
     """Return the table of a file of recorded rows.
 
-    ``cells`` is what ``lightning-dd list cells`` knows.
+    ``cells`` is what ``lightning-dd list cells`` knows; ``choose.NAME`` sums up NAME.json, a line for each method.
     """
     if name == "cells":
         return published_cells()
+    if name.startswith("choose."):
+        return choice(json.loads((RESULTS / f"{name.removeprefix('choose.')}.json").read_text(encoding="utf-8")))
     path = RESULTS / name
     record = json.loads(path.read_text(encoding="utf-8"))
     if isinstance(record, list):
@@ -84,6 +87,26 @@ def costs(runs: list[dict[str, Any]]) -> str:
         time = minutes[0] if len(minutes) == 1 else f"{minutes[0]} to {minutes[-1]}"
         lines.append([method, time, str(max(run["peak_mb"] for run in own))])
     return f"\n{markdown_table(lines)}\n"
+
+
+def choice(record: dict[str, Any]) -> str:
+    """Return the table of what each method reached and took: means over sets and students of one experiment."""
+    lines = [["method", "labels", "its own network", "another", "above random real", "minutes per set", "memory [MB]"]]
+    rows = [row for row in record["rows"] if not row["protocol"]]
+    for method in dict.fromkeys(run["method"] for run in record["runs"]):
+        runs = [run for run in record["runs"] if run["method"] == method]
+        own = [row for row in rows if row["set"].rpartition("-seed")[0] == method]
+
+        def mean(source: str, seen: bool, own: list[dict[str, Any]] = own) -> float:
+            return 100 * statistics.fmean(r["accuracy"] for r in own if r["source"] == source and r["seen"] == seen)
+
+        seen, unseen = mean("distilled", True), mean("distilled", False)
+        gains = [seen - mean("random-real", True), unseen - mean("random-real", False)]
+        labels = _LABELS.get(method, "hard")
+        minutes = statistics.median(run["seconds"] for run in runs) / 60
+        cells = [f"{seen:.1f}", f"{unseen:.1f}", f"{gains[0]:+.1f} and {gains[1]:+.1f}", f"{minutes:.1f}"]
+        lines.append([method, labels, *cells, str(max(run["peak_mb"] for run in runs))])
+    return markdown_table(lines) + "\n"
 
 
 def evaluation_cost(cost: dict[str, float]) -> str:

@@ -28,6 +28,7 @@ from lightning_dd.evaluators.matrix import Hardware, Row
 from lightning_dd.pretrained.classifier import Teacher
 from lightning_dd.students.recipe import protocol as published
 from lightning_dd.utils.arguments import class_path, known_class, plain_values, public_settings
+from lightning_dd.utils.errors import printable
 from lightning_dd.utils.silence import quieten
 from lightning_dd.utils.trainer import check_checkpoint, check_length, make_trainer, whole_checkpoints
 
@@ -51,6 +52,7 @@ SWITCHES: dict[str, type[Callback]] = {
     "logger": LearningRateMonitor,
 }
 """Arguments of the Trainer which, if false, leave one of these callbacks out: Lightning refuses both together."""
+_UNCHANGED = {"trainer.precision": "32-true", "trainer.accumulate_grad_batches": 1, "trainer.num_nodes": 1}
 SAVE_EVERY = 1000
 """Outer steps that a run which is killed may lose."""
 
@@ -159,6 +161,25 @@ def _say_cell(model: Distiller, data: RealData, steps: int, callbacks: Sequence[
     text = closest(type(model).__name__, type(data).__name__, model.ipc, run, lambda cell: _counted(*_built(cell)))
     if text:
         print(text, flush=True)
+
+
+def nearest_cell(distilled: DistilledSet) -> str:
+    """Return which published cell a set's run is, or is nearest to, and what differs, as a run says it itself.
+
+    Nothing is imported that the set names.
+
+    Returns:
+        Three lines; nothing where the set does not say its run, or no cell has its method and data.
+    """
+    rooms = {name: room for name in ("model", "data", "trainer") if isinstance(room := distilled.run.get(name), dict)}
+    if len(rooms) < 3:
+        return ""
+    run = {printable(name): printable(said) if isinstance(said, str) else said for name, said in _dotted(rooms)}
+    run = {name: said for name, said in run.items() if _UNCHANGED.get(name) != said}
+    acting = [str(said.get("class_path")).rpartition(".")[2] for said in rooms["trainer"].get("callbacks+", [])]
+    settings = counted(run) | {f"trainer.callbacks {printable(name)}": "added" for name in acting}
+    model, data = (str(settings.get(f"{room}.class_path")).rpartition(".")[2] for room in ("model", "data"))
+    return closest(model, data, distilled.ipc, settings, lambda cell: _counted(*_built(cell)))
 
 
 def _counted(model: Distiller, data: RealData, steps: int, **trainer: Any) -> dict[str, Any]:

@@ -1,13 +1,11 @@
 """Our own verbs: a dataclass each, whose fields are the verb's options. Importing this imports nothing heavy."""
 
-import inspect
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from lightning_dd import applications
 from lightning_dd.parsing import Verb, option
-from lightning_dd.utils.errors import printable, unknown_name
+from lightning_dd.utils.errors import printable
 
 ARCHITECTURES = "as name or name:option=value,..., or groups: unseen-small, unseen, frepo-cross, zoo-small"
 
@@ -125,6 +123,7 @@ class Info(Verb):
 
     def run(self) -> None:
         """Print it."""
+        from lightning_dd.api import nearest_cell
         from lightning_dd.distilled.card import facts_of
         from lightning_dd.distilled.set import DistilledSet, find_set
 
@@ -139,6 +138,8 @@ class Info(Verb):
             return
         for name, text in facts_of(distilled, path).items():
             print(f"{name:<14} {printable(text)}")
+        if text := nearest_cell(distilled):
+            print(text)
 
 
 @dataclass(kw_only=True)
@@ -173,11 +174,11 @@ class Export(Verb):
 
         from lightning_dd.callbacks.pictures import write_picture
         from lightning_dd.distilled.export import export_set
-        from lightning_dd.distilled.hub import on_hub
+        from lightning_dd.distilled.hub import is_address
         from lightning_dd.distilled.set import DistilledSet
         from lightning_dd.distillers.checkpoint import distilled_from_checkpoint
 
-        finished = self.file.endswith(".safetensors") or on_hub(self.file) or Path(self.file).is_dir()
+        finished = self.file.endswith(".safetensors") or is_address(self.file) or Path(self.file).is_dir()
         distilled = DistilledSet.load(self.file) if finished else distilled_from_checkpoint(self.file)
         for line in export_set(distilled, self.format, self.output):
             print(line)
@@ -287,50 +288,18 @@ class Convert(_Data, Verb):
 
 @dataclass(kw_only=True)
 class List(Verb):
-    """Name what there is: configs, cells of papers' tables, methods, architectures, protocols or data."""
+    """Name what there is: configs, cells of papers' tables, methods, architectures, protocols, data or sets."""
 
-    what: str = option("configs, cells, methods, architectures, protocols or data", positional=True)
+    what: str = option("configs, cells, methods, architectures, protocols, data or sets", positional=True)
     pattern: str = option("show only names that contain this", "", positional=True)
 
     def run(self) -> None:
         """Print a line each."""
-        for name, text in _listed(self.what):
+        from lightning_dd.listing import listed
+
+        for name, text in listed(self.what):
             if self.pattern in name:
                 print(f"{name:<28} {text}".rstrip())
-
-
-def _listed(what: str) -> Iterator[tuple[str, str]]:
-    """Yield the names of a kind, and what is said of each."""
-    if what == "configs":
-        from lightning_dd.parsing import configurations
-
-        for name, path in configurations().items():
-            yield name, path.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
-    elif what == "cells":
-        from lightning_dd.cells import cells
-
-        for cell in cells():
-            yield cell.name, f"{cell.command}  # {cell.accuracy} % in {cell.source}; ours: {cell.ours}"
-    elif what == "architectures":
-        from lightning_dd.models.factory import every_architecture
-
-        yield from every_architecture()
-    elif what == "protocols":
-        from lightning_dd.students.recipe import PROTOCOLS
-
-        for name, recipe in PROTOCOLS.items():
-            length = f"{recipe.epochs} epochs" if recipe.epochs else "steps by the number of images"
-            batch = recipe.batch_size or "by ipc and classes"
-            yield name, f"{recipe.optimizer}, lr {recipe.lr:g}, {length}, batch {batch}, {recipe.schedule}"
-    elif what in ("methods", "data"):
-        from lightning_dd import data, distillers
-        from lightning_dd.utils.arguments import subclasses
-
-        methods = subclasses(distillers.Distiller)  # type: ignore[type-abstract]
-        for cls in methods if what == "methods" else data.DATA_SETS.values():
-            yield cls.__name__, (inspect.getdoc(cls) or "").partition("\n")[0]
-    else:
-        raise unknown_name("list", what, ("configs", "cells", "methods", "architectures", "protocols", "data"))
 
 
 VERBS: dict[str, type[Verb]] = {

@@ -4,14 +4,16 @@ import re
 
 import pytest
 import yaml
-from helpers import TinyData, accepted_settings
+from helpers import TinyData, accepted_settings, make_distilled
 
 from lightning_dd import MetaDD, api, data, distil, distillers, published_cell
 from lightning_dd import cells as room
+from lightning_dd.api import nearest_cell
 from lightning_dd.cells import cells, follow_ipc, nearest
 from lightning_dd.cli import main
 from lightning_dd.lightning_cli import Cli
 from lightning_dd.parsing import FOLDER, configurations, with_paths
+from lightning_dd.utils.arguments import plain_values, public_settings
 from lightning_dd.utils.errors import UserError
 
 
@@ -137,6 +139,27 @@ def test_every_cell_is_built_in_python_with_the_settings_of_the_command():
             assert owner[setting] == value, cell.name
     with pytest.raises(UserError, match="no published cell cifar10/mtt ipc 5: cifar10/mtt ipc 1, cifar10/mtt ipc 10"):
         published_cell("cifar10/mtt", 5)
+
+
+def test_info_says_which_cell_a_set_is_nearest_to_and_what_differs(capsys, tmp_path):
+    model, real, _ = published_cell("cifar10/dm", 10)
+    trainer = {"max_steps": 60, "precision": "32-true", "num_nodes": 1, "accumulate_grad_batches": 1, "devices": 1}
+    trainer["callbacks+"] = [{"class_path": "lightning_dd.callbacks.metadd.MetaDD", "init_args": {}}]
+    method = {"class_path": "lightning_dd.distillers.dm.DM", "init_args": plain_values(public_settings(model.hparams))}
+    run = {"seed_everything": 3, "trainer": trainer, "model": method, "data": plain_values(real)}
+    file = make_distilled(ipc=10, run=run).save(tmp_path / "set.safetensors")
+    assert main(["info", str(file)]) == 0
+    lines = capsys.readouterr().out.splitlines()[-3:]
+    assert lines[0].startswith("published cell cifar10/dm ipc 10: 48.9")
+    assert lines[2] == (
+        "  differs: trainer.max_steps 60 (published 20000), trainer.callbacks MetaDD added (published default)"
+    )
+    run["model"]["init_args"]["augment"] = "a\nb\x1b"  # from somebody else
+    file = make_distilled(ipc=10, run=run).save(tmp_path / "set.safetensors")
+    assert main(["info", str(file)]) == 0
+    assert "a\\nb\\x1b (published" in capsys.readouterr().out.splitlines()[-1]
+    for unusable in ({}, {**run, "data": None}, {**run, "model": {"class_path": "antigravity.Boom"}}):
+        assert nearest_cell(make_distilled(run=unusable)) == ""
 
 
 class Begun(Exception):

@@ -343,7 +343,13 @@ def test_validation_and_checkpoints_follow_the_length_of_the_run(monkeypatch):
 
 @pytest.mark.parametrize(
     ("what", "name"),
-    [("configs", "mnist5k/frepo"), ("methods", "FRePo"), ("protocols", "dsa"), ("data", "MNIST5k")],
+    [
+        ("configs", "mnist5k/frepo"),
+        ("methods", "FRePo"),
+        ("protocols", "dsa"),
+        ("data", "MNIST5k"),
+        ("sets", "builtin:mnist5k_dm_ipc1"),
+    ],
 )
 def test_list_names_what_there_is(what, name, capsys):
     assert main(["list", what]) == 0

@@ -15,6 +15,7 @@ from test_cli import only_line, status
 from lightning_dd import DistilledSet
 from lightning_dd.cli import main
 from lightning_dd.data import MNIST5k
+from lightning_dd.distilled.hub import builtin_sets
 from lightning_dd.evaluators.matrix import Row
 
 COMMIT = "c" * 40
@@ -140,3 +141,24 @@ def test_offline_says_so(monkeypatch, tmp_path, capsys):
     assert "needs a hub that can be reached" in only_line(capsys)
     assert status(["info", "hf://me/digits"]) == 2
     assert "needs a hub that can be reached" in only_line(capsys)
+
+
+def test_sets_that_come_with_the_package_are_named_wherever_a_file_goes(capsys, tmp_path):
+    sets = builtin_sets()
+    assert len(sets) >= 3
+    for address, path in sets.items():
+        distilled, size = DistilledSet.load(address), path.stat().st_size
+        assert size < 340_000
+        said = f"builtin:{distilled.data['name']}_{distilled.method}_ipc{distilled.ipc}".lower()
+        assert (said, distilled.run["seed_everything"]) == (address, 0)
+    assert main(["info", "builtin:mnist5k_frepo_ipc1"]) == 0
+    assert main(["export", "builtin:mnist5k_frepo_ipc1", "--format=npz", "--output=a.npz"]) == 0
+    quick = ["--architectures=conv:width=4,depth=2,norm=none", "--seeds=1", "--steps=1", "--accelerator=cpu"]
+    assert main(["evaluate", "builtin:mnist5k_frepo_ipc1", "--output=report", *quick]) == 0
+    assert json.loads((tmp_path / "report" / "results.json").read_text())[0]["set"] == "mnist5k_frepo_ipc1"
+
+
+@pytest.mark.parametrize("address", ["builtin:mnist5k_frepo", "builtin:../sets/mnist5k_frepo_ipc1", "builtin:"])
+def test_no_other_address_leads_into_the_package(address, capsys):
+    assert status(["info", address]) == 2
+    assert f"unknown set '{address}'" in only_line(capsys)

@@ -20,6 +20,7 @@ LAYERS = [
     {"api"},
     {"lightning_cli", "experiment", "reproduce"},
     {"applications"},
+    {"listing"},
     {"verbs"},
     {"cli"},
     {"__main__", "__init__"},

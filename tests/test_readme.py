@@ -9,16 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import make_distilled
 
 from lightning_dd import DistilledSet
 from lightning_dd.cli import main
 from lightning_dd.data import MNIST5k
 from lightning_dd.models import build_network
-from lightning_dd.parsing import find_configuration, parse_verb
+from lightning_dd.parsing import find_configuration
 from lightning_dd.students.loop import train_student
 from lightning_dd.students.recipe import Recipe
-from lightning_dd.verbs import VERBS
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -28,7 +26,7 @@ EXAMPLES = re.findall(r"<!-- example: run [^>]*-->\n```python\n(.*?)```", TEXT, 
 PLAIN = re.search(r"<!-- example: plain [^>]*-->\n```python\n(.*?)```", TEXT, re.DOTALL)[1]
 
 
-@pytest.mark.parametrize(("code", "method"), list(zip(EXAMPLES, ["FRePo", "MeanFeatures"], strict=True)))
+@pytest.mark.parametrize(("code", "method"), list(zip(EXAMPLES, ["FRePo"], strict=True)))
 def test_the_examples_run_as_printed(code, method, tmp_path):
     assert len([line for line in code.splitlines() if line.strip()]) <= 30
     script = tmp_path / "example.py"
@@ -39,8 +37,7 @@ def test_the_examples_run_as_printed(code, method, tmp_path):
 
 
 def test_plain_pytorch_reaches_what_a_student_reaches(tmp_path, capsys):
-    distilled = make_distilled(ipc=2, data=MNIST5k)
-    distilled.save("runs/demo/distil/best.safetensors")
+    distilled = DistilledSet.load("builtin:mnist5k_frepo_ipc1")
     exec(compile(PLAIN.replace("range(500)", "range(60)"), "README", "exec"), {})
     own = float(capsys.readouterr().out.removeprefix("accuracy"))
     student = build_network("conv:width=32,norm=none", 10, distilled.image_shape, seed=0)
@@ -70,22 +67,6 @@ def test_every_configuration_it_names_exists():
     assert len([find_configuration(name) for name in re.findall(r"--config ([\w/]+)", TEXT)]) > 10
 
 
-COMMANDS = re.findall(r"^lightning-dd (.+?)(?:  +#.*)?$", TEXT, re.MULTILINE)
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_it_writes_can_be_parsed(command, capsys):
-    """What a command does is tested under its name; here, that README spells it as the parser does."""
-    verb, *words = shlex.split(command)
-    if verb in VERBS and "--help" not in words:
-        parse_verb(verb, VERBS[verb], words)
-        return
-    words = [word for word in words if "runs/..." not in word and word != "--ckpt_path"]
-    with pytest.raises(SystemExit) as stop:
-        main([verb, *words, *([] if "--help" in words else ["--print_config"])])
-    assert stop.value.code in (0, None)
-
-
 def test_the_tables_are_the_recorded_results():
     done = subprocess.run([sys.executable, str(ROOT / "benchmarks" / "tables.py"), "--check"], timeout=120)
     assert done.returncode == 0, "run: python benchmarks/tables.py"
@@ -106,4 +87,4 @@ def test_every_module_that_contributors_are_sent_to_exists():
 
 
 def test_its_length_is_kept():
-    assert 120 <= TEXT.count("\n") <= 180
+    assert 120 <= TEXT.count("\n") < 160

@@ -1,33 +1,49 @@
-"""Distilled sets on the Hugging Face hub, by its library: ``hf://user/name`` names one wherever a file goes."""
+"""Distilled sets by address, wherever a file goes: on the Hugging Face hub, and those that come with the package.
+
+``hf://user/name`` is one on the hub, by its library; ``builtin:mnist5k_frepo_ipc1`` one of the package's own, which
+``benchmarks/compare.py`` made (seed 0).
+"""
 
 import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from lightning_dd.utils.errors import UserError, first_line
+from lightning_dd.utils.errors import UserError, first_line, unknown_name
 
-SCHEME = "hf://"
+SCHEME, BUILTIN = "hf://", "builtin:"
+FOLDER = Path(__file__).parent.parent / "sets"
+"""The sets that come with the package."""
 FILE = "distilled.safetensors"
 """What a set is called in its repository."""
 _ADDRESS = re.compile(r"hf:/+(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w.-]+))?(/(?P<file>[\w./-]+))?")
 _REACH = "needs a hub that can be reached (HF_ENDPOINT names another, HF_HUB_OFFLINE=1 takes what was fetched before)"
 
 
-def on_hub(path: Path | str) -> bool:
-    """Return whether a name is an address on the hub."""
-    return str(path).startswith("hf:/")
+def is_address(path: Path | str) -> bool:
+    """Return whether a name is an address, and no path."""
+    return str(path).startswith(("hf:/", BUILTIN))
+
+
+def builtin_sets() -> dict[str, Path]:
+    """Return the sets that come with the package, by address."""
+    return {f"{BUILTIN}{path.stem}": path for path in sorted(FOLDER.glob("*.safetensors"))}
 
 
 def fetch_set(address: Path | str) -> Path:
-    """Return the file that an address names, from the library's cache or the hub.
+    """Return the file that an address names: in the package, in the library's cache, or fetched from the hub.
 
     Args:
-        address: ``hf://user/name``, with ``@revision`` and ``/file`` where they are not the usual ones.
+        address: ``builtin:name``, or ``hf://user/name``, with ``@revision`` and ``/file`` where they are not the usual
+            ones.
 
     Raises:
         UserError: it is no such address, there is nothing, or no hub can be reached.
     """
+    if str(address).startswith(BUILTIN):
+        if str(address) not in (known := builtin_sets()):
+            raise unknown_name("set", str(address), known)
+        return known[str(address)]
     from huggingface_hub import hf_hub_download
 
     found = _ADDRESS.fullmatch(str(address))

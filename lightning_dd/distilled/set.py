@@ -25,7 +25,7 @@ from torch.utils.data import TensorDataset
 from lightning_dd.data import DATA_SETS
 from lightning_dd.data.preprocess import Preprocessing
 from lightning_dd.distilled.header import CHECKSUM, HEADER, PLAIN, checksum, read_header
-from lightning_dd.distilled.hub import fetch_set, on_hub
+from lightning_dd.distilled.hub import fetch_set, is_address
 from lightning_dd.distilled.multiformation import MultiFormed
 from lightning_dd.distilled.packing import packed, unpacked
 from lightning_dd.distilled.views import SoftViews
@@ -298,12 +298,12 @@ class DistilledSet:
 
 
 def find_set(path: Path | str) -> Path:
-    """Return the file that is meant: a file, of a run's folder ``best.safetensors`` or else ``last``, or on the hub.
+    """Return the file that is meant: a file, of a run's folder ``best.safetensors`` or else ``last``, or by address.
 
     Raises:
         UserError: there is none.
     """
-    if on_hub(path):
+    if is_address(path):
         return fetch_set(path)
     path = Path(path)
     if path.is_dir():

@@ -6,7 +6,7 @@ A network starts at an expert's parameters theta*_t, takes N gradient steps of s
 ``theta_{i+1} = theta_i - alpha g_i`` with ``g_i = grad_theta loss(theta_i; X_i, y_i)``, and is compared with what the
 expert had become M epochs later:
 
-    L = |theta_N - theta*_{t+M}|^2 / |theta*_t - theta*_{t+M}|^2
+    ``L = |theta_N - theta*_{t+M}|^2 / |theta*_t - theta*_{t+M}|^2``
 
 Two functions return the same loss with the same gradient by images, labels and alpha. :func:`unrolled` keeps the graph
 of all steps, so its memory grows with N. :func:`constant_memory` walks back through the steps one at a time.
