@@ -13,7 +13,8 @@ from lightning_dd.data import DATA_SETS, MNIST5k
 from lightning_dd.distilled import DistilledData
 from lightning_dd.distilled.views import draw_views
 from lightning_dd.evaluators.matrix import Cell, Hardware, run_cell
-from lightning_dd.models import build_network
+from lightning_dd.models import build_network, interface
+from lightning_dd.models.interface import logits_in_slices
 from lightning_dd.students import Student
 from lightning_dd.students.loop import train_student
 from lightning_dd.students.recipe import PROTOCOLS, Recipe
@@ -173,3 +174,23 @@ def test_what_the_trainer_and_the_data_say_wins_over_the_protocol(kept, tmp_path
     assert_same(state, kept[1][1])
     with pytest.raises(UserError, match="batch_size must be at least 1"):
         DistilledData.from_set(distilled, TinyData(), batch_size=0)
+
+
+def test_a_loss_is_handed_to_the_logger_at_logging_steps_alone(tmp_path, monkeypatch):
+    logged = []
+    monkeypatch.setattr(
+        Student, "log", lambda self, name, *_, **__: logged.append((name, self.trainer.global_step + 1))
+    )
+    trainer = tiny_trainer(tmp_path, 5, callbacks=[], log_every_n_steps=2, limit_val_batches=0)
+    trainer.fit(Student(SMALL), DistilledData.from_set(set_of("hard"), TinyData()))
+    assert logged == [("student/loss", 2), ("student/loss", 4)]
+
+
+def test_a_network_is_scored_in_slices_with_the_same_answers(monkeypatch):
+    network, sizes = build_network("conv:width=4,depth=2", 3, (1, 8, 8), seed=0).eval(), []
+    network.register_forward_hook(lambda network, images, logits: sizes.append(len(logits)))
+    images = torch.randn(40, 1, 8, 8)
+    whole = logits_in_slices(network, images)
+    monkeypatch.setattr(interface, "_CPU_BYTES", 4 * 8 * 8 * 4 * 18)
+    assert torch.allclose(logits_in_slices(network, images), whole, atol=1e-6)
+    assert sizes == [40, 18, 18, 4]

@@ -407,7 +407,7 @@ def test_a_student_augments_only_where_there_are_no_views(views, tmp_path):
 def test_a_students_loss_is_the_divergence_at_the_sets_temperature(tmp_path):
     soft = soft_set()
     student, data = SeenByStudent(STUDENT), DistilledData.from_set(soft, TinyData())
-    trainer = tiny_trainer(tmp_path, 1, callbacks=[])
+    trainer = tiny_trainer(tmp_path, 1, callbacks=[], log_every_n_steps=1)
     trainer.fit(student, data)
     ((images, logits),) = SyntheticBatches(soft.images, soft.labels, 500, 1, 0, views=soft.views)
     expected = student_loss(build_network(STUDENT, 3, (1, 8, 8), seed=0)(images), logits, "soft", 4.0)

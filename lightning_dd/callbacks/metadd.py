@@ -20,6 +20,7 @@ from lightning_dd.models.factory import Architectures
 from lightning_dd.pretrained import ClassifierRecipe
 from lightning_dd.utils.errors import UserError, check_range, unknown_name
 from lightning_dd.utils.seeding import make_generator
+from lightning_dd.utils.trainer import steps_to_log
 
 SCALES = ("steady", "norm", "absolute")
 
@@ -148,7 +149,7 @@ class MetaDD(ArchitectureTerm):
         consensus = None
         if self.options.consensus == "distiller":
             consensus = distiller.network(seen.detach() if self.options.detach_consensus else seen)
-        is_shown = distiller.steps_to_log < self.every  # no later step with the term comes before what is logged
+        is_shown = steps_to_log(trainer) < self.every  # no later step with the term comes before what is logged
         looking = self.looking_at(step)
         result = self.measure(seen, few_labels, distiller.label_kind, consensus, looking, is_shown)
         watched = {**result.terms, "loss": result.loss.detach()}

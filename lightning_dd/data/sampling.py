@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_dd.data.images import Batch, Split
+from lightning_dd.models.interface import logits_in_slices
 from lightning_dd.utils.errors import UserError
 
 Item = TypeVar("Item")
@@ -198,7 +199,9 @@ def scarcest(labels: Tensor, num_classes: int, names: Sequence[str] = ()) -> str
 @torch.no_grad()
 def answers(network: nn.Module, split: Split, device: torch.device) -> Tensor:
     """Return a network's logits on a whole split, ``(N, num_classes)`` float32 on the CPU."""
-    return torch.cat([network(images.to(device)).float().cpu() for images, _ in EvalBatches(split, 500)])
+    return torch.cat(
+        [logits_in_slices(network, images.to(device)).float().cpu() for images, _ in EvalBatches(split, 500)]
+    )
 
 
 class StepCounter(IterableDataset[int]):

@@ -16,7 +16,7 @@ from lightning_dd.distillers.checkpoint import Resumable
 from lightning_dd.distillers.run import run_settings
 from lightning_dd.losses.krr import LABEL_KINDS, SolveError
 from lightning_dd.models.factory import Architectures, NetworkMixture, build_network
-from lightning_dd.models.interface import Network
+from lightning_dd.models.interface import Network, logits_in_slices
 from lightning_dd.pretrained.classifier import Committee, Teacher
 from lightning_dd.pretrained.task import Task
 from lightning_dd.students.loop import train_student
@@ -29,6 +29,7 @@ from lightning_dd.utils.commit import source_commit
 from lightning_dd.utils.errors import UserError, check_range
 from lightning_dd.utils.scoring import ScoredModule
 from lightning_dd.utils.seeding import derive_seed, make_generator
+from lightning_dd.utils.trainer import steps_to_log
 
 
 @dataclass(frozen=True)
@@ -277,7 +278,7 @@ class Distiller(Resumable, ScoredModule):
                 loss, more = callback.add(self.trainer, self, images, labels, loss)
                 terms, loss = terms | more, torch.stack([loss, *more.values()]).sum()
         self.note(terms)
-        if self.steps_to_log == 0:
+        if steps_to_log(self.trainer) == 0:
             terms = {f"outer/{name}": value.detach() for name, value in terms.items()}
             for name, value in ({"outer/loss": loss.detach()} | terms | self._watched).items():
                 self.log(name, value, prog_bar=name in ("outer/loss", "outer/accuracy"))
@@ -300,8 +301,7 @@ class Distiller(Resumable, ScoredModule):
 
     def scored_logits(self, images: Tensor) -> Tensor:
         """Return the student's logits."""
-        logits: Tensor = self._probe[0](images)
-        return logits
+        return logits_in_slices(self._probe[0], images)
 
 
 class OuterTerm(Callback, RemembersArguments, ABC):

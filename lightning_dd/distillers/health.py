@@ -12,6 +12,7 @@ from lightning_dd.pretrained.task import Task
 from lightning_dd.synthetic.parameterisation import SyntheticSet
 from lightning_dd.utils.errors import UserError
 from lightning_dd.utils.finite import all_finite
+from lightning_dd.utils.trainer import steps_to_log
 
 _FARTHEST_PIXEL = 1e6  # a run may pass through what a finished set may not hold, but not come back from there
 _MOST_NOTED = 1000
@@ -45,7 +46,7 @@ class Healthy(LightningModule):
         norms = {name: part.grad.norm() for name, part in self.named_parameters() if part.grad is not None}
         if getattr(self.trainer.precision_plugin, "scaler", None) is None:  # it skips steps that overflow float16
             self.note({f"the gradient of {name}": norm for name, norm in norms.items()})
-        logs = self.steps_to_log == 0
+        logs = steps_to_log(self.trainer) == 0
         if logs or self.device.type == "cpu" or len(self._noted) > _MOST_NOTED:
             self.require_health()
         if logs:
@@ -71,12 +72,6 @@ class Healthy(LightningModule):
     def stop_at(self, error: Exception) -> UserError:
         """Return a failure within the current outer step as the line that ends the run."""
         return UserError(f"outer step {self.trainer.global_step + 1}: {error}; {self._cause()}")
-
-    @property
-    def steps_to_log(self) -> int:
-        """Outer steps until the Trainer logs again; 0 where it logs this one."""
-        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        return (every - 1 - self.trainer.global_step) % max(1, every)
 
     def _first_noted(self) -> str | None:
         """Return the first number noted since the last look that is not finite, in words."""

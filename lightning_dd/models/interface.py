@@ -67,14 +67,23 @@ def features_in_slices(network: Network, images: Tensor, features: Features = ne
     Returns:
         ``(N, network.num_features)``.
     """
+    with torch.no_grad():
+        slices = [features(network, part) for part in torch.split(images, _rows_at_once(network, images))]
+    return slices[0] if len(slices) == 1 else torch.cat(slices)
+
+
+def logits_in_slices(network: nn.Module, images: Tensor) -> Tensor:
+    """Return ``network(images)`` ``(N, num_classes)`` likewise, of any network in inference mode that is scored."""
+    slices = [network(part) for part in torch.split(images, max(16, _rows_at_once(network, images)))]
+    return slices[0] if len(slices) == 1 else torch.cat(slices)
+
+
+def _rows_at_once(network: nn.Module, images: Tensor) -> int:
     device = images.device.type
     bytes_each = 2 if torch.is_autocast_enabled(device) else images.element_size()
-    width = getattr(network, "width", 64)
+    width: int = getattr(network, "width", 64)
     per_image = width * images.shape[-2] * images.shape[-1] * bytes_each
-    rows = max(1, (_CPU_BYTES if device == "cpu" else _GPU_BYTES) // per_image)
-    with torch.no_grad():
-        slices = [features(network, part) for part in torch.split(images, rows)]
-    return slices[0] if len(slices) == 1 else torch.cat(slices)
+    return max(1, (_CPU_BYTES if device == "cpu" else _GPU_BYTES) // per_image)
 
 
 def check_images(images: Tensor, in_channels: int) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_dd.distilled.datamodule import DistilledData
 from lightning_dd.models.factory import build_network
+from lightning_dd.models.interface import logits_in_slices
 from lightning_dd.students.loop import StudentStep
 from lightning_dd.students.recipe import Recipe
 from lightning_dd.students.recipe import protocol as published
@@ -16,6 +17,7 @@ from lightning_dd.utils.arguments import public_settings, refuse_other
 from lightning_dd.utils.errors import UserError
 from lightning_dd.utils.finite import all_finite
 from lightning_dd.utils.scoring import ScoredModule
+from lightning_dd.utils.trainer import steps_to_log
 
 _STATE = "lightning_dd_student"
 
@@ -106,13 +108,14 @@ class Student(ScoredModule):
         Of several processes that cannot share a step's rows equally, each counts by its rows, as in one process.
         """
         loss = self.one_step.loss(self, *batch, self.trainer.fit_loop.total_batch_idx, self.global_rank)
-        self.log("student/loss", loss.detach(), prog_bar=True)
+        if steps_to_log(self.trainer) == 0:  # Lightning's bookkeeping of a number takes a fifth of a small step
+            self.log("student/loss", loss.detach(), prog_bar=True)
         world = self.trainer.world_size  # DDP takes the mean over processes
         return loss * (world * len(batch[0]) / self._distilled_data().rows_per_step(world))
 
     def scored_logits(self, images: Tensor) -> Tensor:
         """Return the network's logits."""
-        return self.forward(images)
+        return logits_in_slices(self.network, images)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what it takes to rebuild the network without its data.

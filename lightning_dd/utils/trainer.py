@@ -71,6 +71,12 @@ def make_trainer(make: Callable[..., Trainer] = Trainer, **settings: Any) -> Tra
     return trainer
 
 
+def steps_to_log(trainer: Trainer) -> int:
+    """Return the steps until the Trainer logs again; 0 where it logs this one."""
+    every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+    return (every - 1 - trainer.global_step) % max(1, every)
+
+
 def check_length(max_steps: int, val_check_interval: Any) -> None:
     """Refuse a run that does nothing, and say of one that is never validated that it writes no ``best`` set.
 
