@@ -47,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     bound_spinning()
+    if not debug:  # pages of frames where a process of several is gone, of which our own line tells
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         with _ended_by_sigterm():
             status = _dispatch([word for word in arguments if word != "--debug"])

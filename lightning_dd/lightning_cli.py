@@ -23,6 +23,7 @@ from lightning_dd.losses.metadd import MetaOptions
 from lightning_dd.parsing import OneLineErrors, explain, run_name, user_error_in, with_paths
 from lightning_dd.utils.arguments import class_path, find_class, subclasses
 from lightning_dd.utils.errors import SEED, UserError, check_range, first_line
+from lightning_dd.utils.processes import error_of_process
 from lightning_dd.utils.silence import quieten
 from lightning_dd.utils.trainer import check_checkpoint, check_length, make_trainer, whole_checkpoints
 
@@ -229,7 +230,7 @@ def run_lightning(arguments: Sequence[str], again: str = "") -> Cli:
     except MisconfigurationException as error:
         raise UserError(" ".join(str(error).split())) from None
     except Exception as error:
-        mistake = user_error_in(error)
+        mistake = error_of_process(error) or user_error_in(error)
         if mistake is not None:
             raise mistake from None
         if isinstance(error, MemoryError) or "allocate memory" in str(error) or "out of memory" in str(error):

@@ -1,6 +1,12 @@
 """Two real processes (gloo on the CPU): what is shared, what is not, and what is counted."""
 
+import os
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +21,8 @@ from lightning_dd.distillers import FRePo
 from lightning_dd.distillers.base import Probe
 from lightning_dd.students import Student
 from lightning_dd.utils.errors import UserError
+from lightning_dd.utils.processes import Lookout, _Signs, error_of_process
+from lightning_dd.utils.trainer import make_trainer
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without distributed")
 TINY = {
@@ -47,12 +55,13 @@ def ranks(folder, count=2):
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(count)]
 
 
-def distil(folder, steps, model=None, ckpt_path=None, every=100, **kwargs):
+def distil(folder, steps, model=None, ckpt_path=None, every=100, more=(), **kwargs):
     folder.mkdir(exist_ok=True)
     callbacks = [
         PoolAlternation(),
         KeepRank(folder),
         ModelCheckpoint(folder, filename="{step}", every_n_train_steps=every, save_top_k=-1),
+        *more,
     ]
     trainer = tiny_trainer(folder, steps, callbacks=callbacks, enable_checkpointing=True, **kwargs)
     trainer.fit(model or FRePo(**TINY), TinyData(), ckpt_path=ckpt_path)
@@ -179,3 +188,132 @@ def test_more_processes_than_synthetic_images_are_refused():
 
     with pytest.raises(UserError, match="4 processes cannot share 3 synthetic images"):
         SyntheticBatches(torch.zeros(3, 1, 2, 2), torch.zeros(3, 3), 5, 1, 0, world_size=4)
+
+
+@pytest.fixture
+def watched(monkeypatch):
+    """The signs of life of process 0, with those of process 1 in the test's hands, and how it would have exited."""
+    exits = []
+    for name, value in {"SILENT_AFTER": 0.5, "_BEAT": 0.05, "os._exit": exits.append}.items():
+        monkeypatch.setattr(f"lightning_dd.utils.processes.{name}", value)
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(store.port))
+    made = []
+
+    def watch(sign, started=()):
+        store.set("lightning_dd/1", sign)
+        made.append(_Signs(0, 2, started))
+        while 1 not in made[0]._seen:
+            time.sleep(0.01)
+        return made[0], exits
+
+    yield watch
+    made[0].stop()
+
+
+def test_a_process_without_a_sign_of_life_ends_the_run(watched, capfd):
+    _, exits = watched("1 0")
+    wait_until(lambda: exits)
+    assert exits[0] == 2
+    line = "process 1 (they are 0 to 1) has shown no sign of life for 0.5 s; what was written before stays as it is"
+    assert capfd.readouterr().err.splitlines()[0] == f"lightning-dd: error: {line}"
+
+
+def test_a_process_that_is_done_needs_no_sign_of_life(watched):
+    signs, exits = watched("over")
+    signs._threads[1].join(1)
+    assert not exits
+
+
+class Ended:
+    def __init__(self, status):
+        self.status, self.killed = status, False
+
+    def poll(self):
+        return self.status
+
+    def kill(self):
+        self.killed = True
+
+
+@pytest.mark.parametrize(
+    ("status", "line"),
+    [
+        (-9, "process 1 (they are 0 to 1) has died"),
+        (2, ""),  # it has said why itself
+        (None, "process 1 (they are 0 to 1) lives, but the others waited for it in vain"),
+    ],
+)
+def test_who_did_not_come_is_named(watched, capfd, monkeypatch, status, line):
+    process = Ended(status)
+    signs, exits = watched("1 0", [process])
+    monkeypatch.setattr(signs, "_silent", lambda seconds: [])
+    signs.place = 1
+    failed, look = RuntimeError("[gloo/transport/tcp/pair.cc:561] Connection closed by peer"), Lookout()
+    look._signs = signs
+    look.on_exception(None, None, failed)
+    assert line in capfd.readouterr().err
+    assert exits[0] == 2
+    assert process.killed
+    look.on_exception(None, None, failed)  # as Lightning calls it again
+
+
+SLOW = {
+    "stop": (signal.SIGSTOP, 1, "process 1 (they are 0 to 1) has shown no sign of life for 60 s"),
+    "kill": (signal.SIGKILL, 1, "process 1 (they are 0 to 1) has died"),
+    "kill the first": (signal.SIGKILL, 0, "process 0 (they are 0 to 1) has died"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", SLOW)
+def test_a_process_that_dies_or_stops_is_named_in_a_run(tmp_path, what):
+    number, rank, line = SLOW[what]
+    words = ["fit", "--config=mnist5k/dm", "--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp"]
+    words += ["--trainer.max_steps=100000", "--trainer.enable_progress_bar=false", "--trainer.val_check_interval=99999"]
+    with (tmp_path / "said").open("w") as said:
+        run = subprocess.Popen([sys.executable, "-m", "lightning_dd", *words], stdout=said, stderr=said)
+        try:
+            other = wait_for_child(run.pid)
+            wait_until(lambda: "Total Flops" in (tmp_path / "said").read_text())
+            os.kill(other if rank else run.pid, number)
+            wait_until(lambda: "lightning-dd: error" in (tmp_path / "said").read_text())
+            wait_until(lambda: run.poll() is not None)
+        finally:
+            run.kill()
+            os.kill(other, signal.SIGKILL) if rank == 0 else None
+    (only,) = [text for text in (tmp_path / "said").read_text().splitlines() if "error" in text or "gloo" in text]
+    assert line in only
+    assert run.wait() == (2 if rank else -9)
+
+
+def wait_until(true, seconds=120):
+    start = time.monotonic()
+    while not true():
+        assert time.monotonic() - start < seconds
+        time.sleep(0.2)
+
+
+def wait_for_child(pid):
+    children = Path(f"/proc/{pid}/task/{pid}/children")
+    wait_until(lambda: children.read_text().split())
+    return int(children.read_text().split()[-1])
+
+
+def test_what_a_process_of_several_raised_is_one_line(tmp_path):
+    class Break(Callback):
+        def on_train_batch_start(self, trainer, *args):
+            if trainer.global_rank == 1:
+                raise UserError("ipc must be at least 1")
+
+    with pytest.raises(Exception, match="ipc must be") as caught:
+        distil(tmp_path, 2, more=[Break()], **TWO)
+    assert str(error_of_process(caught.value)) == "ipc must be at least 1"
+    assert error_of_process(ValueError()) is None
+
+
+def test_every_trainer_of_several_processes_looks_out():
+    assert any(isinstance(callback, Lookout) for callback in make_trainer(accelerator="cpu", **TWO).callbacks)
+    alone = make_trainer(accelerator="cpu", devices=1)
+    assert not any(isinstance(callback, Lookout) for callback in alone.callbacks)

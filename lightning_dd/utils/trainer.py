@@ -14,6 +14,7 @@ from pytorch_lightning.utilities import rank_zero_warn
 
 from lightning_dd.utils.errors import UserError, check_range
 from lightning_dd.utils.files import load_torch, write_atomically
+from lightning_dd.utils.processes import Lookout
 
 _MOST_PROCESSES = 8  # on the cores of a small machine
 
@@ -50,7 +51,7 @@ def newest_checkpoint(folder: Path, besides: Path | None = None) -> Path | None:
 
 
 def make_trainer(make: Callable[..., Trainer] = Trainer, **settings: Any) -> Trainer:
-    """Return a Trainer of these settings.
+    """Return a Trainer of these settings; several processes look out for each other.
 
     Raises:
         UserError: Lightning refuses them, or there are far more processes than cores.
@@ -68,6 +69,8 @@ def make_trainer(make: Callable[..., Trainer] = Trainer, **settings: Any) -> Tra
     most = max(_MOST_PROCESSES, os.cpu_count() or 1)
     if isinstance(trainer.accelerator, CPUAccelerator) and trainer.num_devices > most:
         raise UserError(f"trainer.devices must be 1 to {most} on this machine's CPU, got {trainer.num_devices}")
+    if trainer.world_size > 1:
+        trainer.callbacks.append(Lookout())  # type: ignore[attr-defined]
     return trainer
 
 
