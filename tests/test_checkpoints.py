@@ -20,6 +20,7 @@ from lightning_dd.distillers.base import Probe
 from lightning_dd.jobs import Job, Ledger, run_jobs
 from lightning_dd.parsing import user_error_in
 from lightning_dd.utils.errors import UserError
+from lightning_dd.utils.files import load_torch
 from lightning_dd.utils.trainer import WholeCheckpoints, check_checkpoint, make_trainer, whole_checkpoints
 
 
@@ -173,3 +174,13 @@ def test_a_killed_fit_holds_nothing(tmp_path):
         os._exit(0)
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
     run(tmp_path, steps=2)
+
+
+@pytest.mark.parametrize("text", [b"written", bytes.fromhex("0000803f")])  # of its pickle, and of its tensor
+def test_a_flipped_bit_in_a_checkpoint_is_no_other_number(tmp_path, text):
+    torch.save({"note": "written", "tensor": torch.ones(100)}, tmp_path / "last.ckpt")
+    whole = (tmp_path / "last.ckpt").read_bytes()
+    place = whole.index(text)
+    (tmp_path / "last.ckpt").write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+    with pytest.raises(UserError, match=r"the checksum of 'last/data.*' differs"):
+        load_torch(tmp_path / "last.ckpt", "checkpoint")

@@ -104,6 +104,8 @@ def load_torch(path: Path | str, what: str, numbers: Iterable[Any] = ()) -> Any:
             with zipfile.ZipFile(path) as archive:
                 if sum(entry.file_size for entry in archive.infolist()) > Path(path).stat().st_size:
                     raise ValueError("its entries are packed")
+                if broken := archive.testzip():  # torch compares no checksums
+                    raise ValueError(f"the checksum of '{broken}' differs")
         with torch.serialization.safe_globals(list(numbers)):
             content = torch.load(path, map_location="cpu", weights_only=True)
         _refuse_swollen(content)

@@ -19,7 +19,7 @@ from lightning_dd.utils.errors import UserError
 SILENT_AFTER = 60.0
 """Seconds without a sign of life after which a process counts as hanging."""
 _BEAT = 1.0
-_OVER = "over"
+_NAME, _OVER = "lightning_dd/", "over"
 
 
 class Lookout(Callback):
@@ -78,6 +78,9 @@ class _Signs:
         self.rank, self.world_size, self.started = rank, world_size, started
         self.place = 0
         self._over = threading.Event()
+        place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        self._store = TCPStore(*place, is_master=False, timeout=timedelta(seconds=SILENT_AFTER))
+        self._store.set(f"{_NAME}{rank}", "0 0")  # before any process goes on to what it may die of
         self._seen: dict[int, tuple[str, float]] = {}
         self._threads = [threading.Thread(target=work, daemon=True) for work in (self._beat, self._judge)]
         for thread in self._threads:
@@ -93,15 +96,14 @@ class _Signs:
         ended = self._ended()
         if not ended:
             time.sleep(4 * _BEAT)  # until the signs of a process that is gone are seen to be missing
-            ended = dict.fromkeys(self._silent(3 * _BEAT), -1)
+            store_gone = not self._threads[0].is_alive()
+            ended = dict.fromkeys(self._silent(3 * _BEAT) or [0] * store_gone, -1)
         if ended:
             died = [rank for rank, status in ended.items() if status < 0]  # the others have said why themselves
             self._end(died, "has died")
         places = {rank: int(sign.split()[1]) for rank, (sign, _) in self._seen.items() if sign != _OVER}
-        self._end(
-            [min(places, key=lambda rank: (places[rank], rank == self.rank))],
-            "lives, but the others waited for it in vain",
-        )
+        last = min(places, key=lambda rank: (places[rank], rank == self.rank), default=0)
+        self._end([last], "lives, but the others waited for it in vain")
 
     def _ended(self) -> dict[int, int]:
         """Return the exit statuses of processes that this one started, soon after one of them has ended."""
@@ -113,19 +115,17 @@ class _Signs:
         return {}
 
     def _beat(self) -> None:
-        names = [f"lightning_dd/{rank}" for rank in range(self.world_size)]
-        place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        names = [_NAME + str(rank) for rank in range(self.world_size)]
         with suppress(Exception):  # the store is gone, and the process with it that kept it: nobody is seen any more
-            store = TCPStore(*place, is_master=False, timeout=timedelta(seconds=SILENT_AFTER))
             count = 0
             while not self._over.wait(_BEAT):
                 count += 1
-                store.set(names[self.rank], f"{count} {self.place}")
-                if store.check(names):
-                    for rank, sign in enumerate(store.multi_get(names)):
+                self._store.set(names[self.rank], f"{count} {self.place}")
+                if self._store.check(names):
+                    for rank, sign in enumerate(self._store.multi_get(names)):
                         if self._seen.get(rank, ("", 0.0))[0] != sign.decode():
                             self._seen[rank] = sign.decode(), time.monotonic()
-            store.set(names[self.rank], _OVER)
+            self._store.set(names[self.rank], _OVER)
 
     def _judge(self) -> None:
         before = time.monotonic()
