@@ -1,12 +1,11 @@
 """The two stages as functions: distil real images into a set, and train architectures on sets."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pytorch_lightning import Callback
 from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint
-from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_only
 
 from lightning_dd.callbacks import (
@@ -27,7 +26,8 @@ from lightning_dd.evaluators.label_rows import LabelRows
 from lightning_dd.evaluators.matrix import Hardware, Row
 from lightning_dd.pretrained.classifier import Teacher
 from lightning_dd.students.recipe import protocol as published
-from lightning_dd.utils.arguments import class_path, known_class, plain_values, public_settings
+from lightning_dd.utils.arguments import class_path, dotted, known_class, plain_values, public_settings
+from lightning_dd.utils.board import Board
 from lightning_dd.utils.errors import printable
 from lightning_dd.utils.silence import quieten
 from lightning_dd.utils.trainer import check_checkpoint, check_length, make_trainer, whole_checkpoints
@@ -102,7 +102,7 @@ def distil(
         **TRAINER,
         **rhythm(steps),
         "default_root_dir": output,
-        "logger": TensorBoardLogger(output, name="", version="", default_hp_metric=False),
+        "logger": Board(output, name="", version="", default_hp_metric=False),
         **trainer,
     }
     left_out = {kind for name, kind in SWITCHES.items() if settings.get(name) is False}
@@ -174,7 +174,7 @@ def nearest_cell(distilled: DistilledSet) -> str:
     rooms = {name: room for name in ("model", "data", "trainer") if isinstance(room := distilled.run.get(name), dict)}
     if len(rooms) < 3:
         return ""
-    run = {printable(name): printable(said) if isinstance(said, str) else said for name, said in _dotted(rooms)}
+    run = {printable(name): printable(said) if isinstance(said, str) else said for name, said in dotted(rooms)}
     run = {name: said for name, said in run.items() if _UNCHANGED.get(name) != said}
     acting = [str(said.get("class_path")).rpartition(".")[2] for said in rooms["trainer"].get("callbacks+", [])]
     settings = counted(run) | {f"trainer.callbacks {printable(name)}": "added" for name in acting}
@@ -186,15 +186,7 @@ def _counted(model: Distiller, data: RealData, steps: int, **trainer: Any) -> di
     """Return the counted settings of a run by dotted name, as :func:`~lightning_dd.cells.counted` does for ``fit``."""
     method = {"class_path": class_path(type(model)), **plain_values(public_settings(model.hparams))}
     run = {"model": method, "data": plain_values(data), "trainer": {**TRAINER, **trainer, "max_steps": steps}}
-    return counted(dict(_dotted(run)))
-
-
-def _dotted(settings: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in settings.items():
-        if isinstance(value, Mapping):
-            yield from _dotted(value, f"{above}{name}.")
-        else:
-            yield above + name, value
+    return counted(dict(dotted(run)))
 
 
 def evaluate(

@@ -130,7 +130,7 @@ def distil_stage(
         _log.info("'%s' is there already: not distilled again", result)
         return result
     checkpoint = newest_checkpoint(output / "checkpoints")
-    logger = {"class_path": "TensorBoardLogger", "init_args": {"save_dir": str(output), "name": "", "version": ""}}
+    logger = {"class_path": "Board", "init_args": {"save_dir": str(output), "name": "", "version": ""}}
     # One process: a launcher would start the whole experiment again for every other one.
     trainer = [f"--trainer.logger={json.dumps(logger)}", "--trainer.devices=1"]
     resume = [f"--ckpt_path={checkpoint}"] if checkpoint else []

@@ -51,7 +51,7 @@ def defaults(arguments: Sequence[str]) -> dict[str, Any]:
     """Return what ``fit`` does unless a configuration says other; ``callbacks+:`` in a YAML file adds to the list."""
     always = [{"class_path": class_path(cls), "init_args": options} for cls, options in CALLBACKS.items()]
     place = {"save_dir": "runs", "name": run_name(arguments), "default_hp_metric": False}
-    logger = {"class_path": "pytorch_lightning.loggers.TensorBoardLogger", "init_args": place}
+    logger = {"class_path": "lightning_dd.utils.board.Board", "init_args": place}
     settings = {**TRAINER, "callbacks": always, "logger": logger}
     return {f"trainer.{name}": value for name, value in settings.items()}
 

@@ -88,7 +88,7 @@ def differences(old: DistilledSet, new: DistilledSet) -> Iterator[str]:
 
 def _logger(output: str) -> dict[str, Any]:
     place = {"save_dir": output, "name": "", "version": "", "default_hp_metric": False}
-    return {"class_path": "TensorBoardLogger", "init_args": place}
+    return {"class_path": "Board", "init_args": place}
 
 
 def _foreign(settings: Any) -> Iterator[str]:

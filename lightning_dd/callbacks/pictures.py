@@ -1,11 +1,13 @@
 """Pictures of a run, in TensorBoard and as PNG files: the synthetic set, and the features that MetaDD compares."""
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import torch
+import yaml
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from pytorch_lightning import LightningModule, Trainer
@@ -16,9 +18,11 @@ from torchvision.utils import make_grid, save_image
 
 from lightning_dd.callbacks.metadd import MetaDD
 from lightning_dd.callbacks.run import RunFiles
+from lightning_dd.distilled.card import facts_of
 from lightning_dd.distilled.set import DistilledSet
 from lightning_dd.distillers.base import Distiller
 from lightning_dd.losses.meta_features import meta_partition
+from lightning_dd.report import markdown_table
 from lightning_dd.utils.errors import UserError, check_range
 from lightning_dd.utils.files import write_atomically
 
@@ -50,10 +54,10 @@ class Pictures(RunFiles):
 
 
 class SyntheticImages(Pictures):
-    """Draw the synthetic images by class in pixel space, and their labels as a heat map.
+    """Draw the synthetic images by class in pixel space, and their labels as a heat map, and say what they are.
 
     Both go to TensorBoard every ``every`` outer steps, at the start and at the end; ``initial.png``, ``final.png`` and
-    ``labels.png`` are written to the run's folder.
+    ``labels.png`` are written to the run's folder. TensorBoard's texts are the run and, in the end, the set's card.
 
     Args:
         every: outer steps between TensorBoard images, at least 1; ``None`` is a tenth of the run.
@@ -83,9 +87,16 @@ class SyntheticImages(Pictures):
         distilled = distiller.distilled_set(views=False)
         grid = image_grid(distilled.pixels(), distilled.shown_ipc)
         heat_map = label_heat_map(distilled.labels, distilled.class_names)
+        names = distilled.class_names if distilled.num_classes <= _LARGEST_GRID else ()
         for board in boards:
-            board.add_image("synthetic/images", grid, trainer.global_step)
+            board.add_figure("synthetic/images", named_grid(grid, names), trainer.global_step)
             board.add_figure("synthetic/labels", heat_map, trainer.global_step)
+            if name == "initial":
+                said = yaml.safe_dump(distiller.run, sort_keys=False, allow_unicode=True)
+                board.add_text("run", f"```\n{said}```", trainer.global_step)
+            if name == "final":
+                facts = [["what", "is"], *(list(fact) for fact in facts_of(distilled).items())]
+                board.add_text("set", markdown_table(facts), trainer.global_step)
         if name is not None:
             write_picture(distilled, self.folder / f"{name}.png")
         if name == "final":
@@ -154,6 +165,20 @@ def image_grid(pixels: Tensor, ipc: int) -> Tensor:
     return grid
 
 
+def named_grid(grid: Tensor, names: Sequence[str]) -> Figure:
+    """Draw a grid ``(3, height, width)`` with the name of its class above each column; no names, no columns."""
+    _, height, width = grid.shape
+    turned = max(map(len, names), default=0) > 5
+    figure = Figure(figsize=(width / 100 + 0.2, height / 100 + (0.9 if turned else 0.4)), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(grid.permute(1, 2, 0).numpy())
+    axes.set_xticks([(place + 0.5) * width / len(names) for place in range(len(names))], names)
+    axes.tick_params(length=0, top=True, labeltop=True, labelbottom=False, rotation=30 if turned else 0)
+    axes.set_yticks([])
+    axes.spines[:].set_visible(False)
+    return figure
+
+
 def label_heat_map(labels: Tensor, class_names: tuple[str, ...]) -> Figure:
     """Draw labels ``(n, num_classes)`` as a heat map, one row per synthetic image."""
     rows, columns = labels.shape
@@ -192,13 +217,13 @@ def feature_figure(
     side = pixels.shape[-1]
     partition = meta_partition(maps, threshold, alive=maps.flatten(2).amax(2) > 0)
     large = F.interpolate(maps[:, :rows].float(), size=(side, side), mode="bilinear", align_corners=False)
-    figure = Figure(figsize=(1.15 * columns, 1.15 * rows + 0.9), layout="constrained")
+    figure = Figure(figsize=(1.15 * columns, 1.15 * rows + 1.2), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False)
-    short = [name.partition(":")[0].rpartition("/")[2][:16] for name in names]
+    short = [name.partition(":")[0].rpartition("/")[2].replace("_", "\n", 1)[:18] for name in names]
     if accuracies is not None:
         short = [f"{name}\n{100 * accuracy:.1f} %" for name, accuracy in zip(short, accuracies, strict=True)]
-    for axis, title in zip(axes[0], ["image", *short, "meta", "heterogeneous"], strict=True):
-        axis.set_title(title, fontsize=7)
+    for axis, title in zip(axes[0], ["image", *short, "meta", "hetero-\ngeneous"], strict=True):
+        axis.set_title(title, fontsize=12)  # a card of TensorBoard shows it at half its size
     for row in range(rows):
         for axis in axes[row]:
             axis.set_axis_off()

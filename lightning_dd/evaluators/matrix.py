@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import LambdaCallback
-from pytorch_lightning.loggers import TensorBoardLogger
 
 from lightning_dd.data import RealData
 from lightning_dd.data.sampling import draw_per_class
@@ -20,6 +19,7 @@ from lightning_dd.losses.krr import initial_labels
 from lightning_dd.models.factory import ArchitectureSpec, NetworkMixture
 from lightning_dd.students.recipe import Recipe
 from lightning_dd.students.student import Student
+from lightning_dd.utils.board import Board
 from lightning_dd.utils.errors import UserError
 from lightning_dd.utils.seeding import make_generator
 from lightning_dd.utils.trainer import make_trainer
@@ -152,7 +152,7 @@ def _trainer(cell: Cell, steps: int, hardware: Hardware, log_dir: Path, callback
         enable_progress_bar=False,
         enable_model_summary=False,
         enable_checkpointing=False,
-        logger=TensorBoardLogger(log_dir, name=cell.set_name, version=version, default_hp_metric=False),
+        logger=Board(log_dir, name=cell.set_name, version=version, default_hp_metric=False),
         callbacks=callbacks,
     )
 

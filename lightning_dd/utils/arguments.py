@@ -172,6 +172,15 @@ def public_settings(hparams: Any) -> dict[str, Any]:
     return {name: value for name, value in dict(hparams).items() if not name.startswith("_")}
 
 
+def dotted(settings: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the settings inside settings by dotted name, as ``model.lr``."""
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from dotted(value, f"{above}{name}.")
+        else:
+            yield above + name, value
+
+
 def refuse_other(what: str, saved: Mapping[str, Any], here: Mapping[str, Any]) -> None:
     """Refuse to continue a checkpoint of another configuration or of other data, naming the first difference."""
     for name, there in saved.items():  # a setting that came later has a default that changes nothing
