@@ -29,6 +29,7 @@ from lightning_dd.students.recipe import protocol as published
 from lightning_dd.utils.arguments import class_path, dotted, known_class, plain_values, public_settings
 from lightning_dd.utils.board import Board
 from lightning_dd.utils.errors import printable
+from lightning_dd.utils.machine import settle
 from lightning_dd.utils.silence import quieten
 from lightning_dd.utils.trainer import check_checkpoint, check_length, make_trainer, whole_checkpoints
 
@@ -112,6 +113,7 @@ def distil(
     }
     always = [kind(**options, **own.get(kind, {})) for kind, options in CALLBACKS.items() if kind not in left_out]
     quieten()
+    settle()
     _say_cell(model, data, steps, callbacks, **trainer)
     check_length(steps, settings["val_check_interval"])
     check_checkpoint(ckpt_path)
@@ -244,6 +246,7 @@ def evaluate(
     Raises:
         UserError: a file, an architecture, the data or the folder is unusable.
     """
+    settle()
     listed = [sets] if isinstance(sets, str | Path | DistilledSet) else list(sets)
     files = [_file_of(item, f"{output}/sets", place) for place, item in enumerate(listed)]
     changes = {"steps": steps, "lr": lr, "batch_size": batch_size, "augment": augment, "ema": ema}

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 from lightning_dd import __version__
 from lightning_dd.utils.errors import UserError, of_system, printable, unknown_name
-from lightning_dd.utils.threads import bound_spinning
+from lightning_dd.utils.machine import settle
 from lightning_dd.verbs import VERBS
 
 LIGHTNING_VERBS = {
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
-    bound_spinning()
+    settle()
     if not debug:  # pages of frames where a process of several is gone, of which our own line tells
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:

@@ -30,8 +30,8 @@ from tqdm import tqdm
 
 from lightning_dd.utils.errors import UserError
 from lightning_dd.utils.files import write_atomically
+from lightning_dd.utils.machine import settle, spinning, threads_for
 from lightning_dd.utils.silence import quiet_trainers
-from lightning_dd.utils.threads import spinning, threads_for
 
 if TYPE_CHECKING:
     import torch
@@ -304,6 +304,7 @@ def _serve(line: Connection, payload: bytes, number: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent ends the others
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _PLACE = number
+    settle()
     try:
         work, ledger = pickle.loads(payload)  # heavy imports happen here
         with quiet_trainers():  # from here on, for Lightning says when it is imported that it will speak

@@ -12,7 +12,7 @@ from torch import nn
 from lightning_dd.data.imagenet import imagenet_names
 from lightning_dd.data.images import DataFacts
 from lightning_dd.models import build_network
-from lightning_dd.pretrained import ClassifierRecipe, Teacher
+from lightning_dd.pretrained import ClassifierRecipe, Teacher, classifier
 from lightning_dd.pretrained.task import Task, train_once
 from lightning_dd.pretrained.weights import fetch_weights, fit_weights
 from lightning_dd.utils.errors import UserError
@@ -74,6 +74,22 @@ def test_a_published_training_teaches_and_is_kept_apart_from_others():
     assert torch.equal(network.state_dict()["head.weight"], again.state_dict()["head.weight"])
     assert ClassifierRecipe().identity() == {"steps": 1000, "lr": 2e-3, "weight_decay": 0.01, "batch_size": 128}
     assert teacher.identity()["protocol"] == "sre2l_tiny"
+
+
+def test_a_teacher_learns_channels_last_and_is_handed_on_as_it_is_read_from_the_cache(monkeypatch):
+    learned = []
+
+    def fit(task, network, *rest):
+        learned.append(network.convs[1].weight.is_contiguous(memory_format=torch.channels_last))
+        return task_fit(task, network, *rest)
+
+    task_fit = classifier.fit
+    monkeypatch.setattr(classifier, "fit", fit)
+    monkeypatch.setattr(classifier, "_refuse_chance", lambda *args: None)
+    teacher = Teacher("convnet:width=8,depth=2,norm=none", steps=3, seed=11)
+    networks = [teacher.committee(task(), "conv").main for _ in range(2)]
+    assert learned == [True]
+    assert all(network.convs[1].weight.is_contiguous() for network in networks)
 
 
 @pytest.mark.parametrize(

@@ -198,9 +198,12 @@ def _fit(architecture: str, network: Network, task: Task, recipe: ClassifierReci
         with seeded(derive_seed(seed, "dropout", step)):
             return F.cross_entropy(network(images).float(), labels)
 
+    network.to(memory_format=torch.channels_last)  # up to 1.8 times as fast on a CPU
     fit(task, network, how, loss_at, f"training {architecture}")
     network.eval()
-    return _accuracy(network, task)
+    accuracy = _accuracy(network, task)
+    network.to(memory_format=torch.contiguous_format)  # as one that is read from the cache
+    return accuracy
 
 
 @torch.no_grad()
