@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def distil_one(experiment: dict[str, Any], method: str, seed: int, output: Path) -> dict[str, Any]:
-    """Distil one set in this process, alone, and return what it took and how its validation score went."""
+    """Distil one set in this process, alone, and return what it took."""
     from lightning_dd.experiment import distil_stage
     from lightning_dd.utils.files import write_text
 
@@ -52,22 +52,10 @@ def distil_one(experiment: dict[str, Any], method: str, seed: int, output: Path)
         "settings": hashlib.blake2b(settings.encode(), digest_size=8).hexdigest(),
         "seconds": round(seconds, 1),
         "peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
-        "curve": curve(output / name),
     }
     write_text(record, json.dumps(run) + "\n")
     print(f"{name}: {seconds:.0f} s", flush=True)
     return run
-
-
-def curve(folder: Path) -> list[tuple[int, float]]:
-    """Return the validation accuracies by outer step from a run's TensorBoard files."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
-    events.Reload()
-    if "val/accuracy" not in events.Tags()["scalars"]:
-        return []
-    return [(event.step, round(event.value, 4)) for event in events.Scalars("val/accuracy")]
 
 
 def main() -> None:

@@ -11,7 +11,6 @@ Figures that a page shows from ``figures/NAME.png`` are drawn from NAME.json, un
 import argparse
 import json
 import re
-import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -204,31 +203,10 @@ def membership_rows(record: dict[str, Any]) -> list[membership.Row]:
 
 
 def figure_of(record: dict[str, Any]) -> Figure:
-    """Draw what is recorded."""
+    """Draw the rows of an application."""
     if "continual" in record:
         return continual.curve_figure(continual.curves(continual_rows(record)))
-    if "membership" in record:
-        return membership.privacy_figure(membership_rows(record))
-    return curve_figure(record["runs"])
-
-
-def curve_figure(runs: list[dict[str, Any]]) -> Figure:
-    """Draw the validation accuracy of a freshly trained student by outer step, as a share of each method's run."""
-    figure = Figure(figsize=(6.5, 3.6), layout="constrained")
-    axes = figure.subplots()
-    methods = list(dict.fromkeys(run["method"] for run in runs))
-    learned = [method for method in methods if any(len(run["curve"]) > 1 for run in runs if run["method"] == method)]
-    for index, method in enumerate(learned):
-        curves = [run["curve"] for run in runs if run["method"] == method]
-        steps = [step + 1 for step, _ in curves[0]]
-        values = [100 * statistics.fmean(points) for points in zip(*([y for _, y in c] for c in curves), strict=True)]
-        axes.plot([step / steps[-1] for step in steps], values, marker=".", label=f"{method} ({steps[-1]} steps)")
-        axes.lines[-1].set_color(f"C{index}")
-    axes.set_xlabel("outer steps, as a share of the run")
-    axes.set_ylabel("validation accuracy [%]")
-    axes.grid(alpha=0.3)
-    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
-    return figure
+    return membership.privacy_figure(membership_rows(record))
 
 
 def filled(text: str) -> str:
