@@ -234,10 +234,9 @@ def evaluate(
         devices: processes per student.
         strategy: Lightning's Trainer argument, ``ddp`` for several processes.
         workers: processes of this machine that train students side by side; ``auto`` is one per core, or per GPU.
-        names: what the sets are called in the report; without them the files' names, or for ``best`` and ``last``
-            method, data, images per class and seed.
-        labels: every set once more with ``hard``, ``static`` or ``dynamic`` labels, and random real images with the
-            same beside (:class:`~lightning_dd.evaluators.label_rows.LabelRows`).
+        names: what the sets are called in the report, in place of their files' names.
+        labels: ``hard``, ``static`` or ``dynamic`` ones, which every set gets in rows of its own, as random real images
+            do (:class:`~lightning_dd.evaluators.label_rows.LabelRows`).
         teacher: whose labels those are.
 
     Returns:
