@@ -11,6 +11,7 @@ Figures that a page shows from ``figures/NAME.png`` are drawn from NAME.json, un
 import argparse
 import json
 import re
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
