@@ -24,7 +24,7 @@ from lightning_dd.applications import membership_report as membership
 from lightning_dd.cells import cells
 from lightning_dd.evaluators.matrix import Row
 from lightning_dd.evaluators.report import markdown
-from lightning_dd.report import markdown_table
+from lightning_dd.report import grouped, markdown_table
 from lightning_dd.utils.files import write_text
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -60,6 +60,7 @@ def rendered(name: str) -> str:
         "overhead": overhead,
         "memory": memory,
         "step": step,
+        "speed": speed,
         "parity": parity,
     }
     for kind in measured.keys() & record.keys():
@@ -156,6 +157,21 @@ def step(rows: list[dict[str, Any]]) -> str:
         times = [f"{1000 * row['median_s']:.1f}", f"{low:.1f} to {high:.1f}"]
         lines.append([workload, row["precision"], *times, f"{row['peak_mb']:.0f}"])
     return markdown_table(lines) + "\n"
+
+
+def speed(rows: list[dict[str, Any]]) -> str:
+    """Return the table of the time of a step alone and beside busy processes, and its share of the machine's limit."""
+    by_work = grouped(rows, lambda row: row["work"])
+    ((most,),) = ([row["flops"] / row["median_s"] for row in own] for own in [by_work.pop("limit")])
+    beside = sorted({row["busy"] for row in rows} - {0})
+    lines = [["work", "step [ms]", *(f"beside {count}" for count in beside), "of the limit", "peak memory [MB]"]]
+    for work, (alone, *others) in by_work.items():
+        times = {row["busy"]: f"{row['median_s'] / alone['median_s']:.1f}x" for row in others}
+        share = 100 * alone["flops"] / alone["median_s"] / most
+        took = [f"{1000 * alone['median_s']:.1f}", *(times.get(count, "") for count in beside)]
+        lines.append([work, *took, f"{share:.0f} %", f"{alone['peak_mb']:.0f}"])
+    limit = f"The limit, one large convolution in fp32, is {most / 1e9:.0f} GFLOP/s."
+    return f"{markdown_table(lines)}\n\n{limit}\n"
 
 
 def parity(rows: list[dict[str, Any]]) -> str:

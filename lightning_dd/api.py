@@ -245,7 +245,6 @@ def evaluate(
     Raises:
         UserError: a file, an architecture, the data or the folder is unusable.
     """
-    settle()
     listed = [sets] if isinstance(sets, str | Path | DistilledSet) else list(sets)
     files = [_file_of(item, f"{output}/sets", place) for place, item in enumerate(listed)]
     changes = {"steps": steps, "lr": lr, "batch_size": batch_size, "augment": augment, "ema": ema}

@@ -166,6 +166,7 @@ def run_jobs(
         UserError: a job found a mistake of the user's, or a worker was killed.
     """
     check_workers(workers)
+    settle()
     found = None if together else launcher()
     rank, world = (found.global_rank(), found.world_size()) if found else (0, 1)
     first = not getattr(rank_zero_only, "rank", 0)  # of the processes of one training

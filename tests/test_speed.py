@@ -1,0 +1,22 @@
+"""What benchmarks/speed.py measures can be measured, and its rows make a table."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+
+import speed
+import tables
+
+
+def test_a_step_is_timed_and_counted_and_its_time_beside_others_is_a_ratio(monkeypatch, tmp_path):
+    monkeypatch.setattr(speed, "settle", lambda: None)
+    rows = [{"work": name, "busy": 0} | speed.measure(name, 0.0, 4) for name in ("limit", "student", "dm")]
+    assert all(row["steps"] >= 5 and row["median_s"] > 0 for row in rows)
+    assert rows[0]["flops"] == 2 * 64 * 128 * 128 * 9 * 32 * 32
+    assert rows[1]["flops"] > 2 * 10 * 19_505_152  # more than two forward passes of ten digits
+    rows.append(rows[1] | {"busy": 1, "median_s": 2 * rows[1]["median_s"]})
+    table = tables.speed(rows)
+    assert "| work | step [ms] | beside 1 | of the limit |" in table
+    assert "| 2.0x |" in table
+    assert "| limit |" not in table
