@@ -35,6 +35,7 @@ from lightning_dd.evaluators.matrix import DISTILLED, RANDOM_REAL, SOURCES, Cell
 from lightning_dd.evaluators.report import markdown, summarise
 from lightning_dd.students import Student
 from lightning_dd.students.recipe import Recipe
+from lightning_dd.utils.board import Board
 from lightning_dd.utils.errors import UserError
 
 SMALL = "conv:width=4,depth=2,norm=none"
@@ -293,7 +294,7 @@ def test_the_page_of_a_report_loads_nothing_and_runs_nothing(tmp_path):
     made = make_distilled(ipc=2, class_names=names)
     (tmp_path / "results.png").write_bytes(b"")
     rows = [replace(row(source=source), set="<b>set</b>") for source in (DISTILLED, RANDOM_REAL)]
-    evaluate.write_pages(tmp_path, rows, {"<b>set</b>": made}, {"command": "<i>"})
+    evaluate.write_pages(tmp_path, rows, {"<b>set</b>": made}, {"command": "<i>"}, {"<b>set</b>": "x"})
     page = Page((tmp_path / "report.html").read_text())
     assert page.loaded
     assert all(address.startswith("data:image/png;base64,") for address in page.loaded)
@@ -301,6 +302,20 @@ def test_the_page_of_a_report_loads_nothing_and_runs_nothing(tmp_path):
     assert page.tags.count("figure") == 6
     assert names[0] in page.words
     assert "50.0 ± 0.0" in page.words
+
+
+def test_the_page_shows_the_curves_of_a_run_where_the_set_lies_in_its_folder(tmp_path):
+    board = Board(tmp_path / "run", name="", version="")
+    for step in range(3):
+        board.log_metrics({"val/accuracy": step / 10, "outer/loss": 1.0 - step, "epoch": 0.0}, step)
+    board.finalize("success")
+    (tmp_path / "results.png").write_bytes(b"")
+    for file, curves in (("run/last.safetensors", 1), ("run/mine.safetensors", 0), ("last.safetensors", 0)):
+        evaluate.write_pages(
+            tmp_path, [row(), row(source=RANDOM_REAL)], {"set": make_distilled()}, {}, {"set": tmp_path / file}
+        )
+        text = (tmp_path / "report.html").read_text()
+        assert text.count("curves of the run") == curves, file
 
 
 def test_a_moving_average_changes_the_tested_weights(tmp_path):

@@ -391,8 +391,12 @@ def test_how_good_the_architectures_are_is_said_logged_and_drawn(tmp_path, caplo
     for name, accuracy in callback.accuracies.items():
         assert f"MetaDD's {name} is right on {100 * accuracy:.1f} % of the validation split" in caplog.text
     pixels, maps = torch.rand(1, 3, 16, 16), torch.rand(2, 1, 4, 4)
-    figure = feature_figure(pixels, maps, ["conv:width=4", "torchvision/googlenet"], accuracies=[0.5, 0.987])
-    assert [axis.get_title() for axis in figure.axes[1:3]] == ["conv\n50.0 %", "googlenet\n98.7 %"]
+    figure = feature_figure(pixels, maps, ["vit_tiny_patch16_224", "torchvision/googlenet"], accuracies=[0.5, 0.987])
+    assert [axis.get_title() for axis in figure.axes[1:3]] == ["vit_tiny\n50.0 %", "googlenet\n98.7 %"]
+    figure.canvas.draw()
+    for axis in figure.axes:  # large enough to be read at half the size, and none over its neighbour's
+        assert axis.title.get_fontsize() >= 12
+        assert axis.title.get_window_extent().width < 1.2 * axis.get_window_extent().width
 
 
 def test_a_resumed_run_equals_the_run_never_interrupted(tmp_path):

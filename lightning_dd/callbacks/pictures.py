@@ -219,7 +219,8 @@ def feature_figure(
     large = F.interpolate(maps[:, :rows].float(), size=(side, side), mode="bilinear", align_corners=False)
     figure = Figure(figsize=(1.15 * columns, 1.15 * rows + 1.2), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False)
-    short = [name.partition(":")[0].rpartition("/")[2].replace("_", "\n", 1)[:18] for name in names]
+    bare = (name.partition(":")[0].rpartition("/")[2] for name in names)
+    short = ["_".join(name.split("_")[:2])[:12] for name in bare]
     if accuracies is not None:
         short = [f"{name}\n{100 * accuracy:.1f} %" for name, accuracy in zip(short, accuracies, strict=True)]
     for axis, title in zip(axes[0], ["image", *short, "meta", "hetero-\ngeneous"], strict=True):

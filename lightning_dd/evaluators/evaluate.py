@@ -79,7 +79,7 @@ def evaluate_files(
     write_results(folder, records, markdown(rows), bar_figure(summarise(rows)))
     words = [*files, "--architectures", *architectures, f"--seeds={seeds}"]
     made_with = provenance(bench.sets, bench.digests, recipes, words, library_versions())
-    write_pages(folder, rows, bench.sets, made_with)
+    write_pages(folder, rows, bench.sets, made_with, bench.files)
     print(f"to hand on: {folder}/report.html, results.tex, provenance.json")
     print(f"student curves: tensorboard --logdir {folder / 'tensorboard'}")
     return rows

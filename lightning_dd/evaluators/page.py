@@ -14,6 +14,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from matplotlib.figure import Figure
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
 from lightning_dd.distilled.card import facts_of
 from lightning_dd.distilled.export import pngs
 from lightning_dd.distilled.set import DistilledSet
@@ -22,9 +25,10 @@ from lightning_dd.evaluators.report import Line, note, summarise
 from lightning_dd.report import grouped
 from lightning_dd.students.recipe import Recipe
 from lightning_dd.utils.arguments import without_places
+from lightning_dd.utils.board import SCORE
 from lightning_dd.utils.files import write_text
 
-_MOST_IMAGES = 100
+_MOST_IMAGES, _MOST_POINTS = 100, 1000
 _SCALE = 3  # screen pixels for each pixel of an image, for small ones
 _STYLE = """
 body { font: 15px/1.5 sans-serif; max-width: 72em; margin: 2em auto; padding: 0 1em; color: #222 }
@@ -35,7 +39,11 @@ figure img { image-rendering: pixelated } pre { background: #f6f6f6; padding: 1e
 
 
 def write_pages(
-    folder: Path, rows: Sequence[Row], sets: Mapping[str, DistilledSet], made_with: Mapping[str, Any]
+    folder: Path,
+    rows: Sequence[Row],
+    sets: Mapping[str, DistilledSet],
+    made_with: Mapping[str, Any],
+    files: Mapping[str, str | Path],
 ) -> None:
     """Write ``report.html``, ``results.tex``, ``classes.csv`` and ``provenance.json`` beside a report's other files.
 
@@ -46,20 +54,20 @@ def write_pages(
         rows: of all students.
         sets: by name.
         made_with: of :func:`provenance`.
+        files: of the sets, by name; the curves of a run are shown where its folder is the set's.
     """
     lines = summarise(rows)
     short = short_names([line.architecture for line in lines])
     write_text(folder / "provenance.json", json.dumps(made_with, indent=1) + "\n")
     write_text(folder / "results.tex", latex(lines, short))
     write_text(folder / "classes.csv", _classes_csv(rows, sets))
-    figure = base64.b64encode((folder / "results.png").read_bytes()).decode()
     body = [
         "<h1>Distilled sets on architectures, seen and unseen</h1>",
         _table(_cells(lines, short)),
         f"<p>{escape(note(rows, lines).replace('`', ''))}</p>",
         _table([["short", "architecture"], *([name, whole] for whole, name in short.items())]),
-        f'<img alt="test accuracy by architecture" src="data:image/png;base64,{figure}">',
-        *(_of_set(name, distilled, by_class(rows, name, short)) for name, distilled in sets.items()),
+        _picture((folder / "results.png").read_bytes(), "test accuracy by architecture"),
+        *(_of_set(name, kept, by_class(rows, name, short), Path(files[name])) for name, kept in sets.items()),
         f"<h2>Made with</h2><pre>{escape(json.dumps(made_with, indent=1))}</pre>",
     ]
     head = '<!doctype html><html lang="en"><meta charset="utf-8"><title>lightning_dd report</title>'
@@ -153,17 +161,38 @@ def _classes_csv(rows: Sequence[Row], sets: Mapping[str, DistilledSet]) -> str:
     return text.getvalue()
 
 
-def _of_set(name: str, distilled: DistilledSet, accuracies: Mapping[str, Sequence[float]]) -> str:
-    """Return a set's images with the names of their classes, the accuracy of each class, and what it says of itself."""
+def _picture(png: bytes, caption: str, size: str = "") -> str:
+    return f'<img alt="{caption}" {size} src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+
+
+def _curves(file: Path) -> str:
+    """Return what a run logged, where a set lies in its folder: its student's accuracy and its loss by outer step."""
+    if file.stem not in ("best", "last") or not any(file.parent.glob("events.out.tfevents*")):
+        return ""
+    events = EventAccumulator(str(file.parent), size_guidance={"scalars": _MOST_POINTS}).Reload()
+    tags = [tag for tag in (SCORE, "outer/loss") if tag in events.Tags()["scalars"]]
+    if not tags:
+        return ""
+    figure, png = Figure(figsize=(4.5 * len(tags), 3), layout="constrained"), io.BytesIO()
+    for axes, tag in zip(figure.subplots(1, len(tags), squeeze=False)[0], tags, strict=True):
+        points = [(event.step, event.value) for event in events.Scalars(tag)]
+        axes.plot(*zip(*points, strict=True), marker="." if len(points) < 20 else "")
+        axes.set(xlabel="outer step", ylabel=tag)
+        axes.grid(alpha=0.3)
+    figure.savefig(png, dpi=100)
+    return _picture(png.getvalue(), "curves of the run")
+
+
+def _of_set(name: str, distilled: DistilledSet, accuracies: Mapping[str, Sequence[float]], file: Path) -> str:
+    """Return a set's images and the names of their classes, accuracies of each, its run, and what it says of itself."""
     _, height, width = distilled.image_shape
     scale, figures = _SCALE if width <= 64 else 1, []
     for png, label in zip(islice(pngs(distilled), _MOST_IMAGES), distilled.classes.tolist(), strict=False):
         caption = escape(distilled.class_names[label])
         size = f'width="{scale * width}" height="{scale * height}"'
-        picture = f'<img alt="{caption}" {size} src="data:image/png;base64,{base64.b64encode(png).decode()}">'
-        figures.append(f"<figure>{picture}<figcaption>{caption}</figcaption></figure>")
+        figures.append(f"<figure>{_picture(png, caption, size)}<figcaption>{caption}</figcaption></figure>")
     facts = _table([["what", "is"], *([key, text] for key, text in facts_of(distilled).items())])
     columns = zip(distilled.class_names, *accuracies.values(), strict=True) if accuracies else []
     rows = [[label, *(f"{100 * value:.1f}" for value in values)] for label, *values in columns]
     classes = _table([["class", *accuracies], *rows]) if rows else ""
-    return f"<h2>{escape(name)}</h2>{''.join(figures)}{classes}{facts}"
+    return f"<h2>{escape(name)}</h2>{''.join(figures)}{_curves(file)}{classes}{facts}"
