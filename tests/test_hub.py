@@ -145,7 +145,7 @@ def test_offline_says_so(monkeypatch, tmp_path, capsys):
 
 def test_sets_that_come_with_the_package_are_named_wherever_a_file_goes(capsys, tmp_path):
     sets = builtin_sets()
-    assert len(sets) >= 3
+    assert len(sets) == 6
     for address, path in sets.items():
         distilled, size = DistilledSet.load(address), path.stat().st_size
         assert size < 340_000

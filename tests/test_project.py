@@ -11,7 +11,8 @@ from lightning_dd import __version__
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-FORMS = [".pre-commit-config.yaml", ".github/workflows/tests.yml", ".github/workflows/release.yml", "CITATION.cff"]
+WORKFLOWS = [f".github/workflows/{name}.yml" for name in ("tests", "docs", "release")]
+FORMS = [".pre-commit-config.yaml", *WORKFLOWS, "CITATION.cff"]
 
 
 def test_one_version_everywhere():
