@@ -29,7 +29,10 @@ from lightning_dd.utils.files import write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("results", "transfer", "cells", "choose"))]
+PAGES = [
+    ROOT / "README.md",
+    *(ROOT / "docs" / f"{name}.md" for name in ("results", "transfer", "cells", "choose", "robustness")),
+]
 _LABELS = {"frepo": "learned", **dict.fromkeys(("random_soft", "rded", "sre2l"), "a teacher's")}
 _PATTERN = re.compile(r"(<!-- table: (?P<name>[\w.-]+) -->\n).*?(<!-- end of table -->)", flags=re.DOTALL)
 _FIGURE = re.compile(r"\(figures/([\w.-]+)\.png\)")
@@ -62,6 +65,7 @@ def rendered(name: str) -> str:
         "step": step,
         "speed": speed,
         "parity": parity,
+        "fuzz": plain,
     }
     for kind in measured.keys() & record.keys():
         return measured[kind](record[kind]) + made_with(record["made_with"])
@@ -190,6 +194,12 @@ def parity(rows: list[dict[str, Any]]) -> str:
         verdicts = ", ".join(dict.fromkeys(row["verdict"] for row in group))
         lines.append([part, thing, f"`{official}`", "; ".join(found), verdicts])
     return markdown_table(lines) + "\n"
+
+
+def plain(rows: list[dict[str, Any]]) -> str:
+    """Return a table of rows as they are, a column for each name in one of them."""
+    heads = list(dict.fromkeys(name for row in rows for name in row))
+    return markdown_table([heads, *[[str(row.get(name, "-")) for name in heads] for row in rows]]) + "\n"
 
 
 def vectorised(rows: list[dict[str, Any]]) -> str:

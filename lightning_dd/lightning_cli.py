@@ -13,6 +13,7 @@ from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
+from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities import rank_zero_only
 
 from lightning_dd import callbacks, data, distilled, distillers, students, synthetic
@@ -34,6 +35,7 @@ BASES: dict[str, type] = {
     "model": LightningModule,
     "data": LightningDataModule,
     "callbacks": Callback,
+    "logger": Logger,
     "parameterisation": synthetic.Parameterisation,
     "labels": synthetic.Labels,
 }
@@ -43,7 +45,7 @@ BASES: dict[str, type] = {
 def known_classes(key: str) -> dict[str, type]:
     """Return the classes a setting accepts by bare name: this project's, and any a user has imported."""
     base: type[Any] = BASES.get(key.removesuffix("+").rpartition(".")[2], type(None))
-    hidden = () if base is Callback else ("pytorch_lightning.", "lightning.", "torchmetrics.")
+    hidden = () if base in (Callback, Logger) else ("pytorch_lightning.", "lightning.", "torchmetrics.")
     return {cls.__name__: cls for cls in subclasses(base) if not cls.__module__.startswith(hidden)}
 
 
@@ -120,6 +122,9 @@ class Cli(LightningCLI):
         settings = self.config[self.config.subcommand]
         trainer, model = settings.trainer, find_class(settings.model.class_path, LightningModule, "model")
         check_length(trainer.max_steps, trainer.val_check_interval)
+        for name in ("optimizer", "lr_scheduler"):  # Lightning's own, for modules that make none
+            if settings.get(name):
+                raise UserError(f"{name}: every model here makes its own; set its rate by model.lr")
         if self.config.subcommand == "fit":
             self.say_cell(settings)
         if trainer.max_steps == -1 and not getattr(model, "learns", True):

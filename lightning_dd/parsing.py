@@ -6,14 +6,17 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, field, fields
 from pathlib import Path
+from types import NoneType
 from typing import Any, NoReturn, get_type_hints
 
+import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser  # type: ignore[attr-defined]
 
 from lightning_dd.utils.errors import UserError, of_system, printable, unknown_name
 
 FOLDER = Path(__file__).parent / "configs"
 """The configuration files that come with the package."""
+_MOST_SETTINGS = 100_000
 _EXPECTED = re.compile(r"Expected an? (?:<class '(\w+)'>|typing\.Literal\[(.+)\])")
 
 KnownClasses = Callable[[str], dict[str, type]]
@@ -51,8 +54,26 @@ def with_paths(arguments: Sequence[str]) -> list[str]:
         name = word.partition("=")[2] if word.startswith("--config=") else None
         if word in ("--config", "-c"):
             name = next(rest, None)
-        words.append(word if name is None else f"--config={find_configuration(name)}")
+        words.append(word if name is None else f"--config={_checked(find_configuration(name))}")
     return words
+
+
+def _checked(path: Path) -> Path:
+    """Refuse a configuration that is not YAML, holds no settings by name, or more than one could have written."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise UserError(f"configuration '{path}' is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict | NoneType):
+        raise UserError(f"configuration '{path}' must hold settings by name, found a {type(content).__name__}")
+    waiting, count = [content], 0
+    while waiting and count <= _MOST_SETTINGS:  # aliases stand for what they name each time
+        item = waiting.pop()
+        count += 1
+        waiting += item.values() if isinstance(item, dict) else item if isinstance(item, list) else ()
+    if waiting:
+        raise UserError(f"configuration '{path}' stands for more than {_MOST_SETTINGS} settings: use fewer aliases")
+    return path
 
 
 def run_name(arguments: Sequence[str]) -> str:
@@ -124,6 +145,8 @@ def explain(message: str, known_classes: KnownClasses = lambda key: {}) -> str:
     if value := re.search(r"Expected an? (?:<class '(\w+)'>|(.+?))\. Got value: (.+)", message):
         return f"{key}: expected {value[1] or value[2]}, got {value[3]}"
     errors, given = re.findall(r"^\s+- (.+)", message, re.M), re.search(r"Given value: (.+)", message)
+    if given and (base := re.search(r"subclass of (\w+)", message)):
+        return f"{key}: '{given[1]}' is no subclass of {base[1]}"
     kinds = [found[1] or found[2] for error in errors if (found := _EXPECTED.fullmatch(error))]
     if given and kinds and len(kinds) == len(errors):
         return f"{key}: expected {', '.join(kind for kind in kinds if kind != 'NoneType')}, got {given[1]}"

@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lightning_dd.statistics import Score
+from lightning_dd.utils.errors import printable
 from lightning_dd.utils.files import write_atomically, write_text
 
 Item = TypeVar("Item")
@@ -85,13 +86,13 @@ def grouped(items: Iterable[Item], key: Callable[[Item], Key]) -> dict[Key, list
 
 
 def markdown_table(cells: Sequence[Sequence[str]]) -> str:
-    """Render rows of cells, the first of them the heading.
+    r"""Render rows of cells, the first of them the heading; what a cell quotes cannot end it.
 
     Example:
-        >>> print(markdown_table([["a", "b"], ["1", "2"]]))
+        >>> print(markdown_table([["a", "b"], ["1", "x|y"]]))
         | a | b |
         | --- | --- |
-        | 1 | 2 |
+        | 1 | x\|y |
     """
     rows = [cells[0], ["---"] * len(cells[0]), *cells[1:]]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return "\n".join("| " + " | ".join(printable(cell).replace("|", "\\|") for cell in row) + " |" for row in rows)

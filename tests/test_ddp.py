@@ -288,7 +288,7 @@ def test_a_process_that_dies_or_stops_is_named_in_a_run(tmp_path, what):
     assert run.wait() == (2 if rank else -9)
 
 
-def wait_until(true, seconds=120):
+def wait_until(true, seconds=300):
     start = time.monotonic()
     while not true():
         assert time.monotonic() - start < seconds

@@ -67,7 +67,7 @@ class FRePo(PoolDistiller):
         **kwargs: Any,
     ) -> None:
         super().__init__(lr=lr, **kwargs)
-        check_range("at least 0", views=views, scale_lr=scale_lr)
+        check_range("at least 0", views=views, scale_lr=scale_lr, ridge=ridge)
         check_range("at least 1", kernels=kernels, pool_size=self.pool_size)
         if kernels > self.pool_size:
             raise UserError(f"kernels must be from 1 to pool_size, {self.pool_size}, got {kernels}")

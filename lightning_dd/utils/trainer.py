@@ -69,6 +69,14 @@ def make_trainer(make: Callable[..., Trainer] = Trainer, **settings: Any) -> Tra
     most = max(_MOST_PROCESSES, os.cpu_count() or 1)
     if isinstance(trainer.accelerator, CPUAccelerator) and trainer.num_devices > most:
         raise UserError(f"trainer.devices must be 1 to {most} on this machine's CPU, got {trainer.num_devices}")
+    clip: Any = trainer.gradient_clip_val
+    every: Any = trainer.log_every_n_steps  # type: ignore[attr-defined]
+    check_range("at least 0", "trainer.", gradient_clip_val=clip, log_every_n_steps=every)
+    each: dict[str, float | None] = {"accumulate_grad_batches": trainer.accumulate_grad_batches}
+    each["check_val_every_n_epoch"] = trainer.check_val_every_n_epoch
+    each["max_epochs"] = None if trainer.max_epochs == -1 else trainer.max_epochs
+    check_range("at least 1", "trainer.", **each)
+    check_range("positive", "trainer.", limit_train_batches=trainer.limit_train_batches)
     if trainer.world_size > 1:
         trainer.callbacks.append(Lookout())  # type: ignore[attr-defined]
     return trainer
