@@ -39,6 +39,7 @@ def test_the_demo_runs_from_an_installed_wheel(tmp_path):
         return run(home / "bin" / "lightning-dd", *words, folder=elsewhere, env={"PATH": "", "HOME": str(tmp_path)})
 
     assert "mnist5k/frepo " in dd("list", "configs")
+    assert "builtin:mnist5k_dm_ipc10 " in dd("list", "sets")
     assert "cifar10/frepo ipc 10 " in dd("list", "cells", "frepo")
     quick = ["--trainer.max_steps=2", "--model.probe.steps=1", "--model.real_batch_size=8"]
     said = dd("fit", "--config", "mnist5k/frepo", "--config", "demo", "--model.architecture=conv:width=4", *quick)
