@@ -52,20 +52,20 @@ def budgets(rows: list[Row], plan: dict[str, Any]) -> str:
     lines = [["images", "labels", "images [kB]", "labels [kB]", "seeds", *(f"{count} steps" for count in steps)]]
     for base, setting in dict.fromkeys((row["base"], row["setting"]) for row in rows):
         kind = labels[setting]
-        cells, seeds = [], set[int]()
+        cells, seeds = [], list[str]()
         for count in steps:
             here = [row for row in scored if row["steps"] == count]
             scores, reference = (
                 whole(here, *which, [names]) for which in ((base, setting), (plan["against"], plain[kind]))
             )
-            seeds |= set(scores)
+            seeds.append(str(len(scores)))
             pairs = [(scores[seed], reference[seed]) for seed in scores if seed in reference]
             difference = "" if base == plan["against"] and setting == plain[kind] else f" ({change(pairs, names)})"
             cells.append(level([*scores.values()], names) + (difference if pairs else "") if scores else "-")
         stored = next(row for row in rows if (row["base"], row["setting"]) == (base, setting) and "image_bytes" in row)
         sizes = [f"{stored[name] / 1000:.0f}" for name in ("image_bytes", "label_bytes")]
         called = " + ".join([base, *(part for part in setting.split("_") if part not in ("base", "soft"))])
-        lines.append([called, kind, *sizes, str(len(seeds)), *cells])
+        lines.append([called, kind, *sizes, ", ".join(seeds if len(set(seeds)) > 1 else seeds[:1]), *cells])
     return markdown_table(lines)
 
 
