@@ -299,7 +299,10 @@ def test_files_of_another_kind():
     assert "only tensors and numbers are safe to load" in refused("dc", "text.pt")
     assert "Careless" in refused("dc", "objects.pt")
     assert "not a file of torch.save" in refused("dc", "half.pt")
-    for file in ("text.npz", "one.npy", "pickled.npz"):
+    content = Path(_npz(image=np.zeros((1, 2, 2, 1)))).read_bytes()
+    directory = content.index(b"PK\x01\x02")  # the flags of the first entry there: encrypted
+    Path("locked.npz").write_bytes(content[: directory + 8] + b"\x01" + content[directory + 9 :])
+    for file in ("text.npz", "one.npy", "pickled.npz", "locked.npz"):
         assert "is not an .npz file of arrays" in refused("frepo", file)
 
 

@@ -122,7 +122,7 @@ def _load_npz(file: Path) -> dict[str, Any]:
                 raise ValueError(f"it unpacks to more than {_LARGEST_ARRAYS:,} bytes")
         with np.load(file, allow_pickle=False) as arrays:
             return {name: arrays[name] for name in arrays.files}
-    except (ValueError, OSError, EOFError, BadZipFile, MemoryError, OverflowError, NotImplementedError) as error:
+    except (ValueError, OSError, EOFError, BadZipFile, MemoryError, OverflowError, RuntimeError) as error:
         raise UserError(
             f"'{file}' is not an .npz file of arrays ({first_line(error)}); of a flax checkpoint, {_EXPORT}"
         ) from None
