@@ -235,8 +235,7 @@ def evaluate(
         strategy: Lightning's Trainer argument, ``ddp`` for several processes.
         workers: processes of this machine that train students side by side; ``auto`` is one per core, or per GPU.
         names: what the sets are called in the report, in place of their files' names.
-        labels: ``hard``, ``static`` or ``dynamic`` ones, which every set gets in rows of its own, as random real images
-            do (:class:`~lightning_dd.evaluators.label_rows.LabelRows`).
+        labels: further rows of each set, by kind (:class:`~lightning_dd.evaluators.label_rows.LabelRows`).
         teacher: whose labels those are.
 
     Returns:
