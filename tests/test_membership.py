@@ -387,6 +387,7 @@ def experiment(config, output, **changes):
         "folds": 2,
         "shadows": 4,
         "accelerator": "cpu",
+        "workers": 1,  # others would not know the data of this test
     }
     return Membership(**(settings | changes))
 

@@ -33,9 +33,9 @@ SETTINGS = {
         "--model.architecture=no_such.Net": "architecture 'no_such.Net' cannot be imported",
         "--model.distance=far": "unknown distance 'far'; known: characteristic, mean, mmd",
         "--model.extractors=-1": "unknown extractors '-1'; known: interpolated, random, trained",
-        "--model.parameterisation=Pixel": "did you mean 'Pixels'? known: Latents, MultiFormation, Pixels, Pyramid",
+        "--model.parameterisation=Pixel": "unknown class for parameterisation 'Pixel'; did you mean 'Pixels'? known: ",
         "--model={class_path: DM": "unknown class for model '{class_path:'",
-        "--model=3": "unknown class for model '3'; known: DC, DM",
+        "--model=3": "unknown class for model '3'; known: ",
         "--model=torch.nn.Linear": "--model: 'torch.nn.Linear' is no subclass of LightningModule",
     },
     "dc": {
