@@ -20,8 +20,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
 from environment import environment
+from plans import read_plan
 from transfer import Trial, metadd, real_data, trainer, trials
 from transfer_tables import Row
 
@@ -87,7 +87,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
-    plan = yaml.safe_load(options.plan.read_text(encoding="utf-8"))
+    plan = read_plan(options.plan)
     rows: list[Row] = []
     for base, setting in itertools.product(options.bases, options.settings):
         stage = {"bases": [base], "settings": [setting], "seeds": 0, "students": []}

@@ -24,8 +24,7 @@ from typing import Any
 
 import torch
 from environment import write_record
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_dd.utils.machine import settle, spinning, threads_for
 
@@ -45,24 +44,11 @@ _BESIDE = ("student", "teacher", "frepo")
 """What is measured beside busy processes, too."""
 
 
-class Flops(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts those of convolutions and matrix products, forward and backward."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operation and count it."""
-        result = func(*args, **(kwargs or {}))
-        formula = flop_registry.get(func._overloadpacket)
-        self.count += formula(*args, **(kwargs or {}), out_val=result) if formula else 0
-        return result
-
-
 class Clock:
     """Notes when each step ends, and counts the FLOPs of the last one of the warm-up."""
 
     def __init__(self, seconds: float) -> None:
-        self.seconds, self.times, self.flops = seconds, [time.perf_counter()], Flops()  # type: ignore[no-untyped-call]
+        self.seconds, self.times, self.flops = seconds, [time.perf_counter()], FlopCounterMode(display=False)
         self._counting = ExitStack()
 
     def tick(self) -> bool:
@@ -80,7 +66,12 @@ class Clock:
         times = self.times[_WARMUP:]
         low, middle, high = statistics.quantiles([b - a for a, b in itertools.pairwise(times)], n=4)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        step = {"median_s": middle, "quartiles_s": [low, high], "flops": self.flops.count, "steps": len(times) - 1}
+        step = {
+            "median_s": middle,
+            "quartiles_s": [low, high],
+            "flops": self.flops.get_total_flops(),
+            "steps": len(times) - 1,
+        }
         return step | {"peak_mb": peak, "threads": torch.get_num_threads()}
 
 

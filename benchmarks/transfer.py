@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from environment import environment
 from filelock import FileLock
+from plans import merged, read_plan
 from pytorch_lightning import Callback, Trainer
 
 import lightning_dd.distillers
@@ -211,13 +211,6 @@ def trials(plan: dict[str, Any], stage: dict[str, Any]) -> Iterator[tuple[Trial,
                 yield Trial(base, setting, seed, data={**plan["data"], **spec.pop("data", {})}, **spec), names
 
 
-def merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a mapping with the entries of another one in it, level by level."""
-    pairs = {name: (old[name], new[name]) for name in old.keys() & new.keys()}
-    both = {name: merged(*pair) for name, pair in pairs.items() if all(isinstance(part, Mapping) for part in pair)}
-    return {**old, **new, **both}
-
-
 def jobs(plan: dict[str, Any], output: Path) -> list[Job]:
     """List all jobs; the cost is the place, so that they are taken in the plan's order."""
     found: list[tuple[str, Task]] = []
@@ -259,7 +252,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--record", action="store_true", help="write the rows there are, and train nothing")
     options = parser.parse_args()
-    plan = yaml.safe_load(options.plan.read_text(encoding="utf-8"))
+    plan = read_plan(options.plan)
     options.output.mkdir(parents=True, exist_ok=True)
     if not options.record:
         made_with = options.output / f"{options.plan.stem}.json"

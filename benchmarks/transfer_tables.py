@@ -5,19 +5,18 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-import yaml
+from plans import PLANS, read_plan
 from scipy.stats import t as student_t
 
 from lightning_dd.report import markdown_table
 
-_PLANS = Path(__file__).parent / "transfer"
 Row = dict[str, Any]
 
 
 def rendered(path: Path) -> str:
     """Return the tables of a record, one for each split and each number of student steps."""
     record = json.loads(path.read_text(encoding="utf-8"))
-    plan = yaml.safe_load((_PLANS / f"{path.stem.removeprefix('transfer_')}.yaml").read_text(encoding="utf-8"))
+    plan = read_plan(PLANS / f"{path.stem.removeprefix('transfer_')}.yaml")
     own = {name: base["own"] for name, base in plan["bases"].items()}
     scored = [row for row in record["transfer"] if "accuracy" in row]
     failed = [row for row in record["transfer"] if "failed" in row]

@@ -19,7 +19,7 @@ from pytorch_lightning import LightningModule, Trainer
 from safetensors import safe_open
 from torchvision.transforms import CenterCrop, Compose, Resize
 
-from lightning_dd.data import DATA_SETS, ImageFolder, MNIST5k, ParquetImages, RawSplit, RealData
+from lightning_dd.data import DATA_SETS, ImageFolder, MNIST5k, ParquetImages, RawSplit, RealData, tables
 from lightning_dd.data import cache as cache_module
 from lightning_dd.data.cache import cache_folder, cached_split, content_key
 from lightning_dd.data.parts import build_data
@@ -371,6 +371,16 @@ def test_a_second_read_comes_from_the_cache_until_the_bytes_change(hub, cache, m
     assert len(list(cache.iterdir())) == 2
     write_parquet(hub / "train-1.parquet", [encoded(picture(77))], [0], ["cat", "dog"])
     assert len(reader().read(train=True).labels) == 7
+
+
+def test_no_more_of_the_files_is_read_than_the_rows_need(hub, monkeypatch):
+    data = ParquetImages("train-*.parquet", "test.parquet", root=str(hub))
+    data.labels(train=True)
+    opened = []
+    whole = tables._opened
+    monkeypatch.setattr(tables, "_opened", lambda file: opened.append(file.name) or whole(file))
+    assert len(list(data.encoded(train=True, rows=torch.tensor([0, 5])))) == 2
+    assert opened == ["train-0.parquet"]
 
 
 def test_parquet_without_names_other_columns_and_plain_binary(tmp_path):

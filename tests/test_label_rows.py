@@ -1,5 +1,7 @@
 """Sets once more with other labels, and random real images with the same beside them."""
 
+import json
+
 import pytest
 import torch
 from helpers import TinyData, make_distilled
@@ -25,7 +27,7 @@ def _register_tiny_data(monkeypatch):
 
 def test_images_stay_and_labels_are_the_classes_the_teachers_or_those_of_every_pass(tmp_path):
     file = str(make_distilled(ipc=2).save(tmp_path / "own.safetensors"))
-    recipe = Recipe(steps=7, batch_size=3)  # two batches a pass: four passes
+    recipe = Recipe(steps=4, batch_size=4)  # one batch a pass, for a second one would not be full
     found = LabelRows(("hard", "static", "dynamic"), TEACHER).files(
         {"own": file}, [recipe, Recipe(steps=1)], DataChoice(), tmp_path / "labelled"
     )
@@ -50,6 +52,8 @@ def test_the_report_has_a_row_for_each_and_says_what_labels_take(tmp_path):
     sizes = {row.set: row.label_bytes for row in rows if row.source == "distilled"}
     assert sizes["test-0"] == sizes["test-0-hard"] == 4 * 6 * 3
     assert sizes["test-0-dynamic"] == sizes["random-dynamic"] > sizes["test-0"]
+    made_with = json.loads((tmp_path / "report" / "provenance.json").read_text())
+    assert made_with["command"].endswith(f"--labels hard dynamic --teacher {TEACHER.architecture}")
     assert f"test-0-dynamic {sizes['test-0-dynamic'] / 1000:.1f} kB" in (tmp_path / "report" / "results.md").read_text()
 
 
@@ -58,6 +62,21 @@ def test_the_control_is_drawn_once_for_sets_of_one_size(tmp_path):
     named["c"] = str(make_distilled(ipc=2).save(tmp_path / "c.safetensors"))
     found = LabelRows(("static",), TEACHER).files(named, [Recipe(steps=1)], DataChoice(), tmp_path / "labelled")
     assert list(found) == ["a", "a-static", "random-static", "b", "b-static", "c", "c-static", "c-random-static"]
+
+
+def test_a_set_is_not_taken_for_another_one_with_other_labels(tmp_path):
+    named = {name: str(make_distilled().save(tmp_path / f"{name}.safetensors")) for name in ("a", "a-hard")}
+    with pytest.raises(UserError, match="'a-hard' is what a set with other labels is called here: say --names"):
+        LabelRows(("hard",)).files(named, [Recipe(steps=1)], DataChoice(), tmp_path / "labelled")
+
+
+def test_what_is_wrong_is_said_before_a_teacher_is_trained(tmp_path, monkeypatch):
+    monkeypatch.setattr(LabelRows, "files", lambda *args: pytest.fail("a teacher would be trained"))
+    asked = {"seeds": 1, "steps": 1, "labels": ["static"], "teacher": TEACHER}
+    with pytest.raises(UserError, match="unknown architecture 'conw'"):
+        evaluate(make_distilled(), ["conw"], tmp_path / "report", **asked)
+    with pytest.raises(UserError, match="unknown augmentation 'spin'"):
+        evaluate(make_distilled(), [SMALL], tmp_path / "report", augment="spin", **asked)
 
 
 def test_mistakes_are_one_line(tmp_path, capsys):

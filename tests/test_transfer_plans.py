@@ -5,7 +5,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 from jsonargparse import ArgumentParser
 
 import lightning_dd.distillers
@@ -16,13 +15,10 @@ from lightning_dd.models.factory import NetworkMixture
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 import transfer  # noqa: E402
+from plans import read_plan  # noqa: E402
 from transfer_tables import change, level, table  # noqa: E402
 
 PLANS = sorted((BENCHMARKS / "transfer").glob("*.yaml"))
-
-
-def load(path):
-    return yaml.safe_load(path.read_text(encoding="utf-8"))
 
 
 def family(name):
@@ -31,7 +27,7 @@ def family(name):
 
 @pytest.mark.parametrize("path", PLANS, ids=lambda path: path.stem)
 def test_every_trial_can_be_built_and_no_family_is_both_seen_and_unseen(path):
-    plan = load(path)
+    plan = read_plan(path)
     for stage in plan["stages"]:
         unseen = {family(name) for name in stage["students"] if name != "own"}
         for trial, students in transfer.trials(plan, {**stage, "seeds": 0}):
@@ -49,8 +45,8 @@ def test_every_trial_can_be_built_and_no_family_is_both_seen_and_unseen(path):
 
 def test_what_chooses_looks_at_validation_and_at_other_families_than_what_tests():
     choosing, testing = (
-        load(BENCHMARKS / "transfer" / "metadd.yaml"),
-        load(BENCHMARKS / "transfer" / "cifar10_ipc10.yaml"),
+        read_plan(BENCHMARKS / "transfer" / "metadd.yaml"),
+        read_plan(BENCHMARKS / "transfer" / "cifar10_ipc10.yaml"),
     )
     assert {stage["split"] for stage in choosing["stages"]} == {"val"}
     first, second = ({family(n) for stage in p["stages"] for n in stage["students"]} for p in (choosing, testing))
@@ -58,7 +54,7 @@ def test_what_chooses_looks_at_validation_and_at_other_families_than_what_tests(
 
 
 def test_jobs_are_done_once_in_the_plans_order_each_set_before_its_students():
-    plan = load(BENCHMARKS / "transfer" / "cifar10_ipc10.yaml")
+    plan = read_plan(BENCHMARKS / "transfer" / "cifar10_ipc10.yaml")
     jobs = transfer.jobs(plan, Path("nowhere"))
     assert len({str(job.identity) for job in jobs}) == len(jobs)
     assert [job.cost for job in jobs] == list(range(len(jobs), 0, -1))
@@ -70,7 +66,7 @@ def test_jobs_are_done_once_in_the_plans_order_each_set_before_its_students():
 
 
 def test_a_base_may_say_more_of_a_setting():
-    plan = load(BENCHMARKS / "transfer" / "cifar10_ipc10.yaml")
+    plan = read_plan(BENCHMARKS / "transfer" / "cifar10_ipc10.yaml")
     plan["bases"]["dm"]["settings"] = {"metadd": {"metadd": {"weight": 0.25}}}
     stage = {"bases": ["dm", "dsa"], "settings": ["base", "metadd"], "seeds": "3-4", "students": ["own"]}
     found = [(t.base, t.setting, t.seed, t.metadd and t.metadd["weight"]) for t, _ in transfer.trials(plan, stage)]
@@ -96,7 +92,7 @@ def test_the_table_compares_seeds_that_are_whole_in_pairs():
 
 
 def test_the_reviewed_form_is_what_the_reviews_state():
-    preset = load(BENCHMARKS.parent / "configs" / "metadd_reviewed.yaml")["trainer"]["callbacks+"][0]["init_args"]
+    preset = read_plan(BENCHMARKS.parent / "configs" / "metadd_reviewed.yaml")["trainer"]["callbacks+"][0]["init_args"]
     parser = ArgumentParser()
     parser.add_class_arguments(MetaDD, "metadd")
     settings = parser.instantiate_classes(parser.parse_object({"metadd": preset})).metadd

@@ -196,6 +196,8 @@ class ParquetImages(ImageTable):
                     values = batch.column(0).take((places - first).numpy()).to_pylist()
                     for row, value in zip((places - start).tolist(), values, strict=True):
                         yield f"in '{file.name}', row {row}", value["bytes"] if isinstance(value, dict) else value
+                    if high == len(rows):  # the files may be many, and the rows few
+                        return
                     first += len(batch)
 
     def _files(self, train: bool) -> list[Path]:

@@ -59,9 +59,12 @@ def evaluate_files(
     """
     named, folder = check_asked(files, architectures, output, seeds, workers, names)
     recipes = {"": recipe} if isinstance(recipe, Recipe) else dict(recipe)
-    named = labels.files(named, recipes.values(), data, folder / "labelled")
+    for each in recipes.values():
+        each.augmentation(mirror=True)
     bench = Bench(named, recipes, folder, data, hardware)
     architectures = bench.architectures(architectures)
+    if labels.kinds:  # teachers are trained here
+        bench = Bench(labels.files(named, recipes.values(), data, folder / "labelled"), recipes, folder, data, hardware)
     for name, difference in bench.elsewhere.items():
         rank_zero_warn(f"'{name}' is {difference}")
     cells = [
@@ -77,7 +80,7 @@ def evaluate_files(
     rows = _in_groups([bench.row(cell) for cell in cells], bench.sets)
     records = [{name: value for name, value in asdict(row).items() if name != "by_class"} for row in rows]
     write_results(folder, records, markdown(rows), bar_figure(summarise(rows)))
-    words = [*files, "--architectures", *architectures, f"--seeds={seeds}"]
+    words = [*files, "--architectures", *architectures, f"--seeds={seeds}", *labels.words]
     made_with = provenance(bench.sets, bench.digests, recipes, words, library_versions())
     write_pages(folder, rows, bench.sets, made_with, bench.files)
     print(f"to hand on: {folder}/report.html, results.tex, provenance.json")

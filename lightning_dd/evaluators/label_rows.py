@@ -11,6 +11,7 @@ from lightning_dd.distilled.datamodule import real_data_of
 from lightning_dd.distilled.set import DistilledSet
 from lightning_dd.evaluators.matrix import random_real, with_hard_labels
 from lightning_dd.jobs import tensor_digest
+from lightning_dd.models.factory import NetworkMixture
 from lightning_dd.pretrained.classifier import Teacher
 from lightning_dd.students.recipe import Recipe
 from lightning_dd.synthetic.labels import TeacherLabels, relabel
@@ -40,6 +41,13 @@ class LabelRows:
     kinds: tuple[str, ...] = ()
     teacher: Teacher | None = None
 
+    @property
+    def words(self) -> list[str]:
+        """What the command line says for it."""
+        asked = None if self.teacher is None else self.teacher.architecture
+        teachers = [] if asked is None else ["--teacher", *NetworkMixture.parse(asked).names]
+        return ["--labels", *self.kinds, *teachers] if self.kinds else []
+
     def __post_init__(self) -> None:
         for kind in self.kinds:
             if kind not in KINDS:
@@ -57,7 +65,13 @@ class LabelRows:
             recipes: of the students, whose passes over a set are counted for ``dynamic`` labels.
             data: the real data that is meant.
             folder: of the new files; one that is there already is made again, with the same outcome.
+
+        Raises:
+            UserError: a set is called what another one is to be called with other labels.
         """
+        own = {f"{name}-{kind}" for name in (*named, "random") for kind in self.kinds}
+        if taken := sorted(own & named.keys()):
+            raise UserError(f"names: '{taken[0]}' is what a set with other labels is called here: say --names")
         found: dict[str, str] = {}
         drawn: dict[tuple[int, str], str] = {}
         for name, file in named.items():
@@ -81,8 +95,8 @@ class LabelRows:
         if kind == HARD:
             return None
         rows, classes = len(distilled), distilled.num_classes
-        passes = max(
-            math.ceil(recipe.steps_for(rows, classes) / math.ceil(rows / min(rows, recipe.batch_for(rows, classes))))
+        passes = max(  # a batch that is not full is left out
+            math.ceil(recipe.steps_for(rows, classes) / (rows // min(rows, recipe.batch_for(rows, classes))))
             for recipe in recipes
         )
         return TeacherLabels(self.teacher, epochs=passes if kind == DYNAMIC else 0)

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch.distributed as dist
 from pytorch_lightning import Callback, LightningModule, Trainer
-from torch._C._distributed_c10d import TCPStore
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
 from lightning_dd.utils.errors import UserError
@@ -79,7 +78,7 @@ class _Signs:
         self.place = 0
         self._over = threading.Event()
         place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        self._store = TCPStore(*place, is_master=False, timeout=timedelta(seconds=SILENT_AFTER))
+        self._store = dist.TCPStore(*place, is_master=False, timeout=timedelta(seconds=SILENT_AFTER))
         self._store.set(f"{_NAME}{rank}", "0 0")  # before any process goes on to what it may die of
         self._seen: dict[int, tuple[str, float]] = {}
         self._threads = [threading.Thread(target=work, daemon=True) for work in (self._beat, self._judge)]
