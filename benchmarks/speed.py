@@ -24,7 +24,8 @@ from typing import Any
 
 import torch
 from environment import write_record
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from lightning_dd.utils.machine import settle, spinning, threads_for
 
@@ -44,11 +45,27 @@ _BESIDE = ("student", "teacher", "frepo")
 """What is measured beside busy processes, too."""
 
 
+class Flops(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts those of convolutions and matrix products, forward and backward.
+
+    torch's own FlopCounterMode follows modules too, which fails under ``autograd.grad``.
+    """
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation and count it."""
+        result = func(*args, **(kwargs or {}))
+        formula = flop_registry.get(func._overloadpacket)
+        self.count += formula(*args, **(kwargs or {}), out_val=result) if formula else 0
+        return result
+
+
 class Clock:
     """Notes when each step ends, and counts the FLOPs of the last one of the warm-up."""
 
     def __init__(self, seconds: float) -> None:
-        self.seconds, self.times, self.flops = seconds, [time.perf_counter()], FlopCounterMode(display=False)
+        self.seconds, self.times, self.flops = seconds, [time.perf_counter()], Flops()  # type: ignore[no-untyped-call]
         self._counting = ExitStack()
 
     def tick(self) -> bool:
@@ -66,12 +83,7 @@ class Clock:
         times = self.times[_WARMUP:]
         low, middle, high = statistics.quantiles([b - a for a, b in itertools.pairwise(times)], n=4)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        step = {
-            "median_s": middle,
-            "quartiles_s": [low, high],
-            "flops": self.flops.get_total_flops(),
-            "steps": len(times) - 1,
-        }
+        step = {"median_s": middle, "quartiles_s": [low, high], "flops": self.flops.count, "steps": len(times) - 1}
         return step | {"peak_mb": peak, "threads": torch.get_num_threads()}
 
 

@@ -78,7 +78,9 @@ class _Signs:
         self.place = 0
         self._over = threading.Event()
         place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        self._store = dist.TCPStore(*place, is_master=False, timeout=timedelta(seconds=SILENT_AFTER))
+        self._store = dist.TCPStore(  # type: ignore[attr-defined]
+            *place, is_master=False, timeout=timedelta(seconds=SILENT_AFTER)
+        )
         self._store.set(f"{_NAME}{rank}", "0 0")  # before any process goes on to what it may die of
         self._seen: dict[int, tuple[str, float]] = {}
         self._threads = [threading.Thread(target=work, daemon=True) for work in (self._beat, self._judge)]
