@@ -51,6 +51,7 @@ def budgets(rows: list[Row], plan: dict[str, Any]) -> str:
     lines = [["images", "labels", "images [kB]", "labels [kB]", "seeds", *(f"{count} steps" for count in steps)]]
     for base, setting in dict.fromkeys((row["base"], row["setting"]) for row in rows):
         kind = labels[setting]
+        named = plan.get("kinds", {}).get(setting, kind)
         cells, seeds = [], list[str]()
         for count in steps:
             here = [row for row in scored if row["steps"] == count]
@@ -64,7 +65,7 @@ def budgets(rows: list[Row], plan: dict[str, Any]) -> str:
         stored = next(row for row in rows if (row["base"], row["setting"]) == (base, setting) and "image_bytes" in row)
         sizes = [f"{stored[name] / 1000:.0f}" for name in ("image_bytes", "label_bytes")]
         called = " + ".join([base, *(part for part in setting.split("_") if part not in ("base", "soft"))])
-        lines.append([called, kind, *sizes, ", ".join(seeds if len(set(seeds)) > 1 else seeds[:1]), *cells])
+        lines.append([called, named, *sizes, ", ".join(seeds if len(set(seeds)) > 1 else seeds[:1]), *cells])
     return markdown_table(lines)
 
 
