@@ -168,6 +168,8 @@ class Cli(LightningCLI):
         exports = [item for item in self.trainer.callbacks if isinstance(item, callbacks.ExportDistilledSet)]  # type: ignore[attr-defined]
         if not isinstance(self.model, distillers.Distiller) or not exports or not hasattr(exports[-1], "folder"):
             return  # a student, or nothing was fitted
+        if self.again:
+            return  # a stage of an experiment, which goes on by itself
         folder, best = exports[-1].folder, exports[-1].best
         if best is not None:
             print(f"best set, {exports[-1].monitor} {best:.3f}: {folder / 'best.safetensors'}")

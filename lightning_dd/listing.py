@@ -5,14 +5,26 @@ from collections.abc import Iterator
 
 from lightning_dd.utils.errors import unknown_name
 
+KINDS = {
+    "configs": "configurations that fit and other verbs take",
+    "cells": "cells of papers' tables, each with its command",
+    "methods": "distillers",
+    "architectures": "networks by name, ours, timm's and torchvision's",
+    "protocols": "published recipes of students",
+    "data": "data sets",
+    "sets": "distilled sets that come with the package",
+}
+
 
 def listed(what: str) -> Iterator[tuple[str, str]]:
-    """Yield the names of a kind, and what is said of each.
+    """Yield the names of a kind, and what is said of each; the kinds themselves where none is asked for.
 
     Raises:
         UserError: there is no such kind.
     """
-    if what == "configs":
+    if not what:
+        yield from KINDS.items()
+    elif what == "configs":
         from lightning_dd.parsing import configurations
 
         for name, path in configurations().items():
@@ -44,6 +56,6 @@ def listed(what: str) -> Iterator[tuple[str, str]]:
 
         methods = subclasses(distillers.Distiller)  # type: ignore[type-abstract]
         for cls in methods if what == "methods" else data.DATA_SETS.values():
-            yield cls.__name__, (inspect.getdoc(cls) or "").partition("\n")[0]
+            yield cls.__name__, (inspect.getdoc(cls) or "").partition("\n")[0].replace("``", "")
     else:
-        raise unknown_name("list", what, ("configs", "cells", "methods", "architectures", "protocols", "data", "sets"))
+        raise unknown_name("list", what, KINDS)

@@ -30,7 +30,7 @@ class Score:
     """Number of distilled sets."""
 
     def __str__(self) -> str:
-        return f"{100 * self.mean:.1f} ± {100 * self.std:.1f}"
+        return f"{100 * self.mean:.1f}" + (f" ± {100 * self.std:.1f}" if self.count > 1 else "")
 
 
 @dataclass(frozen=True)

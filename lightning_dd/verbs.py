@@ -5,7 +5,7 @@ from typing import Any
 
 from lightning_dd import applications
 from lightning_dd.parsing import Verb, option
-from lightning_dd.utils.errors import printable
+from lightning_dd.utils.errors import UserError, printable
 
 ARCHITECTURES = "as name or name:option=value,..., or groups: unseen-small, unseen, frepo-cross, zoo-small"
 
@@ -290,16 +290,18 @@ class Convert(_Data, Verb):
 class List(Verb):
     """Name what there is: configs, cells of papers' tables, methods, architectures, protocols, data or sets."""
 
-    what: str = option("configs, cells, methods, architectures, protocols, data or sets", positional=True)
+    what: str = option("configs, cells, methods, architectures, protocols, data or sets", "", positional=True)
     pattern: str = option("show only names that contain this", "", positional=True)
 
     def run(self) -> None:
         """Print a line each."""
         from lightning_dd.listing import listed
 
-        for name, text in listed(self.what):
-            if self.pattern in name:
-                print(f"{name:<28} {text}".rstrip())
+        found = [(name, text) for name, text in listed(self.what) if self.pattern.lower() in name.lower()]
+        if not found:
+            raise UserError(f"list {self.what}: no name contains '{self.pattern}'")
+        for name, text in found:
+            print(f"{name:<28} {text}".rstrip())
 
 
 VERBS: dict[str, type[Verb]] = {

@@ -363,6 +363,15 @@ def test_list_architectures_takes_a_pattern(capsys):
     assert main(["list", "architectures", "resnet10t"]) == 0
     assert capsys.readouterr().out.split() == ["resnet10t", "timm"]
     assert status(["list", "colours"]) == 2
+    assert main(["list"]) == 0
+    assert "architectures  " in capsys.readouterr().out
+
+
+def test_a_pattern_in_other_letters_is_found_and_one_that_finds_nothing_is_said(capsys):
+    assert main(["list", "methods", "frepo"]) == 0
+    assert capsys.readouterr().out.startswith("FRePo")
+    assert status(["list", "methods", "covn"]) == 2
+    assert only_line(capsys).endswith("no name contains 'covn'")
 
 
 def test_a_reader_that_stops_reading_is_no_error():

@@ -571,6 +571,7 @@ def test_the_verb_runs_from_end_to_end(methods, capsys):
     out = capsys.readouterr().out
     assert (Path("out") / "results.md").read_text() in out
     assert "| joint |" in out
+    assert "next: " not in out  # a stage has no next command of its own
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The distilled-set file: round trip, matching transform, and every way it can be unusable."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from lightning_dd.data.preprocess import fit_preprocessing
 from lightning_dd.distilled.header import FORMAT_VERSION
-from lightning_dd.distilled.set import DistilledSet
+from lightning_dd.distilled.set import DistilledSet, find_set
 from lightning_dd.losses.labels import student_loss
 from lightning_dd.utils.errors import UserError
 
@@ -103,6 +104,16 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     with pytest.raises(TypeError):
         make_set(config={"not json": torch}).save(path)
     assert path.read_bytes() == before
+
+
+def test_a_folder_of_runs_is_its_newest_one_that_has_a_set(tmp_path):
+    for version, time in ((0, 3), (1, 2), (2, 4)):
+        run = tmp_path / f"version_{version}"
+        run.mkdir()
+        if version < 2:  # the newest run failed
+            make_set().save(run / "last.safetensors")
+        os.utime(run, (time, time))
+    assert find_set(tmp_path) == tmp_path / "version_0" / "last.safetensors"
 
 
 def test_missing_truncated_and_foreign_files_give_one_line(tmp_path):

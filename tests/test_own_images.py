@@ -42,6 +42,7 @@ def photos(tmp_path):
     (root / "猫" / "notes.txt").write_text("not an image")
     (root / "猫" / ".hidden.png").write_bytes(b"")
     (root / "猫" / "Thumbs.db").write_bytes(b"")
+    photo(root / "__MACOSX" / "猫" / "._0.JPG", (0, 0, 0))  # what a zip file from a Mac leaves behind
     return root
 
 

@@ -1,11 +1,13 @@
 """Nested means and intervals, and paired tests, against independent computations."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from scipy import stats
 
-from lightning_dd.evaluators.matrix import DISTILLED, Row
-from lightning_dd.evaluators.report import compare
+from lightning_dd.evaluators.matrix import DISTILLED, RANDOM_REAL, Row
+from lightning_dd.evaluators.report import compare, markdown
 from lightning_dd.statistics import gain_interval, nested_score, paired_difference
 
 
@@ -54,6 +56,12 @@ def test_the_interval_resamples_sets_and_students():
 
 def test_one_value_has_no_spread():
     assert nested_score({"a": [0.4]}).std == 0.0
+    assert str(nested_score({"a": [0.4]})) == "40.0"
+    rows = [row("a", None, 0, 0, 0.4), replace(row("a", None, 0, 0, 0.3), source=RANDOM_REAL)]
+    table = markdown(rows)
+    assert "| 40.0 |" in table
+    assert "| +10.0 |" in table
+    assert "in %, of one student;" in table
     assert interval({"a": [0.4]}) == pytest.approx((0.4, 0.4))
 
 

@@ -1,14 +1,16 @@
 """Small tools: what is silenced is heard again afterwards, and a file is there whole or not at all."""
 
 import logging
+import warnings
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import lightning_dd
 from lightning_dd.utils.errors import UserError
 from lightning_dd.utils.files import require_writable, write_atomically
-from lightning_dd.utils.silence import quiet_trainers
+from lightning_dd.utils.silence import quiet_trainers, quieten
 
 
 def test_lightning_speaks_again_after_a_block_or_a_function_that_is_quiet():
@@ -24,6 +26,16 @@ def test_lightning_speaks_again_after_a_block_or_a_function_that_is_quiet():
         with pytest.raises(KeyError):
             fails()
         assert lightning.level == before
+
+
+def test_own_warnings_have_no_place_in_the_code_and_others_keep_it(monkeypatch):
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    quieten()
+    own, others = (
+        warnings.formatwarning("left out", UserWarning, file, 3) for file in (lightning_dd.__file__, __file__)
+    )
+    assert own == "warning: left out\n"
+    assert others.startswith(f"{__file__}:3: ")
 
 
 def test_a_file_appears_whole_with_ordinary_permissions_or_not_at_all(tmp_path):

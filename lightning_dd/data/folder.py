@@ -163,7 +163,8 @@ class ImageFolder(EncodedImages):
 
 
 def _subfolders(folder: Path) -> list[str]:
-    return sorted(item.name for item in folder.iterdir() if item.is_dir() and not item.name.startswith("."))
+    found = (item.name for item in folder.iterdir() if item.is_dir())
+    return sorted(name for name in found if not name.startswith(".") and name != "__MACOSX")  # of a zip file
 
 
 def _images(folder: Path) -> list[Path]:

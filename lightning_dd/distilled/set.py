@@ -298,7 +298,7 @@ class DistilledSet:
 
 
 def find_set(path: Path | str) -> Path:
-    """Return the file that is meant: a file, of a run's folder ``best.safetensors`` or else ``last``, or by address.
+    """Return a file by path, address, or folder of a run (its ``best``, else ``last``) or runs (the newest with a set).
 
     Raises:
         UserError: there is none.
@@ -307,7 +307,8 @@ def find_set(path: Path | str) -> Path:
         return fetch_set(path)
     path = Path(path)
     if path.is_dir():
-        found = [path / f"{name}.safetensors" for name in ("best", "last")]
+        versions = sorted(path.glob("version_*"), key=lambda run: run.stat().st_mtime, reverse=True)
+        found = [run / f"{name}.safetensors" for run in (path, *versions) for name in ("best", "last")]
         there = [file for file in found if file.is_file()]
         if not there:
             raise UserError(f"distilled set '{path}': the folder holds neither best.safetensors nor last.safetensors")

@@ -32,9 +32,11 @@ _MOST_IMAGES, _MOST_POINTS = 100, 1000
 _SCALE = 3  # screen pixels for each pixel of an image, for small ones
 _STYLE = """
 body { font: 15px/1.5 sans-serif; max-width: 72em; margin: 2em auto; padding: 0 1em; color: #222 }
-table { border-collapse: collapse } td, th { padding: .25em .8em; border-bottom: 1px solid #ddd; text-align: left }
+table { border-collapse: collapse; margin: 1em 0 }
+td, th { padding: .25em .8em; border-bottom: 1px solid #ddd; text-align: left }
 figure { display: inline-block; margin: .3em; text-align: center; font-size: 12px } img { max-width: 100% }
-figure img { image-rendering: pixelated } pre { background: #f6f6f6; padding: 1em; overflow-x: auto }
+figure img { image-rendering: pixelated }
+pre { background: #f6f6f6; padding: 1em; white-space: pre-wrap; overflow-wrap: anywhere }
 """
 
 
@@ -124,9 +126,7 @@ def latex(lines: Sequence[Line], short: Mapping[str, str]) -> str:
 def _cells(lines: Sequence[Line], short: Mapping[str, str]) -> list[list[str]]:
     table = [["set", "architecture", "seen", "distilled", "random real", "gain"]]
     for line in lines:
-        gain = 100 * (line.distilled.mean - line.random_real.mean)
-        low, high = (100 * end for end in line.gain)
-        scores = [str(line.distilled), str(line.random_real), f"{gain:+.1f} ({low:+.1f} to {high:+.1f})"]
+        scores = [str(line.distilled), str(line.random_real), line.gain_text]
         table.append([line.set, short[line.architecture], "yes" if line.seen else "no", *scores])
     return table
 
@@ -194,5 +194,5 @@ def _of_set(name: str, distilled: DistilledSet, accuracies: Mapping[str, Sequenc
     facts = _table([["what", "is"], *([key, text] for key, text in facts_of(distilled).items())])
     columns = zip(distilled.class_names, *accuracies.values(), strict=True) if accuracies else []
     rows = [[label, *(f"{100 * value:.1f}" for value in values)] for label, *values in columns]
-    classes = _table([["class", *accuracies], *rows]) if rows else ""
-    return f"<h2>{escape(name)}</h2>{''.join(figures)}{_curves(file)}{classes}{facts}"
+    classes = "<h3>Accuracy of each class, in %</h3>" + _table([["class", *accuracies], *rows]) if rows else ""
+    return f"<h2>{escape(name)}</h2>{''.join(figures)}<br>{_curves(file)}{classes}<h3>The file</h3>{facts}"

@@ -30,6 +30,12 @@ class Line:
     gap: float | None
     """Mean accuracy minus that of the (first) seen architecture on the same set."""
 
+    @property
+    def gain_text(self) -> str:
+        """The gain in points with its interval, which one student alone has not."""
+        gain, (low, high) = 100 * (self.distilled.mean - self.random_real.mean), (100 * end for end in self.gain)
+        return f"{gain:+.1f}" + (f" ({low:+.1f} to {high:+.1f})" if self.distilled.count > 1 else "")
+
 
 def summarise(rows: Sequence[Row]) -> list[Line]:
     """Reduce rows to one line per set (or group of sets) and architecture, the seen ones first."""
@@ -95,8 +101,6 @@ def markdown(rows: Sequence[Row]) -> str:
     header += ["architecture", "seen", "distilled (last)", "distilled (best)", "random real", "gain", "gap to seen"]
     table = [header]
     for line in lines:
-        gain = 100 * (line.distilled.mean - line.random_real.mean)
-        low, high = (100 * end for end in line.gain)
         cells = [line.set] if with_set else []
         cells += [
             f"`{line.architecture}`",
@@ -104,7 +108,7 @@ def markdown(rows: Sequence[Row]) -> str:
             str(line.distilled),
             str(line.best) if line.best else "-",
             str(line.random_real),
-            f"{gain:+.1f} ({low:+.1f} to {high:+.1f})",
+            line.gain_text,
             "-" if line.gap is None or line.seen else f"{100 * line.gap:+.1f}",
         ]
         table.append(cells)
@@ -122,14 +126,15 @@ def note(rows: Sequence[Row], lines: Sequence[Line]) -> str:
     steps = ", ".join(map(str, sorted({row.steps for row in rows})))
     students = max(line.distilled.count // line.distilled.sets for line in lines)
     many = max(line.distilled.sets for line in lines)
-    spread = f"over {many} distilled sets of {students} students each" if many > 1 else f"over {students} student seeds"
+    over = f"{many} distilled sets of {students} students each" if many > 1 else f"{students} student seeds"
+    spread = "of one student" if many == students == 1 else f"mean ± sample standard deviation over {over}"
     elsewhere = sorted({row.set for row in rows if row.other_data})
     warning = f"**Scored on other data than the set was made from:** {', '.join(elsewhere)}.\n\n" if elsewhere else ""
     sizes_of = {_group(row): row.label_bytes for row in rows if row.source == DISTILLED and row.label_bytes}
     labels = ", ".join(f"{name} {size / 1000:,.1f} kB" for name, size in sizes_of.items())
     stored_labels = f" Labels: {labels}." if len(set(sizes_of.values())) > 1 else ""
     return (
-        f"{warning}Test accuracy in %, mean ± sample standard deviation {spread}; {sizes} image(s) per class, "
+        f"{warning}Test accuracy in %, {spread}; {sizes} image(s) per class, "
         f"{steps} steps. "
         "`last` is the last step, `best` the step with the best validation accuracy. `random real`: as many random "
         "real training images, drawn anew for each seed, same recipe, last step. `gain`: with its 95 % bootstrap "

@@ -4,6 +4,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 _NOISE = (
     ".*LeafSpec.*",
@@ -15,11 +16,16 @@ _NOISE = (
     ".*`max_epochs` was not set.*",  # a student's protocol says how long it is
     ".*WeightAveraging callback with a model that overrides.*",  # a student is on one device
     ".*your dataloader is not resumable.*",  # it need not be: modules draw their own batches
+    ".*Glyph .* missing from font.*",  # a class name in letters that matplotlib's font lacks
 )
 
 
+_format = warnings.formatwarning
+
+
 def quieten() -> None:
-    """Filter known noise out of warnings and log."""
+    """Filter known noise out of warnings and log, and leave the place in the code out of the project's own warnings."""
+    warnings.formatwarning = _without_place
     for text in _NOISE:
         warnings.filterwarnings("ignore", message=text)
     warnings.filterwarnings("ignore", module="pytorch_lightning.cli")  # its calls of older jsonargparse functions
@@ -41,5 +47,12 @@ def quiet_trainers() -> Iterator[None]:
             logger.setLevel(level)
 
 
+def _without_place(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    own = Path(filename).is_relative_to(Path(__file__).parents[1])
+    return f"warning: {message}\n" if own else _format(message, category, filename, lineno, line)
+
+
 def _no_tips(record: logging.LogRecord) -> bool:
-    return "Tip:" not in record.getMessage()
+    return not any(text in record.getMessage() for text in ("Tip:", "TPU available: False"))
