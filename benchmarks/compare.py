@@ -64,9 +64,12 @@ def main() -> None:
     parser.add_argument("experiment", type=Path)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--methods", nargs="+", help="instead of all; nothing is recorded then")
+    parser.add_argument("--root", help="folder of the real data, where it is no set that is downloaded")
     parser.add_argument("--workers", type=int, default=2, help="processes, of one thread each")
     options = parser.parse_args()
     experiment = yaml.safe_load(options.experiment.read_text(encoding="utf-8"))
+    if options.root is not None:
+        experiment["data"].setdefault("init_args", {})["root"] = options.root
     options.output.mkdir(parents=True, exist_ok=True)
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ["LIGHTNING_DD_CACHE"] = str((options.output / "cache").resolve())

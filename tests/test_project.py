@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
 
 from lightning_dd import __version__
 
@@ -38,3 +39,11 @@ def test_the_oldest_torch_that_is_checked_is_the_oldest_that_is_allowed():
     allowed = dict(re.findall(r"^([\w-]+)\S*>=([\d.]+)", (ROOT / "requirements.txt").read_text(), re.MULTILINE))
     checked = dict(re.findall(r"(torch\w*)==([\d.]+)\.\*", (ROOT / ".github/workflows/tests.yml").read_text()))
     assert checked == {name: allowed[name] for name in ("torch", "torchvision")}
+
+
+def test_the_tested_versions_are_named_for_every_requirement_and_allowed():
+    tested = dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
+    for line in (ROOT / "requirements.txt").read_text().splitlines():
+        if line and not line.startswith("#"):
+            needed = Requirement(line.partition("#")[0])
+            assert needed.specifier.contains(tested[needed.name.replace("_", "-").lower()]), needed
