@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from lightning_dd.cli import main
+from lightning_dd.distilled.hub import fetch_set
 from lightning_dd.parsing import parse_verb
 from lightning_dd.verbs import VERBS
 
@@ -56,7 +57,7 @@ COMMANDS = [
 
 @pytest.mark.parametrize(("page", "command"), COMMANDS)
 def test_every_command_can_be_parsed(page, command, capsys):
-    """What a command does is tested under its name; here, that pages spell it as the parser does."""
+    """What long ones do is tested under their verb; here, that pages spell them as the parser does."""
     verb, *words = shlex.split(command)
     if verb in VERBS and "--help" not in words:
         parse_verb(verb, VERBS[verb], words)
@@ -65,6 +66,38 @@ def test_every_command_can_be_parsed(page, command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([verb, *words, *([] if "--help" in words else ["--print_config"])])
     assert stop.value.code in (0, None)
+
+
+@pytest.mark.parametrize(("page", "command"), [pair for pair in COMMANDS if pair[1].split()[0] in ("list", "export")])
+def test_quick_commands_run_as_printed(page, command, tmp_path, capsys):
+    shutil.copy(fetch_set("builtin:mnist5k_dm_ipc1"), tmp_path / "a.safetensors")
+    assert main(shlex.split(command)) == 0
+    assert capsys.readouterr().out
+
+
+SHORT = {
+    "evaluate": ["--seeds=1", "--steps=1", "--teacher_steps=100", "--accelerator=cpu", "--workers=1"],
+    "scores": ["--seeds=1", "--steps=1", "--full_steps=1", "--accelerator=cpu", "--workers=1"],
+    "relabel": ["--teacher_steps=100", "--epochs=1"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("page", "command"),
+    # folders of photos have tests of their own, in test_own_images.py
+    [pair for pair in COMMANDS if pair[1].split()[0] in SHORT and "images-folder" not in pair[1]],
+)
+def test_students_commands_run_on_a_small_network(page, command, tmp_path):
+    for name, address in (("a", "dm"), ("b", "mtt"), ("runs/demo/distil/best", "frepo")):
+        path = tmp_path / f"{name}.safetensors"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(fetch_set(f"builtin:mnist5k_{address}_ipc1"), path)
+    small = re.sub(r"\b(unseen(-small)?|vgg11|resnet18|conv:norm=none)\b", "conv:width=8,depth=2,norm=none", command)
+    verb, *words = shlex.split(small)
+    if "--config" in words:
+        words += ["--architectures", "conv:width=8,depth=2,norm=none"]
+    assert main([verb, *words, *SHORT[verb]]) == 0
 
 
 def test_there_are_commands_on_most_pages():
