@@ -1,10 +1,12 @@
 """A student's steps: the same under a Trainer and in the bare loop, and what a protocol's name stands for."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from helpers import TinyData, make_distilled, tiny_trainer
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 from lightning_dd.augment.frepo import Augmentation
@@ -12,7 +14,8 @@ from lightning_dd.cli import main
 from lightning_dd.data import DATA_SETS, MNIST5k
 from lightning_dd.distilled import DistilledData
 from lightning_dd.distilled.views import draw_views
-from lightning_dd.evaluators.matrix import Cell, Hardware, run_cell
+from lightning_dd.evaluators import matrix
+from lightning_dd.evaluators.matrix import ALL_REAL, DISTILLED, Cell, Hardware, run_cell
 from lightning_dd.models import build_network, interface
 from lightning_dd.models.interface import logits_in_slices
 from lightning_dd.students import Student
@@ -83,9 +86,9 @@ def test_a_stop_gives_what_a_shorter_training_would(recipe):
     distilled, seen = set_of("hard"), {}
     recipe = replace(recipe, schedule="constant", warmup=0)
 
-    def keep(network):
+    def keep(network, taken):
         assert not network.training
-        seen[3 if not seen else 7] = {name: value.clone() for name, value in network.state_dict().items()}
+        seen[taken] = {name: value.clone() for name, value in network.state_dict().items()}
 
     long = train_student(build_network(SMALL, 3, (1, 8, 8), seed=0), distilled, recipe, 0, (3, 7), keep)
     short = new_student(SMALL, distilled, replace(recipe, steps=3), seed=0)
@@ -101,7 +104,7 @@ def test_every_student_is_kept_channels_last(tmp_path):
         seen.extend(layer.weight for layer in network.modules() if isinstance(layer, nn.Conv2d))
 
     network = build_network("conv:width=4,depth=2", 3, (1, 8, 8), seed=0)
-    look(train_student(network, distilled, AVERAGED, 0, (2,), look))
+    look(train_student(network, distilled, AVERAGED, 0, (2,), lambda network, taken: look(network)))
     look(under_a_trainer("conv:width=4,depth=2", distilled, PLAIN, 0))
     assert len(seen) == 3 * 2
     wide = [weight for weight in seen if weight.shape[1] > 1]  # one channel is the same in either order
@@ -130,12 +133,33 @@ def kept(monkeypatch):
     """The state of every student when its training has ended."""
     states = []
 
-    def keep(self):
-        state = {name: value.clone() for name, value in self.network.state_dict().items()}
-        states.append((self.trainer.global_step, state))
+    def keep(student, steps):
+        states.append((steps, {name: value.clone() for name, value in student.network.state_dict().items()}))
 
-    monkeypatch.setattr(Student, "on_fit_end", keep)
+    def fit(trainer, student, *args):
+        bare(trainer, student, *args)
+        keep(student, trainer.max_steps)
+
+    bare = matrix._fit
+    monkeypatch.setattr(Student, "on_fit_end", lambda self: keep(self, self.trainer.global_step))
+    monkeypatch.setattr(matrix, "_fit", fit)
     return states
+
+
+@pytest.mark.parametrize("source", [DISTILLED, ALL_REAL])
+@pytest.mark.parametrize("recipe", [PLAIN, replace(AVERAGED, steps=None, epochs=13)], ids=["plain", "averaged"])
+def test_a_row_and_its_curves_are_those_of_a_trainer_without_its_work(recipe, source, tmp_path, monkeypatch):
+    distilled, cell, seen = make_distilled(ipc=2), Cell("set", SMALL, source, 1), []
+    for fit in (matrix._fit, lambda trainer, student, data, *_: trainer.fit(student, datamodule=data)):
+        real, folder, ticks = TinyData(val_fraction=0.25), tmp_path / str(len(seen)), []
+        real.setup("test")
+        monkeypatch.setattr(matrix, "_fit", fit)
+        row = run_cell(cell, distilled, real, recipe, Hardware("cpu"), folder, partial(ticks.append, None))
+        curves = EventAccumulator(str(next(folder.rglob("events*")).parent)).Reload()
+        names = ("student/loss", "val/accuracy", "test/accuracy")
+        seen.append((row, len(ticks), [[(kept.step, kept.value) for kept in curves.Scalars(name)] for name in names]))
+    assert seen[0] == seen[1]
+    assert len(seen[0][2][0]) == seen[0][1] == seen[0][0].steps
 
 
 @pytest.mark.parametrize("name", ["dsa", "glad", "frepo"])

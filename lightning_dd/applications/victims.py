@@ -211,7 +211,7 @@ def score_victim(
     found: list[Tensor] = []
     network = build_network(architecture, train.num_classes, train.image_shape, seed).to(device)
     recipe = replace(recipe, steps=lengths[-1])
-    train_student(network, train, recipe, seed, lengths, lambda asked: found.append(answers(asked, pool, device)))
+    train_student(network, train, recipe, seed, lengths, lambda asked, _: found.append(answers(asked, pool, device)))
     logits = torch.stack(found)
     if not bool(torch.isfinite(logits).all()):
         raise UserError(f"a victim's training diverged; lower lr (now {recipe.lr}) or the training lengths")

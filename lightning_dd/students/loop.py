@@ -82,7 +82,11 @@ def train_student(
     recipe: Recipe,
     seed: int,
     stops: Collection[int] = (),
-    at_stop: Callable[[nn.Module], None] = lambda network: None,
+    at_stop: Callable[[nn.Module, int], None] = lambda network, taken: None,
+    on_step: Callable[[Tensor, int], None] = lambda loss, taken: None,
+    *,
+    steps: int | None = None,
+    one_step: StudentStep | None = None,
 ) -> Network:
     """Train a network on a synthetic set in a bare loop.
 
@@ -93,26 +97,30 @@ def train_student(
             that of an architecture).
         seed: of batch order, augmentation and dropout.
         stops: numbers of steps after which ``at_stop`` is called.
-        at_stop: gets a network in inference mode with the weights that would be tested then.
+        at_stop: gets a network in inference mode with the weights that would be tested then, and the steps taken.
+        on_step: gets the loss of a step, and the steps taken.
+        steps: how many, if not as many as the recipe says for this set.
+        one_step: what is done with a batch, if not what set and recipe say.
     """
     device = next(network.parameters()).device
     network.to(memory_format=torch.channels_last)  # pooling is several times faster so on a CPU
     network.train().requires_grad_(True)
-    steps = recipe.steps_for(len(distilled), distilled.num_classes)
+    steps = steps or recipe.steps_for(len(distilled), distilled.num_classes)
     batch_size = recipe.batch_for(len(distilled), distilled.num_classes)
-    one_step = StudentStep.on(distilled, recipe, seed, distilled.mirror)
+    act = one_step or StudentStep.on(distilled, recipe, seed, distilled.mirror)
     average = None
     if recipe.ema:
         average = AveragedModel(network, avg_fn=get_ema_avg_fn(recipe.ema), use_buffers=True)  # type: ignore[no-untyped-call]
     images, labels = distilled.images.to(device), distilled.labels.to(device)
     views = distilled.views and distilled.views.to(device)
     batches = iter(SyntheticBatches(images, labels, batch_size, steps, seed, views=views))
-    taken = take_steps(network, recipe, steps, lambda step: one_step.loss(network, *next(batches), step))
-    for count, _ in enumerate(taken, start=1):
+    taken = take_steps(network, recipe, steps, lambda step: act.loss(network, *next(batches), step))
+    for count, loss in enumerate(taken, start=1):
         if average is not None:
             average.update_parameters(network)
+        on_step(loss, count)
         if count in stops:
-            at_stop((network if average is None else average.module).eval())
+            at_stop((network if average is None else average.module).eval(), count)
             network.train()
     if average is not None:
         network.load_state_dict(average.module.state_dict())
