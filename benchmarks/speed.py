@@ -6,10 +6,12 @@
 Random data of CIFAR-10's shape, in which classes can be told apart; one image per class. A step is everything between
 two outer steps, as the Trainer runs them, or one of the bare loop that trains students and teachers. Every measurement
 has a process of its own; busy processes compute beside it. FLOPs are those of convolutions and matrix products; the
-limit is one large convolution in fp32.
+limit is one large convolution in fp32. ``--peers FOLDER``, which holds a checkout of DatasetCondensation, runs the
+official code of DC, DSA and DM as well, on the same data, in turns with ours.
 """
 
 import argparse
+import io
 import itertools
 import multiprocessing
 import os
@@ -18,12 +20,14 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 from environment import write_record
+from parity.official import SCIPY, Stop, checkout, run_script
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -43,6 +47,13 @@ WORK = ("limit", "student", "teacher", *_METHODS)
 """What can be measured."""
 _BESIDE = ("student", "teacher", "frepo")
 """What is measured beside busy processes, too."""
+_PEERS = {
+    "dm": ["main_DM.py"],
+    "dc": ["main.py", "--init=real"],
+    "dsa": ["main.py", "--init=real", "--method=DSA", "--dsa_strategy=color_crop_cutout_flip_scale_rotate"],
+}
+"""Scripts of DatasetCondensation and their arguments."""
+_OFFICIAL, _TURNS = ", official", 3
 
 
 class Flops(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -112,6 +123,15 @@ def network_steps(clock: Clock, architecture: str, shape: tuple[int, int, int], 
                 return
 
 
+def patterns(count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ``count`` images of ten classes, uint8: a pattern for each, and noise; and the labels."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(count) % 10
+    pattern = torch.randint(0, 128, (10, 3, 32, 32), generator=generator)
+    noise = torch.randint(0, 128, (count, 3, 32, 32), generator=generator)
+    return (pattern[labels] + noise).to(torch.uint8), labels
+
+
 def method_steps(clock: Clock, name: str, width: int) -> None:
     """Take a method's outer and inner steps under a Trainer."""
     from pytorch_lightning import Callback, Trainer
@@ -122,14 +142,10 @@ def method_steps(clock: Clock, name: str, width: int) -> None:
     from lightning_dd.pretrained import ClassifierRecipe, Teacher
 
     class Patterns(RealData):
-        """A pattern for each class, and noise."""
+        """The patterns."""
 
         def read(self, *, train: bool) -> RawSplit:
-            generator = torch.Generator().manual_seed(0)
-            labels = torch.arange(3000 if train else 200) % 10
-            pattern = torch.randint(0, 128, (10, 3, 32, 32), generator=generator)
-            noise = torch.randint(0, 128, (len(labels), 3, 32, 32), generator=generator)
-            return RawSplit((pattern[labels] + noise).to(torch.uint8), labels, tuple("0123456789"))
+            return RawSplit(*patterns(3000 if train else 200), tuple("0123456789"))
 
     class Stopwatch(Callback):
         """Ends the run when there are enough steps."""
@@ -153,14 +169,34 @@ def method_steps(clock: Clock, name: str, width: int) -> None:
     trainer.fit(distiller, Patterns(val_fraction=0.1))
 
 
-def measure(name: str, seconds: float, width: int) -> dict[str, Any]:
+def official_steps(clock: Clock, name: str, folder: Path) -> None:
+    """Let the official code take its steps, at its own settings for one image per class; each draws one network."""
+    images, labels = patterns(3000)
+    data = torch.utils.data.TensorDataset((images / 255 - 0.5) / 0.25, labels)
+    script, *arguments = _PEERS[name]
+    with checkout(folder, SCIPY), suppress(Stop), redirect_stdout(io.StringIO()):
+        draw = import_module("utils").get_network
+
+        def draw_and_tick(*args: Any) -> Any:
+            if clock.tick():
+                raise Stop
+            return draw(*args)
+
+        facts = 3, (32, 32), 10, list("0123456789"), [0.5] * 3, [0.25] * 3, data, data, None
+        answers = {"get_dataset": lambda *_: facts, "get_network": draw_and_tick}
+        run_script(folder, script, ["--ipc=1", "--eval_mode=S", "--num_eval=0", *arguments], answers)
+
+
+def measure(name: str, seconds: float, width: int, peers: str | None = None) -> dict[str, Any]:
     """Measure in this process."""
     from lightning_dd.utils.silence import quieten
 
     settle()
     quieten()
     clock = Clock(seconds)
-    if name == "limit":
+    if name.endswith(_OFFICIAL):
+        official_steps(clock, name.removesuffix(_OFFICIAL), Path(str(peers), "DatasetCondensation").resolve())
+    elif name == "limit":
         limit(clock, width)
     elif name == "student":  # of the demo
         network_steps(clock, "conv:width=32,norm=none", (1, 28, 28), 10)
@@ -203,6 +239,7 @@ def main() -> None:
     parser.add_argument("--busy", type=int, nargs="+", default=[0, 1, 2], help="processes that compute beside it")
     parser.add_argument("--seconds", type=float, default=4.0, help="at least, of each measurement")
     parser.add_argument("--width", type=int, default=128, help="of the methods' networks")
+    parser.add_argument("--peers", help="a folder with a checkout of DatasetCondensation, to be measured beside ours")
     parser.add_argument("--output", help="a JSON file for the rows")
     options = parser.parse_args()
     if unknown := set(options.work) - set(WORK):
@@ -212,11 +249,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         os.environ["LIGHTNING_DD_CACHE"] = str(Path(folder))
         for name in options.work or WORK:
+            both = [name, name + _OFFICIAL] if options.peers and name in _PEERS else [name]
             for busy in options.busy if name in _BESIDE else [0]:
                 with beside(busy):
-                    row = {"work": name, "busy": busy, **apart(name, options.seconds, options.width)}
-                rows.append(row)
-                print(f"{name:12} beside {busy}: {1000 * row['median_s']:8.1f} ms a step", flush=True)
+                    turns = [
+                        {"work": each, "busy": busy, **apart(each, options.seconds, options.width, options.peers)}
+                        for each in both * (_TURNS if len(both) > 1 else 1)
+                    ]
+                for place, each in enumerate(both):
+                    own = sorted(turns[place :: len(both)], key=lambda row: row["median_s"])
+                    rows.append(row := own[len(own) // 2])
+                    print(f"{each:12} beside {busy}: {1000 * row['median_s']:8.1f} ms a step", flush=True)
     write_record(options.output, speed=rows)
 
 

@@ -59,6 +59,18 @@ def test_help_and_version_need_nothing_heavy():
     assert all(verb in done.stdout for verb in {**LIGHTNING_VERBS, **VERBS})
 
 
+def test_distilling_imports_no_library_it_does_not_use(tmp_path):
+    script = (
+        "import sys; from lightning_dd.cli import main; code = main(sys.argv[1:])\n"
+        "print(sorted(sys.modules.keys() & {'timm', 'datasets', 'huggingface_hub', 'transformers', 'sklearn.ensemble', "
+        "'lightning_dd.applications.continual', 'lightning_dd.applications.membership'})); sys.exit(code)"
+    )
+    demo = [*QUICK, "--config", str(Path(CONFIG).parents[1] / "demo.yaml"), "--trainer.limit_val_batches=0"]
+    command = [sys.executable, "-c", script, "fit", *demo, f"--trainer.logger.init_args.save_dir={tmp_path}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
 @pytest.mark.parametrize(
     ("verb", "text"), [("evaluate", "--architectures"), ("continual", "equal parts the classes come in")]
 )

@@ -20,3 +20,21 @@ def test_a_step_is_timed_and_counted_and_its_time_beside_others_is_a_ratio(monke
     assert "| work | step [ms] | beside 1 | of the limit |" in table
     assert "| 2.0x |" in table
     assert "| limit |" not in table
+
+
+def test_the_official_code_is_run_on_the_same_data_and_timed_between_its_networks(monkeypatch, tmp_path):
+    folder = tmp_path / "DatasetCondensation"
+    folder.mkdir()
+    (folder / "utils.py").write_text(
+        "def get_network(images): return images\ndef get_dataset(): raise AssertionError\n"
+    )
+    (folder / "main_DM.py").write_text(
+        "import sys, torch\nfrom utils import *\n"
+        "train = get_dataset()[6]\n"
+        "assert train[0][0].shape == (3, 32, 32) and '--ipc=1' in sys.argv\n"
+        "while True: get_network(train.tensors[0][:8].flatten(1)) @ torch.ones(3072, 2)\n"
+    )
+    monkeypatch.setattr(speed, "settle", lambda: None)
+    row = speed.measure("dm, official", 0.0, 4, str(tmp_path))
+    assert row["steps"] >= 5
+    assert row["flops"] == 2 * 8 * 3072 * 2

@@ -15,8 +15,8 @@ from lightning_dd.augment.crops import draw_crops
 from lightning_dd.augment.siamese import TRANSFORMS
 from lightning_dd.data.preprocess import fit_preprocessing
 from lightning_dd.distilled.views import draw_views
-from parity.methods import SCIPY, drawn
-from parity.official import Line, checkout, relative, watched
+from parity.methods import drawn
+from parity.official import SCIPY, Line, checkout, relative, watched
 
 _CROPS = 4000
 _BOXES: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {

@@ -25,10 +25,9 @@ from lightning_dd.losses import krr
 from lightning_dd.losses.labels import student_loss
 from lightning_dd.losses.trajectory import InnerStep, Stretch, constant_memory, functional_loss, parameter_vector
 from lightning_dd.models import build_network
-from parity.official import NUMBERS, Line, checkout, copies_of, copy_weights, relative, run_script, watched
+from parity.official import NUMBERS, SCIPY, Line, checkout, copies_of, copy_weights, relative, run_script, watched
 
 CLASSES, PER_CLASS, SHAPE = 3, 12, (3, 32, 32)
-SCIPY = "scipy.ndimage.interpolation"  # gone from scipy; only DC's augmentation of digits takes it
 
 
 def real_images() -> Batch:

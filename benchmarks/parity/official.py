@@ -18,6 +18,8 @@ from torch.overrides import TorchFunctionMode
 
 NUMBERS = (0.3, 0.8, 0.55)
 """What a watched script draws, in turn, in place of uniform numbers."""
+SCIPY = "scipy.ndimage.interpolation"
+"""Gone from scipy; only DC's augmentation of digits takes it."""
 
 
 @dataclass

@@ -15,8 +15,7 @@ from torch import nn
 
 from lightning_dd.distillers.dc import LOOPS
 from lightning_dd.students.recipe import protocol, warmup_cosine
-from parity.methods import SCIPY
-from parity.official import Line, Stop, checkout, run_script, watched
+from parity.official import SCIPY, Line, Stop, checkout, run_script, watched
 
 _CELLS = (("cifar10", 10, 10), ("cifar100", 1, 100), ("tinyimagenet", 50, 200), ("imagenet-1k", 50, 1000))
 
