@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
 from transfer_tables import rendered as transfer
 
@@ -31,7 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = [
     ROOT / "README.md",
-    *(ROOT / "docs" / f"{name}.md" for name in ("results", "transfer", "cells", "choose", "robustness")),
+    *(ROOT / "docs" / f"{name}.md" for name in ("results", "transfer", "cells", "choose", "robustness", "scale")),
 ]
 _LABELS = {"frepo": "learned", **dict.fromkeys(("random_soft", "rded", "sre2l"), "a teacher's")}
 _PATTERN = re.compile(r"(<!-- table: (?P<name>[\w.-]+) -->\n).*?(<!-- end of table -->)", flags=re.DOTALL)
@@ -64,6 +65,7 @@ def rendered(name: str) -> str:
         "memory": memory,
         "step": step,
         "speed": speed,
+        "scale": scale,
         "parity": parity,
         "fuzz": plain,
     }
@@ -176,6 +178,23 @@ def speed(rows: list[dict[str, Any]]) -> str:
         lines.append([work, *took, f"{share:.0f} %", f"{alone['peak_mb']:.0f}"])
     limit = f"The limit, one large convolution in fp32, is {most / 1e9:.0f} GFLOP/s."
     return f"{markdown_table(lines)}\n\n{limit}\n"
+
+
+def scale(rows: list[dict[str, Any]]) -> str:
+    """Return the table of a step's time and memory by the size of the problem, with the powers that fit them best."""
+    lines = [["work", "by", "sizes", "step [CPU ms]", "memory [MB]", "time grows as", "memory grows as"]]
+    for (work, by), own in grouped(rows, lambda row: (row["work"], row["by"])).items():
+        sizes, seconds, megabytes = ([row[name] for row in own] for name in ("size", "cpu_s", "mb"))
+        told = [sizes, [f"{1000 * value:.0f}" for value in seconds], [f"{value:.0f}" for value in megabytes]]
+        powers = [f"n^{np.polyfit(np.log(sizes), np.log(values), 1)[0]:.2f}" for values in (seconds, megabytes)]
+        lines.append([work, by, *(", ".join(map(str, values)) for values in told), *powers])
+    last = max((row for row in rows if row["by"] == "rows"), key=lambda row: row["size"])
+    more = 10_000 / last["size"]
+    projected = (
+        f"By the square and the cube of the rows, the ridge regression of 10,000 rows (200 classes x 50, 1,000 x "
+        f"10) takes about {last['mb'] * more**2 / 1000:.0f} GB and {last['cpu_s'] * more**3:.0f} s of one core."
+    )
+    return f"{markdown_table(lines)}\n\n{projected}\n"
 
 
 def parity(rows: list[dict[str, Any]]) -> str:

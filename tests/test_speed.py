@@ -5,6 +5,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
+import scale
 import speed
 import tables
 
@@ -38,3 +39,17 @@ def test_the_official_code_is_run_on_the_same_data_and_timed_between_its_network
     row = speed.measure("dm, official", 0.0, 4, str(tmp_path))
     assert row["steps"] >= 5
     assert row["flops"] == 2 * 8 * 3072 * 2
+
+
+def test_a_step_is_measured_by_size_and_its_powers_are_fitted():
+    small = {**scale.BASE, "images per class": 1, "classes": 3, "side": 8, "real images": 30}
+    assert all(scale.measure(scale.method_steps, name, small)["cpu_s"] > 0 for name in scale.METHODS)
+    assert scale.measure(scale.regression_steps, 20)["cpu_s"] > 0
+    rows = [
+        {"work": "DM", "by": by, "size": n, "cpu_s": n**3 / 1e9, "mb": n**2 / 1e4}
+        for by in ("side", "rows")
+        for n in (100, 200, 500)
+    ]
+    table = tables.scale(rows)
+    assert "| DM | side | 100, 200, 500 | 1, 8, 125 | 1, 4, 25 | n^3.00 | n^2.00 |" in table
+    assert "takes about 10 GB and 1000 s" in table
