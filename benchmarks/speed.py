@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from environment import write_record
 from parity.official import SCIPY, Stop, checkout, run_script
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -169,12 +170,22 @@ def method_steps(clock: Clock, name: str, width: int) -> None:
     trainer.fit(distiller, Patterns(val_fraction=0.1))
 
 
+class Copying(TorchFunctionMode):
+    """Lets ``x[:] = x[0]`` of the official code pass, as older torch did."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run a function, with what an item is set to copied first."""
+        if func is torch.Tensor.__setitem__ and isinstance(args[2], torch.Tensor):
+            args = (*args[:2], args[2].clone())
+        return func(*args, **(kwargs or {}))
+
+
 def official_steps(clock: Clock, name: str, folder: Path) -> None:
     """Let the official code take its steps, at its own settings for one image per class; each draws one network."""
     images, labels = patterns(3000)
     data = torch.utils.data.TensorDataset((images / 255 - 0.5) / 0.25, labels)
     script, *arguments = _PEERS[name]
-    with checkout(folder, SCIPY), suppress(Stop), redirect_stdout(io.StringIO()):
+    with checkout(folder, SCIPY), suppress(Stop), redirect_stdout(io.StringIO()), Copying():
         draw = import_module("utils").get_network
 
         def draw_and_tick(*args: Any) -> Any:
