@@ -62,7 +62,7 @@ def test_help_and_version_need_nothing_heavy():
 def test_distilling_imports_no_library_it_does_not_use(tmp_path):
     script = (
         "import sys; from lightning_dd.cli import main; code = main(sys.argv[1:])\n"
-        "print(sorted(sys.modules.keys() & {'timm', 'datasets', 'huggingface_hub', 'transformers', 'sklearn.ensemble', "
+        "print(sorted(sys.modules.keys() & {'datasets', 'huggingface_hub', 'transformers', 'sklearn.ensemble', "
         "'lightning_dd.applications.continual', 'lightning_dd.applications.membership'})); sys.exit(code)"
     )
     demo = [*QUICK, "--config", str(Path(CONFIG).parents[1] / "demo.yaml"), "--trainer.limit_val_batches=0"]

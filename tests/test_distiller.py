@@ -7,6 +7,7 @@ import torch
 from helpers import LinearNetwork, TinyData, tiny_settings, tiny_trainer
 from pytorch_lightning import Callback
 from pytorch_lightning.callbacks import ModelCheckpoint
+from timm.optim import Lamb
 
 from lightning_dd.api import distil
 from lightning_dd.callbacks import ExportDistilledSet, PoolAlternation, SyntheticImages
@@ -15,7 +16,6 @@ from lightning_dd.distilled.set import DistilledSet
 from lightning_dd.distillers import DC, DM, DSA, MTT, RDED, FRePo, Random, SRe2L, TeacherDistiller, base
 from lightning_dd.distillers.base import Probe
 from lightning_dd.distillers.checkpoint import distilled_from_checkpoint
-from lightning_dd.distillers.lamb import Lamb
 from lightning_dd.models import build_network
 from lightning_dd.models.interface import features_in_slices
 from lightning_dd.models.pool import rest

@@ -1,19 +1,16 @@
 """FRePo's options: each does what it says, and a run with it that was resumed equals one that never stopped."""
 
 import math
-from copy import deepcopy
 
 import pytest
 import torch
 from helpers import LinearNetwork, TinyData, tiny_trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
-from timm.optim.lamb import Lamb as TimmLamb
 
 from lightning_dd.data import Batch
 from lightning_dd.distillers import FRePo
 from lightning_dd.distillers.base import Probe
 from lightning_dd.distillers.frepo import FIRST_SCALE
-from lightning_dd.distillers.lamb import Lamb
 from lightning_dd.losses.krr import averaged_kernel, centred_one_hot, half_squared_error, krr_predict
 from lightning_dd.models.pool import rest
 from lightning_dd.utils.errors import UserError
@@ -193,24 +190,3 @@ def test_the_pool_lends_other_networks_each_once_and_unlike_ones_fit_together(tm
     drawn = model.pool.others(2, torch.Generator().manual_seed(0))
     everyone = {id(member.network) for member in model.pool.members}
     assert {id(network) for network in [model.pool.network, *drawn]} == everyone
-
-
-def test_lamb_is_timms_to_the_digit_and_goes_on_from_its_state():
-    shapes = (3, 1, 8, 8), (3, 3), ()
-    tensors = [[torch.ones(shape, requires_grad=True) for shape in shapes] for _ in range(2)]
-    groups = [
-        [{"params": [images, labels], "lr": 0.1}, {"params": [scale], "lr": 0.5, "always_adapt": False}]
-        for images, labels, scale in tensors
-    ]
-    own, theirs = Lamb(groups[0]), TimmLamb(groups[1], weight_decay=0.0, always_adapt=True, max_grad_norm=None)
-    generator = torch.Generator().manual_seed(0)
-    for step in range(6):
-        for left, right in zip(*tensors, strict=True):
-            left.grad = torch.randn(left.shape, generator=generator) * (step != 1)  # no gradient: nothing to scale
-            right.grad = left.grad.clone()
-        if step == 4:  # a checkpoint of an earlier version
-            own.load_state_dict(deepcopy(theirs.state_dict()))
-        own.step()
-        theirs.step()
-        for left, right in zip(*tensors, strict=True):
-            assert torch.equal(left, right)

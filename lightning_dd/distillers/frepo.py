@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from lightning_dd.augment.frepo import Augmentation, apply
 from lightning_dd.augment.siamese import siamese
 from lightning_dd.data.images import Batch
-from lightning_dd.distillers.lamb import Lamb
 from lightning_dd.distillers.pooled import PoolDistiller
 from lightning_dd.losses import krr
 from lightning_dd.models.factory import ArchitectureSpec
@@ -139,10 +138,17 @@ class FRePo(PoolDistiller):
 
     def configure_optimizers(self) -> Any:
         """Return LAMB as the paper's code runs it (no decay, no clipping), with a cosine to 10 % over the run."""
+        from timm.optim.lamb import Lamb  # a second, only for those who distil with it
+
         groups = self.synthetic.parameter_groups(self.lr)
         if self.log_scale is not None:  # a trust ratio would stop it at a scale of 1
             groups = [*groups, {"params": [self.log_scale], "lr": self.scale_lr, "always_adapt": False}]
-        optimizer = Lamb(groups)
+        optimizer = Lamb(
+            groups,
+            weight_decay=0.0,
+            always_adapt=True,  # timm skips the trust ratio where there is no weight decay
+            max_grad_norm=None,
+        )
         steps = max(1, self.trainer.max_steps)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, steps, final=0.1))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
