@@ -68,6 +68,8 @@ def rendered(name: str) -> str:
         "scale": scale,
         "parity": parity,
         "fuzz": plain,
+        "kills": plain,
+        "mutations": mutations,
     }
     for kind in measured.keys() & record.keys():
         return measured[kind](record[kind]) + made_with(record["made_with"])
@@ -219,6 +221,16 @@ def plain(rows: list[dict[str, Any]]) -> str:
     """Return a table of rows as they are, a column for each name in one of them."""
     heads = list(dict.fromkeys(name for row in rows for name in row))
     return markdown_table([heads, *[[str(row.get(name, "-")) for name in heads] for row in rows]]) + "\n"
+
+
+def mutations(rows: list[dict[str, Any]]) -> str:
+    """Return the table of changed formulas, and of how many changes a test noticed."""
+    lines = [["formula", "changed", "noticed", "by so many tests"]]
+    for formula, own in grouped(rows, lambda row: row["formula"]).items():
+        tests = [row["caught by"] for row in own if row["caught by"]]
+        lines.append([formula, str(len(own)), str(len(tests)), str(len(set(tests)))])
+    noticed = sum(row["caught by"] is not None for row in rows)
+    return f"{markdown_table([*lines, ['all', str(len(rows)), str(noticed), '']])}\n"
 
 
 def vectorised(rows: list[dict[str, Any]]) -> str:

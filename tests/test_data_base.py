@@ -71,6 +71,27 @@ def test_the_validation_split_is_stratified_disjoint_and_fixed():
     assert other.facts.fingerprint != data.facts.fingerprint == again.facts.fingerprint
 
 
+def test_a_fingerprint_is_of_the_training_rows_and_their_labels():
+    names, pixels, labels = ("a", "b", "c"), smooth_pixels(60), torch.arange(60) % 3
+
+    def fingerprint(images, classes, val_fraction=0.2):
+        data = Toy(RawSplit(images, classes, names), val_fraction=val_fraction)
+        data.setup("fit")
+        return data.facts.fingerprint, data
+
+    first, data = fingerprint(pixels, labels)
+    trained = torch.cdist(
+        data.preprocessing.inverse(data.train.everything().images).flatten(1), to_unit(pixels).flatten(1)
+    ).argmin(1)
+    held_out = torch.tensor(sorted(set(range(60)) - set(trained.tolist())))
+    assert fingerprint(pixels, labels)[0] == first
+    assert fingerprint(pixels, (labels + 1) % 3, 0)[0] != fingerprint(pixels, labels, 0)[0]  # of the same rows
+    for rows, same in ((held_out, True), (trained[-3:], False)):
+        changed = pixels.clone()
+        changed[rows] = 255 - changed[rows]
+        assert (fingerprint(changed, labels)[0] == first) == same
+
+
 def test_no_validation_split_means_all_of_train_in_order():
     data = Toy(val_fraction=0)
     data.setup("fit")
@@ -288,6 +309,9 @@ def test_standardisation_and_its_inverse():
     normalised = published(pixels)
     assert torch.allclose(normalised[:, 1], (pixels[:, 1] - 0.2) / 0.6)
     assert torch.allclose(published.inverse(normalised), pixels, atol=1e-6)
+    beyond = published(torch.tensor([-0.5, 0.25, 1.5]).view(3, 1, 1, 1).expand(3, 3, 2, 2))
+    clipped = published(torch.tensor([0.0, 0.25, 1.0]).view(3, 1, 1, 1).expand(3, 3, 2, 2))
+    assert torch.allclose(published.clipped(beyond), clipped, atol=1e-6)
 
 
 def test_a_constant_channel_does_not_divide_by_zero():

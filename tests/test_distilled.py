@@ -9,8 +9,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lightning_dd.data.preprocess import fit_preprocessing
-from lightning_dd.distilled.header import FORMAT_VERSION
+from lightning_dd.distilled.header import FORMAT_VERSION, checksum
 from lightning_dd.distilled.set import DistilledSet, find_set
+from lightning_dd.jobs import tensor_digest
 from lightning_dd.losses.labels import student_loss
 from lightning_dd.utils.errors import UserError
 
@@ -175,6 +176,20 @@ def rewritten(path, header=None, tensors=None, checksum=False, **metadata):
     kept = {"checksum": old["checksum"]} if checksum else {}
     save_file(load_file(path) | (tensors or {}), path, {"lightning_dd": text, **kept, **metadata})
     return path
+
+
+def test_a_checksum_is_of_names_shapes_types_and_values():
+    tensors = {"a": torch.arange(6.0), "b": torch.zeros(2, 3)}
+    others = [
+        {"c": tensors["a"], "b": tensors["b"]},
+        {"a": tensors["a"].view(2, 3), "b": tensors["b"]},
+        {"a": tensors["a"].int().view(torch.float32), "b": tensors["b"]},
+        {"a": tensors["a"], "b": tensors["b"].int()},
+    ]
+    first = checksum("header", tensors)
+    assert first == checksum("header", {"b": tensors["b"].clone(), "a": tensors["a"].clone()})
+    assert len({first, checksum("other", tensors), *(checksum("header", other) for other in others)}) == 6
+    assert tensor_digest(tensors) != tensor_digest({"a": tensors["a"], "c": tensors["b"]})  # in the same order
 
 
 def test_an_edited_or_damaged_file_is_named_and_one_without_a_checksum_loads(tmp_path):

@@ -89,6 +89,12 @@ def test_bad_settings_are_refused_at_once(settings, message):
         frepo(**settings)
 
 
+@pytest.mark.parametrize(("labels", "terms"), [("learned", {"krr", "label"}), ("centred", {"krr"}), ("hard", {"krr"})])
+def test_only_learned_labels_have_a_margin_to_keep(labels, terms):
+    model = frepo(labels=labels)
+    assert model.outer_loss(linear(), *problem()).keys() == terms
+
+
 # ---- views -------------------------------------------------------------------------------------------------------
 
 

@@ -31,6 +31,19 @@ def test_prediction_equals_the_closed_form_in_float64():
     assert prediction.ridge == ridge
 
 
+def test_near_duplicates_are_told_apart_in_float64():
+    """Rows a ten-thousandth apart: a kernel in float32 loses what tells them apart."""
+    support = random(4, 20, seed=4).repeat(2, 1)
+    support[4:] += 1e-4 * random(4, 20, seed=5)
+    labels, query = random(8, 3, seed=1), random(5, 20, seed=2)
+    kernel = (support @ support.T).numpy()
+    weights = np.linalg.solve(kernel + 1e-10 * np.trace(kernel) / 8 * np.eye(8), labels.numpy())
+    expected = query.numpy() @ (support.T.numpy() @ weights)
+    found = krr_predict(support, labels, query, 1e-10)
+    np.testing.assert_allclose(found.values.numpy(), expected, rtol=1e-3, atol=1e-3 * np.abs(expected).max())
+    assert found.ridge == 1e-10
+
+
 def test_prediction_is_invariant_to_a_rotation_of_the_features():
     support, labels, query = random(6, 9), random(6, 3, seed=1), random(11, 9, seed=2)
     rotation, _ = torch.linalg.qr(random(9, 9, seed=3))
@@ -64,6 +77,8 @@ def test_condition_is_a_lower_bound_of_the_right_size():
     bound = krr_predict(support, random(6, 3), random(2, 9)).condition
     assert 1 <= bound <= exact * (1 + 1e-9)
     assert bound > exact / 100
+    apart = krr_predict(torch.diag(torch.tensor([1.0, 10.0])), random(2, 3), random(2, 2), ridge=0.0)
+    assert float(apart.condition) == pytest.approx(100)  # where the kernel is diagonal, it is the number itself
 
 
 def test_duplicate_rows_and_half_precision_features_stay_finite():

@@ -95,6 +95,16 @@ def test_the_generator_makes_pixels_of_any_size_and_can_be_cut_anywhere(shape):
     assert not torch.allclose(made(z, torch.tensor([1, 3, 1]))[0], whole[0])
 
 
+def test_a_style_without_effect_leaves_a_blocks_normalised_map():
+    block = Generator(4, (1, 8, 8), width=4, latent_size=6).blocks[0]
+    nn.init.zeros_(block.modulation.weight)
+    nn.init.zeros_(block.modulation.bias)
+    maps = torch.randn(2, block.conv.in_channels, 4, 4, generator=generator())
+    enlarged = nn.functional.interpolate(maps, block.size, mode="nearest")
+    expected = nn.functional.leaky_relu(block.norm(block.conv(enlarged)), 0.2)
+    torch.testing.assert_close(block(maps, torch.randn(2, block.modulation.in_features)), expected)
+
+
 # ---- rendering and its gradient ----------------------------------------------------------------------------------
 
 

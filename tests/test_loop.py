@@ -19,7 +19,7 @@ from lightning_dd.evaluators.matrix import ALL_REAL, DISTILLED, Cell, Hardware, 
 from lightning_dd.models import build_network, interface
 from lightning_dd.models.interface import logits_in_slices
 from lightning_dd.students import Student
-from lightning_dd.students.loop import train_student
+from lightning_dd.students.loop import StudentStep, train_student
 from lightning_dd.students.recipe import PROTOCOLS, Recipe
 from lightning_dd.utils.errors import UserError
 
@@ -95,6 +95,20 @@ def test_a_stop_gives_what_a_shorter_training_would(recipe):
     assert_same(seen[3], short.state_dict())
     assert_same(seen[7], long.state_dict())
     assert_same(long.state_dict(), new_student(SMALL, distilled, recipe, seed=0).state_dict())
+
+
+def test_every_step_augments_anew_and_a_step_always_in_the_same_way():
+    one_step = StudentStep.on(make_distilled(label_kind="hard"), Recipe(augment="siamese"), seed=0, mirror=True)
+    images, seen = torch.randn(6, 1, 8, 8, generator=torch.Generator().manual_seed(0)), []
+
+    def network(shown):
+        seen.append(shown)
+        return shown.flatten(1)[:, :3]
+
+    for step in (0, 1, 2, 1):
+        one_step.loss(network, images, torch.eye(3).repeat(2, 1), step)
+    assert torch.equal(seen[1], seen[3])
+    assert not any(torch.equal(seen[1], other) for other in (seen[0], seen[2]))
 
 
 def test_every_student_is_kept_channels_last(tmp_path):

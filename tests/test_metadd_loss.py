@@ -176,6 +176,14 @@ def test_identical_architectures_have_no_variance_and_no_gradient_from_it(archit
 
 
 @pytest.mark.parametrize("loss", [gathered_loss, naive_loss])
+def test_the_loss_is_the_sum_of_its_terms_times_their_weights(architectures, batch, loss):
+    weights = {"variance": 3.0, "cross_entropy": 0.2, "kl": -0.5, "positivity": 0.7}
+    result = loss(architectures, *batch, "learned", MetaOptions(**weights))
+    assert all(result.terms[name] > 0 for name in weights)
+    torch.testing.assert_close(result.loss.detach(), sum(weights[name] * result.terms[name] for name in weights))
+
+
+@pytest.mark.parametrize("loss", [gathered_loss, naive_loss])
 def test_gradient_reaches_the_synthetic_set_and_nothing_else(architectures, batch, loss):
     images, labels = batch
     loss(architectures, images, labels, "learned", MetaOptions(detach_weights=False)).loss.backward()

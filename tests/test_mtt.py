@@ -412,6 +412,17 @@ def test_logits_start_from_experts_answers_to_images_they_get_right(tmp_path):
     assert not all(torch.equal(model.synthetic.labels[row], answers[0][row]) for row in range(6))
 
 
+def test_only_experts_that_are_right_have_a_vote_on_a_logit_and_all_where_none_is(tmp_path):
+    model = fitted(tmp_path, 0, labels="logits")
+    assert model.synthetic.classes.tolist() == [0, 1, 2]
+    said = torch.tensor([[[5.0, 1, 0], [0, 3, 1], [4, 0, 2]], [[0, 5.0, 0], [1, 7, 0], [0, 2, 1]]])
+    model._answers = lambda expert, images: said[expert].repeat(-(-len(images) // 3), 1)[: len(images)]
+    model._known = lambda train: train
+    model.initialise(model.task.train)
+    mean = said.mean(0)  # both are right of the second image, and neither of the third
+    assert torch.equal(model.synthetic.labels.detach(), torch.stack([said[0, 0], mean[1], mean[2]]))
+
+
 def test_images_that_no_expert_gets_right_are_not_started_from(tmp_path):
     model = fitted(tmp_path, 0, labels="logits", trajectory_epochs=12, expert_lr=0.1)
     train = model.trainer.datamodule.train

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lightning_dd.augment.crops import draw_crops, resample
+from lightning_dd.data.preprocess import Preprocessing
 from lightning_dd.distilled import DistilledData
 from lightning_dd.distilled.set import DistilledSet
 from lightning_dd.distilled.views import SoftViews, SyntheticBatches, ViewStyle, draw_views, shuffle_tiles
@@ -541,6 +542,15 @@ def test_any_set_can_be_relabelled_by_a_committee(tmp_path):
     )
     loaded = DistilledSet.load(done.save(tmp_path / "soft.safetensors"))
     assert loaded.training["relabelled"]["labels"]["class_path"].endswith("TeacherLabels")
+
+
+def test_padded_views_are_stored_with_the_black_of_the_normalised_images():
+    labels = TeacherLabels(epochs=1, padding=1)
+    for preprocessing in (Preprocessing([0.5], [0.2]), Preprocessing([0.1], [0.25])):
+        plain = replace(make_distilled(label_kind="hard"), preprocessing=preprocessing)
+        done = labels.finish(plain, lambda given: committee_of(teacher()), seed=0)
+        torch.testing.assert_close(done.views.outside, -preprocessing.mean / preprocessing.std)
+        labels = labels.again()  # it remembers the images that it has labelled
 
 
 class Smoothed(Labels):
