@@ -290,6 +290,7 @@ def try_case(name: str, kills: int, seed: int, inputs: Path, folder: Path) -> di
         "killed": 0,
         "from a checkpoint": 0,
         "equal": 0,
+        "other best set": 0,
         "half-written": 0,
         "different": 0,
     }

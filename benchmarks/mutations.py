@@ -177,9 +177,10 @@ def main() -> int:
     importlib.import_module("torch").set_num_threads(1)
     everything = list(mutations())
     chosen = [one for one in everything if one.formula.startswith(tuple(options.formulas or [""]))]
-    kept = []
+    listed, kept = {(one.formula, one.what) for one in everything}, []
     if options.again:
-        kept = [row for row in json.loads(options.record.read_text(encoding="utf-8"))["mutations"] if row["caught by"]]
+        rows = json.loads(options.record.read_text(encoding="utf-8"))["mutations"]
+        kept = [row for row in rows if row["caught by"] and (row["formula"], row["change"]) in listed]
         known = {(row["formula"], row["change"]) for row in kept}
         chosen = [one for one in chosen if (one.formula, one.what) not in known]
     groups: dict[tuple[str, ...], list[Mutation]] = {}
