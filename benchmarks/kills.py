@@ -56,6 +56,10 @@ class FourBlobs(Blobs):
 
 
 DATA_SETS[FourBlobs.__name__] = FourBlobs
+_COUNTERS = (
+    "callbacks",
+    "loops",
+)  # paths, and Lightning's own counts of validations: the one of before is not repeated
 _BEST = "best.safetensors"
 _NETWORK = "convnet:width=2,depth=1"
 _TWO = [_NETWORK, "convnet:width=4,depth=1"]
@@ -224,7 +228,7 @@ def result(folder: Path) -> Any:
         if path.suffix == ".safetensors":
             made[name] = read_set(path)
         elif path.name == "last.ckpt":
-            made[name] = plain({key: value for key, value in load_torch(path, "").items() if key != "callbacks"})
+            made[name] = plain({key: value for key, value in load_torch(path, "").items() if key not in _COUNTERS})
         elif path.name in ("results.json", "set.png"):
             made[name] = path.read_bytes()
     return made

@@ -130,6 +130,8 @@ def test_lamb_moves_each_tensor_by_lr_of_its_norm_and_decays_to_a_tenth(tmp_path
     assert warmup_cosine(10, 10, final=0.1) == pytest.approx(0.1)
     assert trainer.lr_scheduler_configs[0].scheduler.get_last_lr()[0] == pytest.approx(0.001)
     assert len(optimizer.param_groups[0]["params"]) == 2  # images and labels: one trust ratio each
+    settings = {name: optimizer.param_groups[0][name] for name in ("weight_decay", "max_grad_norm")}
+    assert settings == {"weight_decay": 0.0, "max_grad_norm": None}
 
 
 def test_outer_and_inner_steps_alternate_and_only_outer_ones_count(tmp_path):
