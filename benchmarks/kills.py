@@ -229,7 +229,10 @@ def result(folder: Path) -> Any:
             made[name] = read_set(path)
         elif path.name == "last.ckpt":
             made[name] = plain({key: value for key, value in load_torch(path, "").items() if key not in _COUNTERS})
-        elif path.name in ("results.json", "set.png"):
+        elif path.name == "results.json":
+            rows = json.loads(path.read_text(encoding="utf-8"))
+            made[name] = [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+        elif path.name == "set.png":
             made[name] = path.read_bytes()
     return made
 
