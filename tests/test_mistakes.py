@@ -148,7 +148,7 @@ VERBS = {
     "info FILES": "the folder holds neither best.safetensors nor last.safetensors",
     "info FILES/text.safetensors": "not a safetensors file, or truncated",
     "info hf://no": "must be hf://user/name, hf://user/name@revision or hf://user/name/file",
-    "list": "the following arguments are required: what",
+    "list methods nothing": "list methods: no name contains 'nothing'",
     "list colours": "unknown list 'colours'; known: architectures, cells, configs",
     "evaluate FILES/set.safetensors --architectures covn --output o": "'covn'; did you mean 'conv'?",
     f"{EVALUATE} --seeds=0": "seeds must be at least 1, got 0",
