@@ -56,10 +56,8 @@ class FourBlobs(Blobs):
 
 
 DATA_SETS[FourBlobs.__name__] = FourBlobs
-_COUNTERS = (
-    "callbacks",
-    "loops",
-)  # paths, and Lightning's own counts of validations: the one of before is not repeated
+_COUNTERS = ("callbacks", "loops")
+"""Left out: paths, and Lightning's own counts of validations, of which the one of before is not repeated."""
 _BEST = "best.safetensors"
 _NETWORK = "convnet:width=2,depth=1"
 _TWO = [_NETWORK, "convnet:width=4,depth=1"]
@@ -217,11 +215,11 @@ def read_set(path: Path) -> Any:
 def result(folder: Path) -> Any:
     """Return what a finished command has made: sets, what a checkpoint needs to go on, and a report's rows."""
     made: dict[str, Any] = {}
+    # In order, for what a continued run does not write again, its best set, is that of the run before.
     runs = sorted(folder.glob("runs/*/*"), key=lambda path: int(path.name.rpartition("_")[2]))
-    # What a continued run does not write again, its best set, is that of the run before.
-    for base, path in [(folder, path) for path in folder.glob("out/**/*")] + [
-        (r, p) for r in runs for p in r.rglob("*")
-    ]:
+    found = [(folder, path) for path in folder.glob("out/**/*")]
+    found += [(run, path) for run in runs for path in run.rglob("*")]
+    for base, path in found:
         name = path.relative_to(base).as_posix()
         if path.name.startswith("."):  # begun and never moved to its place: nobody's result
             continue

@@ -152,4 +152,4 @@ def _cell(rows: Sequence[Row], name: str, text: Callable[[Score], str] = str) ->
 
 
 def _share(score: Score) -> str:
-    return f"{score.mean:.3f} ± {score.std:.3f}"
+    return f"{score.mean:.3f}" + (f" ± {score.std:.3f}" if score.count > 1 else "")

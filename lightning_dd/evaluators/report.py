@@ -127,7 +127,9 @@ def note(rows: Sequence[Row], lines: Sequence[Line]) -> str:
     students = max(line.distilled.count // line.distilled.sets for line in lines)
     many = max(line.distilled.sets for line in lines)
     over = f"{many} distilled sets of {students} students each" if many > 1 else f"{students} student seeds"
-    spread = "of one student" if many == students == 1 else f"mean ± sample standard deviation over {over}"
+    alone = many == students == 1
+    spread = "of one student" if alone else f"mean ± sample standard deviation over {over}"
+    gain = "distilled less random real" if alone else "with its 95 % bootstrap interval"
     elsewhere = sorted({row.set for row in rows if row.other_data})
     warning = f"**Scored on other data than the set was made from:** {', '.join(elsewhere)}.\n\n" if elsewhere else ""
     sizes_of = {_group(row): row.label_bytes for row in rows if row.source == DISTILLED and row.label_bytes}
@@ -137,8 +139,8 @@ def note(rows: Sequence[Row], lines: Sequence[Line]) -> str:
         f"{warning}Test accuracy in %, {spread}; {sizes} image(s) per class, "
         f"{steps} steps. "
         "`last` is the last step, `best` the step with the best validation accuracy. `random real`: as many random "
-        "real training images, drawn anew for each seed, same recipe, last step. `gain`: with its 95 % bootstrap "
-        f"interval. `seen`: the set was distilled with an architecture of that name.{stored_labels}"
+        f"real training images, drawn anew for each seed, same recipe, last step. `gain`: {gain}. "
+        f"`seen`: the set was distilled with an architecture of that name.{stored_labels}"
     )
 
 
