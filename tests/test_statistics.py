@@ -61,7 +61,8 @@ def test_one_value_has_no_spread():
     table = markdown(rows)
     assert "| 40.0 |" in table
     assert "| +10.0 |" in table
-    assert "in %, of one student;" in table and "bootstrap" not in table
+    assert "in %, of one student;" in table
+    assert "bootstrap" not in table
     assert interval({"a": [0.4]}) == pytest.approx((0.4, 0.4))
 
 
