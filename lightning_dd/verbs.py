@@ -66,8 +66,9 @@ class Evaluate(_Students, _Data, _Workers, Verb):
     strategy: str = option("Lightning's Trainer argument, ddp for several processes", "auto")
     names: list[str] = option("what the sets are called in the report, one for each file", list, words=True)
     labels: list[str] = option(
-        "every set once more with these labels: hard, static (a teacher's, of the images) or dynamic (of new views in "
-        "every pass), and random real images with the same beside",
+        "every set once more with these labels: hard, static (a teacher's, of the images), dynamic (of new views in "
+        "every pass) or seen (likewise, of the network it was distilled with, trained on it), and random real images "
+        "with the same beside",
         list,
         words=True,
     )

@@ -1,6 +1,7 @@
 """Sets once more with other labels, and random real images with the same beside them."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -43,6 +44,23 @@ def test_images_stay_and_labels_are_the_classes_the_teachers_or_those_of_every_p
     assert not torch.equal(sets["random-static"].labels, sets["own-static"].labels)
 
 
+def test_seen_labels_are_of_the_own_network_trained_on_the_set_and_on_random_images(tmp_path):
+    distilled = make_distilled(ipc=2)
+    distilled = replace(distilled, config={**distilled.config, "architecture": SMALL})
+    named = {"own": str(distilled.save(tmp_path / "own.safetensors"))}
+    recipe = Recipe(steps=60, lr=0.02, warmup=0, augment="none")
+    found = LabelRows(("seen",)).files(named, [recipe], DataChoice(), tmp_path / "labelled")
+    assert list(found) == ["own", "own-seen", "random-seen"]
+    own, random = (DistilledSet.load(found[name]) for name in ("own-seen", "random-seen"))
+    assert (own.label_kind, own.views.epochs) == (random.label_kind, random.views.epochs) == ("soft", 60)
+    assert torch.equal(own.images, distilled.images)
+    assert torch.equal(own.labels.argmax(1), distilled.classes)  # it has learned the set, and its answers say so
+    assert not torch.equal(own.labels, random.labels)
+    silent = {"own": str(replace(distilled, config={}).save(tmp_path / "silent.safetensors"))}
+    with pytest.raises(UserError, match="'seen' are of the network a set was distilled with; 'own' does not say which"):
+        LabelRows(("seen",)).files(silent, [recipe], DataChoice(), tmp_path / "labelled")
+
+
 def test_the_report_has_a_row_for_each_and_says_what_labels_take(tmp_path):
     distilled = make_distilled(ipc=2)
     rows = evaluate(
@@ -80,7 +98,7 @@ def test_what_is_wrong_is_said_before_a_teacher_is_trained(tmp_path, monkeypatch
 
 
 def test_mistakes_are_one_line(tmp_path, capsys):
-    with pytest.raises(UserError, match="unknown labels 'soft'; known: dynamic, hard, static"):
+    with pytest.raises(UserError, match="unknown labels 'soft'; known: dynamic, hard, seen, static"):
         LabelRows(("soft",))
     with pytest.raises(UserError, match="'static' are a teacher's"):
         LabelRows(("static",))

@@ -1,7 +1,7 @@
 """The sets of an evaluation once more with other labels: what of a score is the images', and what the labels'."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,13 +11,15 @@ from lightning_dd.distilled.datamodule import real_data_of
 from lightning_dd.distilled.set import DistilledSet
 from lightning_dd.evaluators.matrix import random_real, with_hard_labels
 from lightning_dd.jobs import tensor_digest
-from lightning_dd.models.factory import NetworkMixture
-from lightning_dd.pretrained.classifier import Teacher
+from lightning_dd.models.factory import NetworkMixture, build_network
+from lightning_dd.pretrained.classifier import Committee, Teacher
+from lightning_dd.students.loop import train_student
 from lightning_dd.students.recipe import Recipe
-from lightning_dd.synthetic.labels import TeacherLabels, relabel
+from lightning_dd.synthetic.labels import TeacherLabels, labelled_by, relabel
 from lightning_dd.utils.errors import UserError, unknown_name
+from lightning_dd.utils.seeding import derive_seed
 
-HARD, STATIC, DYNAMIC = KINDS = ("hard", "static", "dynamic")
+HARD, STATIC, DYNAMIC, SEEN = KINDS = ("hard", "static", "dynamic", "seen")
 
 
 @dataclass(frozen=True)
@@ -52,11 +54,11 @@ class LabelRows:
         for kind in self.kinds:
             if kind not in KINDS:
                 raise unknown_name("labels", kind, KINDS)
-            if kind != HARD and (self.teacher is None or self.teacher.architecture is None):
+            if kind in (STATIC, DYNAMIC) and (self.teacher is None or self.teacher.architecture is None):
                 raise UserError(f"labels: '{kind}' are a teacher's: name its architecture, as --teacher resnet18")
 
     def files(
-        self, named: Mapping[str, str], recipes: Iterable[Recipe], data: DataChoice, folder: Path
+        self, named: Mapping[str, str], recipes: Collection[Recipe], data: DataChoice, folder: Path
     ) -> dict[str, str]:
         """Return sets by name, and the same ones with other labels after each, which are written to a folder.
 
@@ -67,7 +69,8 @@ class LabelRows:
             folder: of the new files; one that is there already is made again, with the same outcome.
 
         Raises:
-            UserError: a set is called what another one is to be called with other labels.
+            UserError: a set is called what another one is to be called with other labels, or does not say with which
+                network it was distilled.
         """
         own = {f"{name}-{kind}" for name in (*named, "random") for kind in self.kinds}
         if taken := sorted(own & named.keys()):
@@ -80,31 +83,42 @@ class LabelRows:
             real: RealData | None = None
             for kind in self.kinds:
                 real = real or _set_up(distilled, data)
-                strategy = self._strategy(kind, distilled, recipes)
-                given = self._given(strategy, distilled, real)
-                found[f"{name}-{kind}"] = str(given.save(folder / f"{name}-{kind}.safetensors"))
-                key = (distilled.ipc, kind + tensor_digest(distilled.preprocessing.state_dict()))
-                if strategy is not None and key not in drawn:
+                give = self._give(kind, name, distilled, real, recipes)
+                found[f"{name}-{kind}"] = str(give(distilled).save(folder / f"{name}-{kind}.safetensors"))
+                alike = f"{kind} {tensor_digest(distilled.preprocessing.state_dict())}"
+                key = distilled.ipc, alike + (str(distilled.architecture) if kind == SEEN else "")
+                if kind != HARD and key not in drawn:
                     drawn[key] = f"random-{kind}" if f"random-{kind}" not in found else f"{name}-random-{kind}"
-                    control = self._given(strategy, random_real(distilled, real, 0), real)
+                    control = give(random_real(distilled, real, 0))
                     found[drawn[key]] = str(control.save(folder / f"{drawn[key]}.safetensors"))
         return found
 
-    def _strategy(self, kind: str, distilled: DistilledSet, recipes: Iterable[Recipe]) -> TeacherLabels | None:
-        """Return where labels of a kind come from; ``None`` for the classes."""
+    def _give(
+        self, kind: str, name: str, distilled: DistilledSet, real: RealData, recipes: Collection[Recipe]
+    ) -> Callable[[DistilledSet], DistilledSet]:
+        """Return what gives a set of the size of ``distilled`` labels of a kind."""
         if kind == HARD:
-            return None
+            return lambda given: with_hard_labels(given, real, 0)
         rows, classes = len(distilled), distilled.num_classes
         passes = max(  # a batch that is not full is left out
             math.ceil(recipe.steps_for(rows, classes) / (rows // min(rows, recipe.batch_for(rows, classes))))
             for recipe in recipes
         )
-        return TeacherLabels(self.teacher, epochs=passes if kind == DYNAMIC else 0)
+        if kind != SEEN:
+            strategy = TeacherLabels(self.teacher, epochs=passes if kind == DYNAMIC else 0)
+            return lambda given: relabel(given, strategy, real, otherwise="")  # the strategy names its teacher
+        if distilled.architecture is None:
+            raise UserError(f"labels: 'seen' are of the network a set was distilled with; '{name}' does not say which")
+        own, recipe = NetworkMixture.parse(distilled.architecture).main, next(iter(recipes))
+        by_views = TeacherLabels(epochs=passes)
+        return lambda given: labelled_by(given, by_views, lambda _: _trained_on(given, own, recipe))
 
-    def _given(self, strategy: TeacherLabels | None, distilled: DistilledSet, real: RealData) -> DistilledSet:
-        if strategy is None:
-            return with_hard_labels(distilled, real, 0)
-        return relabel(distilled, strategy, real, otherwise="")  # the strategy names its teacher
+
+def _trained_on(distilled: DistilledSet, architecture: str, recipe: Recipe) -> Committee:
+    """Return a network that has learned from a set what students learn from it: the teacher of other ones."""
+    network = build_network(architecture, distilled.num_classes, distilled.image_shape, derive_seed(0, SEEN))
+    suited = recipe.suited_to(architecture, distilled.training.get("step_size"))
+    return Committee([train_student(network, distilled, suited, seed=0)], NetworkMixture.parse(architecture))
 
 
 def _set_up(distilled: DistilledSet, data: DataChoice) -> RealData:

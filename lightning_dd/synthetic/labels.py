@@ -163,7 +163,12 @@ def relabel(distilled: DistilledSet, labels: Labels, real: RealData, otherwise: 
     real.setup("fit")
     check_match(distilled, real)
     task = Task.of(real)
-    relabelled = labels.finish(distilled, lambda given: (given or Teacher()).committee(task, otherwise), seed)
+    return labelled_by(distilled, labels, lambda given: (given or Teacher()).committee(task, otherwise), seed)
+
+
+def labelled_by(distilled: DistilledSet, labels: Labels, teachers: AskTeachers, seed: int = 0) -> DistilledSet:
+    """Give a finished set the labels of a strategy, by teachers that are there; it remembers what it had before."""
+    relabelled = labels.finish(distilled, teachers, seed)
     before = {"label_kind": distilled.label_kind, "method": distilled.method}
     training = {**distilled.training, "relabelled": {"from": before, "labels": plain_values(labels), "seed": seed}}
     return replace(relabelled, training=training)
