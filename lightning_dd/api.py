@@ -213,6 +213,7 @@ def evaluate(
     names: Sequence[str] = (),
     labels: Sequence[str] = (),
     teacher: Teacher | None = None,
+    probe: str | None = None,
 ) -> list[Row]:
     """Train architectures x seeds on distilled sets and on random real images, as ``lightning-dd evaluate`` does.
 
@@ -237,6 +238,8 @@ def evaluate(
         names: what the sets are called in the report, in place of their files' names.
         labels: further rows of each set, by kind (:class:`~lightning_dd.evaluators.label_rows.LabelRows`).
         teacher: whose labels those are.
+        probe: students are linear layers on the frozen features of these weights
+            (:func:`~lightning_dd.evaluators.probe.linear_probe`).
 
     Returns:
         One row per student, with accuracies in [0, 1].
@@ -250,7 +253,9 @@ def evaluate(
     recipes = {name: published(name, **changes) for name in ([protocol] if isinstance(protocol, str) else protocol)}
     choice, hardware = DataChoice(data, data_args or {}, root), Hardware(accelerator, devices, strategy)
     others = LabelRows(tuple(labels), teacher)
-    return evaluate_files(files, architectures, str(output), seeds, recipes, choice, hardware, workers, names, others)
+    return evaluate_files(
+        files, architectures, str(output), seeds, recipes, choice, hardware, workers, names, others, probe
+    )
 
 
 def _file_of(item: str | Path | DistilledSet, folder: str, place: int) -> str:

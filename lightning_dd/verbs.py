@@ -74,6 +74,11 @@ class Evaluate(_Students, _Data, _Workers, Verb):
     )
     teacher: list[str] = option("architectures of the teacher of those; several are a committee", list, words=True)
     teacher_steps: int = option("training steps of each on the real data", 1000)
+    probe: str | None = option(
+        "train a linear layer alone, on frozen features of these weights: default or a name that timm or torchvision "
+        "publishes, or a file",
+        None,
+    )
 
     def run(self) -> None:
         """Train and report."""

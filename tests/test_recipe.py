@@ -29,6 +29,7 @@ SMALL = "conv:width=4,depth=2,norm=none"
         ("sre2l_cifar", 5000, 16000, torch.optim.AdamW, 1e-3, 0.0),
         ("sre2l_tiny", 10000, 4000, torch.optim.SGD, 0.0, 0.0),
         ("rded", 100, 600, torch.optim.AdamW, 1e-3, 0.5e-3),
+        ("rd3", 100, 800, torch.optim.Adam, 1e-3, 0.0),
     ],
 )
 def test_published_lengths_optimizers_and_learning_rates(name, rows, steps, kind, first, last):

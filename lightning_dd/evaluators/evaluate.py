@@ -20,6 +20,7 @@ from lightning_dd.distilled.set import DistilledSet, find_set, library_versions
 from lightning_dd.evaluators.label_rows import LabelRows
 from lightning_dd.evaluators.matrix import ALL_REAL, DISTILLED, RANDOM_REAL, Cell, Hardware, Row, run_cell
 from lightning_dd.evaluators.page import provenance, write_pages
+from lightning_dd.evaluators.probe import linear_probe, which_weights
 from lightning_dd.evaluators.report import bar_figure, markdown, summarise
 from lightning_dd.jobs import Job, Ledger, Tick, check_workers, device_of, place, run_jobs, tensor_digest, workers_on
 from lightning_dd.models.factory import build_network
@@ -45,6 +46,7 @@ def evaluate_files(
     workers: int | str = "auto",
     names: Sequence[str] = (),
     labels: LabelRows = LabelRows(),  # noqa: B008
+    probe: str | None = None,
 ) -> list[Row]:
     """Train every architecture and seed on every set and on random real images, and write the report.
 
@@ -61,10 +63,10 @@ def evaluate_files(
     recipes = {"": recipe} if isinstance(recipe, Recipe) else dict(recipe)
     for each in recipes.values():
         each.augmentation(mirror=True)
-    bench = Bench(named, recipes, folder, data, hardware)
+    bench = Bench(named, recipes, folder, data, hardware, probe)
     architectures = bench.architectures(architectures)
     if labels.kinds:  # teachers are trained here
-        bench = Bench(labels.files(named, recipes.values(), data, folder / "labelled"), recipes, folder, data, hardware)
+        bench = replace(bench, files=labels.files(named, recipes.values(), data, folder / "labelled"))
     for name, difference in bench.elsewhere.items():
         rank_zero_warn(f"'{name}' is {difference}")
     cells = [
@@ -81,6 +83,7 @@ def evaluate_files(
     records = [{name: value for name, value in asdict(row).items() if name != "by_class"} for row in rows]
     write_results(folder, records, markdown(rows), bar_figure(summarise(rows)))
     words = [*files, "--architectures", *architectures, f"--seeds={seeds}", *labels.words]
+    words += [] if probe is None else [f"--probe={probe}"]
     made_with = provenance(bench.sets, bench.digests, recipes, words, library_versions())
     write_pages(folder, rows, bench.sets, made_with, bench.files)
     print(f"to hand on: {folder}/report.html, results.tex, provenance.json")
@@ -100,6 +103,8 @@ class Bench:
     """Of the ledger (``cells``) and of the students' TensorBoard logs."""
     data: DataChoice
     hardware: Hardware
+    probe: str | None = None
+    """Weights under a linear layer, which is all that is trained then."""
 
     def __post_init__(self) -> None:
         self.sets = {name: DistilledSet.load(file) for name, file in self.files.items()}
@@ -115,14 +120,17 @@ class Bench:
         self.elsewhere = {name: difference for name, difference in found.items() if difference}
 
     def __reduce__(self) -> tuple[type["Bench"], tuple[Any, ...]]:
-        return Bench, (self.files, self.recipes, self.folder, self.data, self.hardware)
+        return Bench, (self.files, self.recipes, self.folder, self.data, self.hardware, self.probe)
 
     def architectures(self, asked: Sequence[str]) -> list[str]:
         """Replace groups by their members, and refuse networks that cannot take a set's images: each is built once."""
         found = expand(asked, min(distilled.image_shape for distilled in self.sets.values()))
-        for distilled in self.sets.values():
+        for name, distilled in self.sets.items():
             for architecture in found:
-                build_network(architecture, distilled.num_classes, distilled.image_shape, seed=0)
+                if self.probe is None:
+                    build_network(architecture, distilled.num_classes, distilled.image_shape, seed=0)
+                else:
+                    linear_probe(architecture, self.probe, self.reals[name].facts, distilled.preprocessing, seed=0)
         return found
 
     def train(self, cells: Sequence[Cell], workers: int | str) -> bool:
@@ -151,7 +159,7 @@ class Bench:
         if place() is not None and device.type == "cuda":
             hardware = replace(hardware, devices=[device.index])
         distilled, real, recipe = self.sets[cell.set_name], self.reals[cell.set_name], self.recipes[cell.protocol]
-        row = run_cell(cell, distilled, real, recipe, hardware, self.folder / "tensorboard", tick)
+        row = run_cell(cell, distilled, real, recipe, hardware, self.folder / "tensorboard", tick, self.probe)
         return asdict(replace(row, seconds=round(time.perf_counter() - start, 2)))
 
     def row(self, cell: Cell) -> Row:
@@ -179,6 +187,8 @@ class Bench:
             own["set"] = self.digests[cell.set_name]
         if self.data.name is not None:  # its test images may be others than those the sets remember
             own["chosen"] = [self.data.name, dict(self.data.arguments)]
+        if self.probe is not None:
+            own["probe"] = which_weights(self.probe)
         return {
             **own,
             "preprocessing": self._preprocessing[cell.set_name],

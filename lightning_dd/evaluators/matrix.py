@@ -16,6 +16,7 @@ from lightning_dd.data.sampling import draw_per_class
 from lightning_dd.distilled.datamodule import DistilledData, real_set
 from lightning_dd.distilled.multiformation import MultiFormed
 from lightning_dd.distilled.set import DistilledSet
+from lightning_dd.evaluators.probe import linear_probe
 from lightning_dd.losses.krr import initial_labels
 from lightning_dd.models.factory import ArchitectureSpec, NetworkMixture
 from lightning_dd.models.interface import logits_in_slices
@@ -102,11 +103,18 @@ def run_cell(
     hardware: Hardware,
     log_dir: Path,
     on_step: Callable[[], object],
+    probe: str | None = None,
 ) -> Row:
-    """Train a cell's student on the set it names (or on what stands in for it), and test it on set-up real data."""
+    """Train a cell's student on the set it names (or on what stands in for it), and test it on set-up real data.
+
+    With a ``probe`` the student is a linear layer on a network of those weights.
+    """
     source = SOURCES[cell.source](distilled, real, cell.seed)
     data = DistilledData.from_set(source, real)
-    student = Student.with_recipe(cell.architecture, recipe, cell.seed)
+    body = (
+        None if probe is None else linear_probe(cell.architecture, probe, real.facts, source.preprocessing, cell.seed)
+    )
+    student = Student.with_recipe(cell.architecture, recipe, cell.seed, body)
     steps = recipe.steps_for(len(distilled), distilled.num_classes)
     best = BestWeights()
     trainer = _trainer(cell, steps, hardware, log_dir, [LambdaCallback(on_train_batch_end=lambda *_: on_step()), best])

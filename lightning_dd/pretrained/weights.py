@@ -21,36 +21,43 @@ _CONTAINERS = ("state_dict", "model", "net")
 _CLOSE = 1e-3
 
 
-def read_weights(file: Path) -> dict[str, Tensor]:
+def read_weights(file: Path, setting: str = "teacher.file") -> dict[str, Tensor]:
     """Read the weights of a network: safetensors, or a PyTorch file that holds tensors, perhaps under ``state_dict``.
+
+    Args:
+        file: where they are.
+        setting: that names it, for messages.
 
     Raises:
         UserError: the file is missing, damaged, or holds anything else.
     """
     if not file.is_file():
-        raise UserError(f"teacher.file '{file}': no such file")
+        raise UserError(f"{setting} '{file}': no such file")
     if file.suffix == ".safetensors":
         try:
             found: Any = load_file(file)
         except (SafetensorError, OSError, ValueError) as error:
-            raise UserError(f"teacher.file '{file}' is not a safetensors file ({first_line(error)})") from None
+            raise UserError(f"{setting} '{file}' is not a safetensors file ({first_line(error)})") from None
     else:
-        found = load_torch(file, "teacher.file")
+        found = load_torch(file, setting)
         for name in _CONTAINERS:
             if isinstance(found, Mapping) and isinstance(found.get(name), Mapping):
                 found = found[name]
         if not isinstance(found, Mapping) or not all(isinstance(value, Tensor) for value in found.values()):
-            raise UserError(f"teacher.file '{file}' must hold a network's tensors by name, perhaps under 'state_dict'")
+            raise UserError(f"{setting} '{file}' must hold a network's tensors by name, perhaps under 'state_dict'")
     return {str(name).removeprefix("module."): value for name, value in found.items()}  # of DataParallel
 
 
-def fetch_weights(architecture: str, weights: str, preprocessing: Preprocessing) -> dict[str, Tensor]:
+def fetch_weights(
+    architecture: str, weights: str, preprocessing: Preprocessing, setting: str = "teacher.weights"
+) -> dict[str, Tensor]:
     """Return weights that a library publishes, from its own cache or the network.
 
     Args:
         architecture: a name of timm or torchvision, without options.
         weights: ``default``, or a name as ``IMAGENET1K_V1`` of torchvision and ``a1_in1k`` of timm.
         preprocessing: of the run, which must be that of the weights.
+        setting: that names them, for messages.
 
     Raises:
         UserError: there are no such weights, they cannot be fetched, or they are of images normalised in another way.
@@ -58,17 +65,17 @@ def fetch_weights(architecture: str, weights: str, preprocessing: Preprocessing)
     spec = ArchitectureSpec.parse(architecture)
     prefix, _, name = spec.name.rpartition("/")
     if spec.options:
-        raise UserError(f"teacher.weights are of architectures as published, without options, got '{architecture}'")
+        raise UserError(f"{setting} are of architectures as published, without options, got '{architecture}'")
     try:
         read = _from_torchvision if prefix == "torchvision" else _from_timm
         state, mean, std = read(name, weights)
     except Exception as error:  # whatever a library raises for an unknown name or a host that cannot be reached
-        raise UserError(f"teacher.weights '{weights}' of '{architecture}' cannot be had: {first_line(error)}") from None
+        raise UserError(f"{setting} '{weights}' of '{architecture}' cannot be had: {first_line(error)}") from None
     given = torch.tensor([mean, std])
     ours = torch.stack([preprocessing.mean.cpu(), preprocessing.std.cpu()])
     if preprocessing.kind != "standardise" or ours.shape != given.shape or not torch.allclose(ours, given, atol=_CLOSE):
         raise UserError(
-            f"teacher.weights '{weights}' of '{architecture}' are of images standardised by their own numbers: set "
+            f"{setting} '{weights}' of '{architecture}' are of images standardised by their own numbers: set "
             f"data.preprocessing=standardise, data.mean={list(mean)} and data.std={list(std)}"
         )
     return state
@@ -90,7 +97,7 @@ def _from_timm(name: str, weights: str) -> tuple[dict[str, Tensor], list[float],
     return dict(model.state_dict()), list(model.pretrained_cfg["mean"]), list(model.pretrained_cfg["std"])
 
 
-def fit_weights(network: Network, state: Mapping[str, Tensor], facts: DataFacts, what: str) -> None:
+def fit_weights(network: Network, state: Mapping[str, Tensor], facts: DataFacts, what: str, head: bool = True) -> None:
     """Give a network the weights of its library's model, whose last layer may know all of ImageNet's classes.
 
     Args:
@@ -98,6 +105,7 @@ def fit_weights(network: Network, state: Mapping[str, Tensor], facts: DataFacts,
         state: by our names, or by the library's.
         facts: of the data; of a part of ImageNet, its rows of the last layer are used, found by torchvision's names.
         what: how messages call the weights.
+        head: take the last layer too; otherwise it stays as it is.
 
     Raises:
         UserError: the weights do not fit.
@@ -108,6 +116,9 @@ def fit_weights(network: Network, state: Mapping[str, Tensor], facts: DataFacts,
     for name, value in state.items():
         last = name.rpartition(".")[2]
         fitted[name if name in own else names.get(name, f"head.{last}")] = value
+    if not head:
+        state = fitted | {name: value for name, value in own.items() if name.startswith("head.")}
+        fitted = dict(state)
     rows = _rows(facts) if len(fitted.get("head.bias", ())) == 1000 != facts.num_classes else None
     if rows is not None:
         fitted |= {name: fitted[name][rows] for name in ("head.weight", "head.bias")}

@@ -278,6 +278,9 @@ PROTOCOLS: dict[str, Recipe] = {
     ),
     # Sun et al. 2024, arXiv 2312.03526: AdamW by architecture, half a cosine, on replayed views.
     "rded": replace(_ADAMW, batch_size=None, schedule="half_cosine", lr_of=_RDED_RATES),
+    # Zhong et al. 2026 (RD3), arXiv 2509.19743: one budget for all decoupled methods. Length, batch and optimizer are
+    # those of the paper; the schedule is ours, for its code has not been compared.
+    "rd3": Recipe(epochs=400, lr=1e-3, warmup=0, final_lr=0.0, batch_size=50, augment="none"),
 }
 """Published evaluation protocols by name.
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_dd.distilled.datamodule import DistilledData
 from lightning_dd.models.factory import build_network
-from lightning_dd.models.interface import logits_in_slices
+from lightning_dd.models.interface import Network, logits_in_slices
 from lightning_dd.students.loop import StudentStep
 from lightning_dd.students.recipe import Recipe
 from lightning_dd.students.recipe import protocol as published
@@ -62,12 +62,13 @@ class Student(ScoredModule):
         self.architecture = architecture
         self.recipe = published(protocol, lr=lr, warmup=warmup, final_lr=final_lr, augment=augment, ema=ema)
         self.seed = seed
+        self._given: Network | None = None
 
     @classmethod
-    def with_recipe(cls, architecture: str, recipe: Recipe, seed: int) -> "Student":
-        """Build a student with any recipe, published or not; a checkpoint of it does not remember the recipe."""
+    def with_recipe(cls, architecture: str, recipe: Recipe, seed: int, network: Network | None = None) -> "Student":
+        """Build a student with any recipe, published or not, and perhaps a network; a checkpoint remembers neither."""
         student = cls(architecture, seed=seed)
-        student.recipe = recipe
+        student.recipe, student._given = recipe, network
         return student
 
     def configure_model(self) -> None:
@@ -152,7 +153,7 @@ class Student(ScoredModule):
         if hasattr(self, "network"):
             return
         self.num_classes, self.image_shape = num_classes, image_shape
-        network = build_network(self.architecture, num_classes, image_shape, self.seed)
+        network = self._given or build_network(self.architecture, num_classes, image_shape, self.seed)
         self.network = network.to(memory_format=torch.channels_last)  # as in the bare loop
         self.make_accuracy(num_classes)
 
