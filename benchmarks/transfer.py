@@ -179,7 +179,7 @@ def score(task: Task, distilled_set: DistilledSet) -> float:
 @cache
 def real_data(spec: str) -> RealData:
     """Build the data of a trial once in a process: ``class`` and its arguments."""
-    arguments = json.loads(spec)
+    arguments = {name: value for name, value in json.loads(spec).items() if value is not None}
     known: dict[str, Any] = {**DATA_SETS, "ParquetImages": ParquetImages}
     data: RealData = known[arguments.pop("class")](**arguments)
     data.trainer = trainer(1)  # the pixels go to its device
