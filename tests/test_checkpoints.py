@@ -73,7 +73,7 @@ def test_a_full_disk_costs_a_cache_a_warning_and_a_set_or_a_ledger_one_line(tmp_
     distilled = run(tmp_path / "run")
     with full_disk(200):
         with pytest.warns(UserWarning, match=r"is not cached .cannot write .*File too large"):
-            assert cached_tensors("kind", "key", lambda: made)["a"].equal(made["a"])
+            assert cached_tensors("kind", "key", lambda: made, {"a": (10000,)})["a"].equal(made["a"])
         with pytest.raises(UserError, match=r"^cannot write .*File too large"):
             distilled.save(tmp_path / "set.safetensors")
         with pytest.raises(UserError, match=r"^cannot write .*File too large"):

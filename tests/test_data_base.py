@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from helpers import split_of
+from helpers import other_shapes, split_of
 from torch import Tensor
 
 from lightning_dd.data import DataFacts, Preprocessing, RawSplit, RealData
@@ -520,7 +520,8 @@ def test_a_whitening_is_fitted_once_per_data(monkeypatch, tmp_path):
         assert torch.equal(again.preprocessing.state_dict()[name], value)
     assert torch.equal(again.train.everything().images, first.train.everything().images)
     whitened(split_seed=1)  # other training images
-    whitened(zca_block=2)
+    for _ in range(2):
+        whitened(zca_block=2)
     monkeypatch.setattr(Toy, "channel_mean", (0.5, 0.5, 0.5))
     monkeypatch.setattr(Toy, "channel_std", (0.2, 0.2, 0.2))
     whitened()
@@ -530,6 +531,10 @@ def test_a_whitening_is_fitted_once_per_data(monkeypatch, tmp_path):
     with pytest.warns(UserWarning, match="cached preprocessing .* is damaged"):
         whitened()
     assert len(fits) == 5
+    other_shapes(max((tmp_path / "cache" / "preprocessing").iterdir(), key=lambda file: file.stat().st_mtime_ns))
+    with pytest.warns(UserWarning, match="cached preprocessing .* other shapes"):
+        whitened()
+    assert len(fits) == 6
 
 
 # --- streams ---------------------------------------------------------------------------------------------------

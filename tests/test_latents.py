@@ -5,7 +5,7 @@ import weakref
 
 import pytest
 import torch
-from helpers import TinyData, tiny_trainer
+from helpers import TinyData, other_shapes, tiny_trainer
 from pytorch_lightning import Callback
 from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import nn
@@ -283,10 +283,12 @@ def test_a_damaged_file_in_the_cache_is_replaced(tmp_path):
     first = fitted(tmp_path, frepo(space))
     folder = cache_folder() / "generators"
     newest = max(folder.glob("*.safetensors"), key=lambda path: path.stat().st_mtime_ns)
-    newest.write_bytes(newest.read_bytes()[:100])
-    second = fitted(tmp_path, frepo(space))
-    assert torch.equal(first.synthetic.parameterisation.features, second.synthetic.parameterisation.features)
-    assert newest.stat().st_size > 100
+    whole = newest.read_bytes()
+    for damage in (lambda: newest.write_bytes(whole[:100]), lambda: other_shapes(newest)):
+        damage()
+        second = fitted(tmp_path, frepo(space))
+        assert torch.equal(first.synthetic.parameterisation.features, second.synthetic.parameterisation.features)
+        assert newest.read_bytes() == whole
 
 
 def test_a_training_that_diverges_is_said(tmp_path, monkeypatch):

@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import LinearNetwork, TinyData, tiny_trainer
+from helpers import LinearNetwork, TinyData, other_shapes, tiny_trainer
 from pytorch_lightning import Callback
 from pytorch_lightning.callbacks import ModelCheckpoint
 from safetensors import safe_open
@@ -296,6 +296,9 @@ def test_only_missing_and_damaged_experts_are_trained_again(cache, trained):
     assert [file.read_bytes() for file in files] == content
     one_expert(lr=0.5)
     assert len(trained) == 6
+    other_shapes(files[0])
+    one_expert(0)
+    assert files[0].read_bytes() == content[0]
 
 
 def test_open_trajectories_outlive_their_files(cache):

@@ -245,7 +245,13 @@ class RealData(RemembersArguments, LightningDataModule, ABC):
             return fit()
         statistics = mean and tuple(mean), std and tuple(std)
         key = content_key("preprocessing", fingerprint, kind, *statistics, ridge or RIDGE, stride)
-        return Preprocessing.from_state_dict(cached_tensors("preprocessing", key, lambda: fit().state_dict()))
+        channels, numbers = pixels.shape[1], pixels.shape[1:].numel()
+        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("mean", "std"), (channels,))
+        if kind != "standardise":
+            side = numbers // stride**2
+            shapes |= {"zca_mean": (numbers,), "zca_whiten": (side, side), "zca_unwhiten": (side, side)}
+        kept = cached_tensors("preprocessing", key, lambda: fit().state_dict(), shapes)
+        return Preprocessing.from_state_dict(kept)
 
     def _fingerprint(self, raw: RawSplit, rows: Tensor) -> str:
         """Hash the training pixels and labels, or recall what they were hashed to."""
@@ -253,7 +259,11 @@ class RealData(RemembersArguments, LightningDataModule, ABC):
         if key is None:
             return _hashed(raw, rows).hex()
         key = content_key("fingerprint", key, hashlib.blake2b(rows.numpy().data).hexdigest())
-        kept = cached_tensors("fingerprints", key, lambda: {"digest": torch.tensor([*_hashed(raw, rows)]).byte()})
+
+        def made() -> dict[str, Tensor]:
+            return {"digest": torch.tensor([*_hashed(raw, rows)]).byte()}
+
+        kept = cached_tensors("fingerprints", key, made, {"digest": (16,)})
         return bytes(kept["digest"].tolist()).hex()
 
     def _split_of(self, raw: RawSplit, rows: Tensor) -> Split:

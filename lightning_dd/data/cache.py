@@ -31,6 +31,9 @@ PixelArray = npt.NDArray[np.uint8]
 Allocate = Callable[[tuple[int, ...]], PixelArray]
 """Makes the array for the pixels of a split, given its shape: in memory, or in a memory-mapped file."""
 
+Shapes = Mapping[str, tuple[int, ...]]
+"""Of tensors by name."""
+
 
 def new_pixels(shape: tuple[int, ...]) -> PixelArray:
     """Return an array in memory, not filled."""
@@ -70,7 +73,12 @@ def content_key(*parts: object) -> str:
     return digest.hexdigest()
 
 
-def cached_tensors(kind: str, key: str, make: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
+def shapes_of(tensors: Mapping[str, Tensor]) -> Shapes:
+    """Return the shapes of tensors, which those of a cache must have."""
+    return {name: tuple(value.shape) for name, value in tensors.items()}
+
+
+def cached_tensors(kind: str, key: str, make: Callable[[], Mapping[str, Tensor]], shapes: Shapes) -> dict[str, Tensor]:
     """Return the tensors stored under ``key``, or make them and store them.
 
     A folder that cannot be written costs a warning, nothing else. Files appear whole or not at all, so processes may
@@ -80,9 +88,17 @@ def cached_tensors(kind: str, key: str, make: Callable[[], Mapping[str, Tensor]]
         kind: what they are, the name of their folder in the cache.
         key: from :func:`content_key`, of everything they depend on.
         make: called when the cache has no good file.
+        shapes: what a file must have; another one is damaged.
     """
     path = cache_folder() / kind / f"{key}.safetensors"
-    found = _unless_damaged(f"cached {kind} {path}", lambda: _load(path)[0])
+
+    def load() -> dict[str, Tensor]:
+        tensors = _load(path)[0]
+        if shapes_of(tensors) != shapes:
+            raise ValueError("its tensors have other shapes")
+        return tensors
+
+    found = _unless_damaged(f"cached {kind} {path}", load)
     if found is None:
         found = {name: value.detach().cpu().contiguous() for name, value in make().items()}
         _save(path, found)

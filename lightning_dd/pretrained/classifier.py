@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from lightning_dd.augment.crops import draw_crops, draw_padded, resample
 from lightning_dd.augment.frepo import Augmentation, Operation
+from lightning_dd.data.cache import shapes_of
 from lightning_dd.data.images import DataFacts
 from lightning_dd.data.sampling import answers, next_batch
 from lightning_dd.losses.matching import batch_statistics
@@ -150,7 +151,7 @@ def trained_classifier(
     if file is None:
         identity = {"architecture": architecture, "recipe": recipe.identity(), "mirror": facts.mirror, "seed": seed}
         identity["augmentation"] = "edges repeat"  # those of earlier versions had learned from zeros outside of images
-        trained = train_once("classifiers", identity, make, task, what)
+        trained = train_once("classifiers", identity, make, task, what, shapes_of(network.state_dict()))
     else:
         trained = read_trained(Path(file), f"file of {what}")
         for name, here in {"architecture": architecture, **task.identity()}.items():

@@ -70,9 +70,6 @@ def expert_file(architecture: str, task: Task, recipe: ExpertRecipe, seed: int, 
     """
 
     def make() -> Made:
-        own = derive_seed(seed, "expert", architecture, index)
-        facts, weights = task.facts, derive_seed(own, "weights")
-        network = build_network(architecture, facts.num_classes, facts.image_shape, weights)
         _refuse_batch_statistics(architecture, network)
         snapshots = _trajectory(network, task, recipe, own, f"expert {index}")
         if not bool(torch.isfinite(snapshots[-1]).all()):
@@ -82,9 +79,12 @@ def expert_file(architecture: str, task: Task, recipe: ExpertRecipe, seed: int, 
             )
         return {_name(epoch): snapshot for epoch, snapshot in enumerate(snapshots)}, {}
 
+    facts, own = task.facts, derive_seed(seed, "expert", architecture, index)
+    network = build_network(architecture, facts.num_classes, facts.image_shape, derive_seed(own, "weights"))
+    shapes = {_name(epoch): tuple(parameter_vector(network).shape) for epoch in range(recipe.epochs + 1)}
     what = f"expert {index} of '{architecture}'"
     identity = {"architecture": architecture, "recipe": asdict(recipe), "seed": seed, "index": index}
-    file = train_once("experts", identity, make, task, what).file
+    file = train_once("experts", identity, make, task, what, shapes).file
     if file is None:
         raise UserError(f"{what} cannot be kept: set LIGHTNING_DD_CACHE to a folder that can be written")
     return file

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from lightning_dd.data.cache import shapes_of
 from lightning_dd.models.generator import Generator, ImageEncoder
 from lightning_dd.pretrained.task import Made, Task, fit, train_once
 from lightning_dd.students.recipe import Recipe
@@ -39,7 +40,7 @@ def train_generator(generator: Generator, width: int, steps: int, lr: float, see
 
     settings = {"steps": steps, "lr": lr, "batch_size": recipe.batch_size}
     identity = {"width": width, "latent_size": generator.latent_size, "recipe": settings, "seed": seed}
-    made = train_once("generators", identity, make, task, "the generator of latents")
+    made = train_once("generators", identity, make, task, "the generator of latents", shapes_of(generator.state_dict()))
     generator.load_state_dict(made.tensors())
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lightning_dd.data.base import RealData
-from lightning_dd.data.cache import cache_folder
+from lightning_dd.data.cache import Shapes, cache_folder
 from lightning_dd.data.images import DataFacts, Split
 from lightning_dd.data.preprocess import Preprocessing
 from lightning_dd.data.sampling import ShuffledStream
@@ -156,7 +156,14 @@ class Trained:
         return dict(self.unwritten) if self.file is None else load_file(self.file)
 
 
-def train_once(kind: str, identity: Mapping[str, Any], make: Callable[[], Made], task: Task, what: str) -> Trained:
+def train_once(
+    kind: str,
+    identity: Mapping[str, Any],
+    make: Callable[[], Made],
+    task: Task,
+    what: str,
+    shapes: Shapes,
+) -> Trained:
     """Return what is in the cache under an identity, or make it now.
 
     Of several processes of a run the first one makes it, and of several runs one: the others wait for its lock, which
@@ -168,6 +175,7 @@ def train_once(kind: str, identity: Mapping[str, Any], make: Callable[[], Made],
         make: trains, and returns tensors and facts.
         task: the run's data and processes.
         what: how messages call it.
+        shapes: of the tensors; a file with others is damaged.
 
     Raises:
         UserError: it is not in the cache and may not be trained, or its training diverged.
@@ -176,7 +184,7 @@ def train_once(kind: str, identity: Mapping[str, Any], make: Callable[[], Made],
     key = hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=16).hexdigest()
     path = cache_folder() / kind / f"{key}.safetensors"
     with task.first_process_first(what):
-        found = _find(path, identity)
+        found = _find(path, identity, shapes)
         if found is not None:
             return found
         if not task.train_missing or task.images is None:
@@ -185,7 +193,7 @@ def train_once(kind: str, identity: Mapping[str, Any], make: Callable[[], Made],
                 "train_missing=true (what is trained already is kept), or name a file of it"
             )
         with _locked(path):
-            return _find(path, identity) or _keep(path, what, identity, *make())
+            return _find(path, identity, shapes) or _keep(path, what, identity, *make())
 
 
 def is_trained(path: Path) -> bool:
@@ -211,12 +219,16 @@ def read_trained(path: Path, what: str) -> Trained:
     return Trained({**header["identity"], **header["facts"]}, path)
 
 
-def _find(path: Path, identity: Mapping[str, Any]) -> Trained | None:
+def _find(path: Path, identity: Mapping[str, Any], shapes: Shapes) -> Trained | None:
     """Return what a good file of the cache holds; a damaged one is going to be replaced."""
     try:
         header = _header(path)
         if header["identity"] != identity:
             raise ValueError("it is of another origin")
+        with safe_open(path, framework="pt") as file:
+            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        if found != shapes:
+            raise ValueError("its tensors have other shapes")
         return Trained(header["facts"], path)
     except FileNotFoundError:
         return None
