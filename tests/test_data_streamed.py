@@ -307,7 +307,7 @@ def test_bad_arguments(make, message):
 
 
 def test_a_set_larger_than_the_memory_is_refused(monkeypatch):
-    monkeypatch.setattr("lightning_dd.data.base._memory_of", lambda device: 1000)
+    monkeypatch.setattr("lightning_dd.data.base.memory_of", lambda device: 1000)
     with pytest.raises(UserError, match=r"CachedTiny takes 0.0 GiB.*data.keep_on_device=false or data.on_disk=true"):
         made({})
     with pytest.raises(UserError, match=r"set data.keep_on_device=false$"):

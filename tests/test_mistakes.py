@@ -40,6 +40,7 @@ SETTINGS = {
     },
     "dc": {
         "--model.inner_lr=0": "inner_lr must be positive, got 0.0",
+        "--model.pool_size=1000000000": "pool_size=1000000000 networks take ",
         "--model.inner_steps=-1": "inner_steps must be at least 1, got -1",
         "--model.pool_size=0": "pool_size must be at least 1, got 0",
     },

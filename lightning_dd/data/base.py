@@ -1,7 +1,6 @@
 """The base DataModule: a real image set, split and preprocessed once, on the device or streamed to it."""
 
 import hashlib
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -17,6 +16,7 @@ from lightning_dd.data.preprocess import KINDS, RIDGE, Preprocessing, block_stri
 from lightning_dd.data.sampling import EvalBatches, StepCounter, pass_through, scarcest, stratified_cut
 from lightning_dd.utils.arguments import RemembersArguments
 from lightning_dd.utils.errors import SEED, UserError, check_range
+from lightning_dd.utils.machine import memory_of
 
 _BLOCK = 4096  # images hashed at a time
 
@@ -304,7 +304,7 @@ class RealData(RemembersArguments, LightningDataModule, ABC):
         """Refuse to keep on the device what is larger than its whole memory."""
         device = self._device()
         needed = raw.images.numel() * (raw.images.element_size() if self.preprocessing_kind == "standardise" else 4)
-        room = None if self.on_disk or not self.keep_on_device else _memory_of(device)
+        room = None if self.on_disk or not self.keep_on_device else memory_of(device)
         if room is not None and needed > room:
             raise UserError(
                 f"{self.name} takes {needed / 2**30:.1f} GiB and the {device.type} has {room / 2**30:.1f}: "
@@ -342,13 +342,3 @@ def _hashed(raw: RawSplit, rows: Tensor) -> bytes:
         digest.update(raw.images.index_select(0, part).numpy().data)
     digest.update(raw.labels[rows].numpy().data)
     return digest.digest()
-
-
-def _memory_of(device: torch.device) -> int | None:
-    """Return the bytes of memory a device has in all, ``None`` if that cannot be asked."""
-    if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory)
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if device.type == "cpu" else None
-    except (AttributeError, ValueError, OSError):
-        return None

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lightning_dd.models.factory import NetworkMixture
 from lightning_dd.models.interface import Network
 from lightning_dd.utils.errors import UserError, check_range
+from lightning_dd.utils.machine import memory_of
 
 BuildNetwork = Callable[[int, str], Network]
 """From a seed and an architecture to a fresh network."""
@@ -78,7 +79,11 @@ class ModelPool:
         self._build, self._build_optimizer = build, build_optimizer
         self._generator, self._device = generator, device
         self._sizes: dict[str, Tensor] = {}
-        self.members = [self._member(*self._draw(), age=index * (lifetime // size)) for index in range(size)]
+        self.members: list[PoolMember] = []
+        for index in range(size):
+            self.members.append(self._member(*self._draw(), age=index * (lifetime // size)))
+            if index == 0:
+                self._check_room(size)
         self._current = 0
         self.select()
 
@@ -180,6 +185,17 @@ class ModelPool:
         architecture = self.mixture.draw(self._generator) if self.mixed else self.mixture.main
         seed = int(torch.randint(2**62, (), generator=self._generator))
         return architecture, self._build(seed, architecture)
+
+    def _check_room(self, size: int) -> None:
+        """Refuse more networks than the device has memory for, judged by the first one."""
+        needed = size * sum(value.nbytes for value in self.members[0].network.state_dict().values())
+        device = torch.device(self._device)
+        room = memory_of(device)
+        if room is not None and needed > room:
+            raise UserError(
+                f"pool_size={size} networks take {needed / 2**30:.1f} GiB and the {device.type} has "
+                f"{room / 2**30:.1f}: lower pool_size"
+            )
 
     def _member(self, architecture: str, network: Network, age: int) -> PoolMember:
         network = network.to(self._device).to(memory_format=torch.channels_last)

@@ -5,6 +5,10 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 SPINNING = {"GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "1"}
 """How long OpenMP's threads wait awake for each other: turns of a loop (GNU, about 40 microseconds) or ms (LLVM)."""
@@ -56,3 +60,15 @@ def threads_for(flops: float | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def memory_of(device: "torch.device") -> int | None:
+    """Return the bytes of memory a device has in all, ``None`` if that cannot be asked."""
+    if device.type == "cuda":
+        import torch
+
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if device.type == "cpu" else None
+    except (AttributeError, ValueError, OSError):
+        return None
