@@ -470,3 +470,10 @@ def test_bare_names_need_no_import_in_a_fresh_process():
     shown = done.stdout + done.stderr
     names = ("FRePo", "CIFAR10", "MetaDD", "Latents", "TeacherLabels", "Student", "DistilledData")
     assert all(re.search(rf"class_path: lightning_dd\.[\w.]*{name}\b", shown) for name in names), shown
+
+
+def test_what_no_run_can_be_made_of_is_not_among_the_models():
+    from lightning_dd.lightning_cli import known_classes
+
+    assert {"FRePo", "Student"} <= known_classes("model").keys()
+    assert not {"Healthy", "Resumable", "Distiller"} & known_classes("model").keys()

@@ -120,6 +120,17 @@ def test_a_rate_far_too_large_ends_in_one_line_and_the_best_set_stays(tmp_path):
     assert all_finite(DistilledSet.load(tmp_path / "last.safetensors").images)
 
 
+def test_a_set_that_nothing_reads_is_not_written_in_silence(tmp_path):
+    class Far(Callback):
+        def on_train_batch_end(self, trainer, model, *args):
+            model.synthetic.parameterisation.images.data[:] = model.task.preprocessing(torch.full((3, 1, 8, 8), 500.0))
+
+    with pytest.warns(UserWarning, match=r"pixels beyond 100, .* nothing reads a set of them; lower model\.lr"):
+        fit(tmp_path, build(DM), [Far()], steps=2)
+    with pytest.raises(UserError, match=r"pixels lie in .*, far beyond \[0, 1\]"):
+        DistilledSet.load(tmp_path / "last.safetensors")
+
+
 def test_between_looks_the_first_of_the_faults_is_the_one_named(tmp_path):
     """As on a GPU, where a look waits for the device."""
     model = build(DM)

@@ -37,7 +37,7 @@ from lightning_dd.utils.files import write_atomically
 
 LABEL_FORMS = (*LABEL_KINDS, "soft")
 """Forms of the labels in a file: ``soft`` ones are a teacher's logits."""
-_FARTHEST_PIXEL = 100.0  # learned pixels leave [0, 1], by less than 1 in good runs; no image of any use goes further
+FARTHEST_PIXEL = 100.0  # learned pixels leave [0, 1], by less than 1 in good runs; no image of any use goes further
 _PREFIX, _VIEWS = "preprocessing.", "views."
 _IMAGES, _STORED, _DECODING = "images", "stored", "decoding"
 _DTYPES = {_IMAGES: torch.float32, _STORED: torch.float32, "labels": torch.float32, "classes": torch.int64}
@@ -342,7 +342,7 @@ def _check_plausible(distilled: DistilledSet) -> None:
         few, many = int(sizes.min()), int(sizes.max())
         raise UserError(f"distilled set: classes must have equally many images, found {few} to {many}")
     pixels = preprocessing.inverse(images)
-    if not bool((pixels.abs() <= _FARTHEST_PIXEL).all()):
+    if not bool((pixels.abs() <= FARTHEST_PIXEL).all()):
         low, high = float(pixels.min()), float(pixels.max())
         raise UserError(f"distilled set: images: pixels lie in [{low:.3g}, {high:.3g}], far beyond [0, 1]")
     again = preprocessing(pixels[:1])

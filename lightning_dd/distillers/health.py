@@ -1,13 +1,16 @@
 """Whether a run's numbers are finite: noted in every outer step, and looked at before anything of it is written."""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from pytorch_lightning import LightningModule
+from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
 
+from lightning_dd.distilled.set import FARTHEST_PIXEL
 from lightning_dd.pretrained.task import Task
 from lightning_dd.synthetic.parameterisation import SyntheticSet
 from lightning_dd.utils.errors import UserError
@@ -19,7 +22,7 @@ _MOST_NOTED = 1000
 """Notes kept at most between two looks."""
 
 
-class Healthy(LightningModule):
+class Healthy(LightningModule, ABC):
     """A distiller whose run stops, in one line, at the first outer step that gives NaN or infinite numbers.
 
     Every step's terms and gradient norms are noted where they are computed. On a CPU they are looked at before the
@@ -92,15 +95,20 @@ class Healthy(LightningModule):
         if not all_finite(labels):
             return "labels are not finite"
         farthest = float(self.task.preprocessing.inverse(images).abs().max())
+        if farthest > FARTHEST_PIXEL:
+            rank_zero_warn(
+                f"images have pixels beyond {FARTHEST_PIXEL:g}, where [0, 1] is meant: nothing reads a set of them; "
+                f"lower model.lr ({self.lr:g})"
+            )
         return None if farthest <= _FARTHEST_PIXEL else f"images have pixels of {farthest:.3g}, far beyond [0, 1]"
 
     def _cause(self) -> str:
         """Return what most likely made it so, and what to do, in words."""
-        if self._fault_of_images() is None and not all_finite(self._looked_through()):
+        if self._fault_of_images() is None and not all_finite(self.rank_state()):
             return f"a network it looks through has diverged: lower model.inner_lr ({getattr(self, 'inner_lr', 'its')})"
         half = self.trainer.precision not in ("32-true", "64-true")
         return f"lower model.lr ({self.lr:g})" + (f", or leave trainer.precision={self.trainer.precision}" * half)
 
-    def _looked_through(self) -> Any:
-        """Return tensors, in containers, of what outer steps look through and inner steps train."""
-        return ()
+    @abstractmethod
+    def rank_state(self) -> dict[str, Any]:
+        """Return what lies outside the module tree: the networks that steps look through and inner steps train."""

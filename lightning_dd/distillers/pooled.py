@@ -175,9 +175,6 @@ class PoolDistiller(Distiller):
         with self.trainer.precision_plugin.train_step_context():
             return self.pool.advance(self.inner_loss)
 
-    def _looked_through(self) -> Any:
-        return self.pool.state_dict()
-
     def rank_state(self) -> dict[str, Any]:
         """Add the real stream, the pool and the generator of the inner steps."""
         return {
