@@ -1,6 +1,7 @@
 """Hide what libraries say that says nothing about this project's runs."""
 
 import logging
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,12 +21,15 @@ _NOISE = (
 )
 
 
-_format = warnings.formatwarning
+_format, _usual = warnings.formatwarning, threading.excepthook
 
 
 def quieten() -> None:
-    """Filter known noise out of warnings and log, and leave the place in the code out of the project's own warnings."""
-    warnings.formatwarning = _without_place
+    """Filter known noise out of warnings and log, and leave the place in the code out of the project's own warnings.
+
+    TensorBoard's thread does not show where a full disk met it: whoever writes the next curve is told, and ends it all.
+    """
+    warnings.formatwarning, threading.excepthook = _without_place, _no_writers
     for text in _NOISE:
         warnings.filterwarnings("ignore", message=text)
     warnings.filterwarnings("ignore", module="pytorch_lightning.cli")  # its calls of older jsonargparse functions
@@ -52,6 +56,11 @@ def _without_place(
 ) -> str:
     own = Path(filename).is_relative_to(Path(__file__).parents[1])
     return f"warning: {message}\n" if own else _format(message, category, filename, lineno, line)
+
+
+def _no_writers(raised: threading.ExceptHookArgs) -> None:
+    if not (isinstance(raised.exc_value, OSError) and type(raised.thread).__name__ == "_AsyncWriterThread"):
+        _usual(raised)
 
 
 def _no_tips(record: logging.LogRecord) -> bool:
