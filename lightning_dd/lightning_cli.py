@@ -171,7 +171,7 @@ class Cli(LightningCLI):
         if self.again:
             return  # a stage of an experiment, which goes on by itself
         folder, best = exports[-1].folder, exports[-1].best
-        if best is not None:
+        if best is not None and (folder / "best.safetensors").is_file():  # or the run that it continues wrote it
             print(f"best set, {exports[-1].monitor} {best:.3f}: {folder / 'best.safetensors'}")
         last = folder / "last.safetensors"
         size = last.stat().st_size / 2**20

@@ -267,6 +267,8 @@ def test_resuming_with_another_setting_is_refused_not_silently_overridden(capsys
     assert main(["fit", *QUICK, f"--ckpt_path={checkpoint}", "--model.init_args.lr=0.5"]) == 2
     assert "lr is 0.01 there and 0.5 here" in only_line(capsys)
     assert main(["fit", *QUICK, f"--ckpt_path={checkpoint}", "--trainer.max_steps=3"]) == 0
+    told = re.search(r"best set, .*: (\S+)", capsys.readouterr().out)
+    assert told is None or Path(told[1]).is_file()  # the best one may be that of the run before
 
 
 def test_print_config_shows_what_would_run(capsys):
