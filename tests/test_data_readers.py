@@ -215,6 +215,11 @@ def mnist(mnist_cache, monkeypatch) -> MNIST5k:
     return MNIST5k()
 
 
+def test_a_folder_that_mnist5k_does_not_read_is_said():
+    with pytest.warns(UserWarning, match=r"data\.root='elsewhere' is not used"):
+        MNIST5k(root="elsewhere").prepare_data()
+
+
 def test_mnist5k_has_a_balanced_and_disjoint_split(mnist):
     train, test = mnist.read(train=True), mnist.read(train=False)
     assert train.images.shape == (4000, 1, 28, 28)

@@ -103,6 +103,8 @@ ANY_RUN = {
     "--trainer.accumulate_grad_batches=0": "trainer.accumulate_grad_batches must be at least 1, got 0",
     "--trainer.gradient_clip_val=-1": "trainer.gradient_clip_val must be at least 0, got -1.0",
     "--trainer.gradient_clip_algorithm=hard": "hard is invalid. Allowed algorithms: ['value', 'norm']",
+    "--trainer.min_steps=2": "trainer.min_steps must be at most trainer.max_steps, 1, got 2",
+    "--trainer.plugins=none": "unknown class for trainer.plugins 'none'",
     "--trainer.max_epochs=0": "trainer.max_epochs must be at least 1, got 0",
     "--trainer.max_epochs=-7": "`max_epochs` must be a non-negative integer or -1. You passed in -7",
     "--trainer.check_val_every_n_epoch=0": "trainer.check_val_every_n_epoch must be at least 1, got 0",
@@ -214,6 +216,7 @@ def refused(words, part, files, capsys):
     assert status([word.replace("FILES", str(files)) for word in words]) == 2
     line = only_line(capsys)
     assert part in line
+    assert not line.rstrip().endswith("known:")
     assert not [path for path in Path().rglob("*") if path.suffix in RESULTS]
 
 

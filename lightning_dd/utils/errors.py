@@ -53,7 +53,7 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:
     ]
     hint = f" did you mean '{close[0]}'?" if close else ""
     shown = ", ".join(names[:40]) + (f" and {len(names) - 40} more" if len(names) > 40 else "")
-    return UserError(f"unknown {kind} '{name}';{hint} known: {shown}")
+    return UserError(f"unknown {kind} '{name}'" + (f";{hint} known: {shown}" if names else ""))
 
 
 def check_count(setting: str, value: object) -> int:

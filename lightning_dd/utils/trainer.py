@@ -76,6 +76,10 @@ def make_trainer(make: Callable[..., Trainer] = Trainer, **settings: Any) -> Tra
     each["check_val_every_n_epoch"] = trainer.check_val_every_n_epoch
     each["max_epochs"] = None if trainer.max_epochs == -1 else trainer.max_epochs
     check_range("at least 1", "trainer.", **each)
+    if trainer.min_steps is not None and -1 < trainer.max_steps < trainer.min_steps:
+        raise UserError(
+            f"trainer.min_steps must be at most trainer.max_steps, {trainer.max_steps}, got {trainer.min_steps}"
+        )
     check_range("positive", "trainer.", limit_train_batches=trainer.limit_train_batches)
     if trainer.world_size > 1:
         trainer.callbacks.append(Lookout())  # type: ignore[attr-defined]
