@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_dd.losses.krr import (
     SolveError,
@@ -119,6 +120,29 @@ def test_gradient_reaches_support_and_labels_and_matches_finite_differences():
                 args = (moved, labels.detach()) if tensor is support else (support.detach(), moved)
                 numeric.view(-1)[index] += sign * loss(*args) / 2e-3
         assert (numeric - tensor.grad).norm() / numeric.norm() < 1e-3
+
+
+class MadeSquares(TorchDispatchMode):
+    """Counts the tensors ``n x n`` that are made while it is on."""
+
+    def __init__(self, rows):
+        super().__init__()
+        self.shape, self.made = (rows, rows), 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        found = result if isinstance(result, tuple | list) else (result,)
+        self.made += sum(isinstance(each, torch.Tensor) and each.shape == self.shape for each in found)
+        return result
+
+
+def test_the_kernel_and_its_factor_are_all_that_grows_with_the_square_of_the_rows():
+    support, labels = random(20, 6).requires_grad_(), random(20, 3, seed=1).requires_grad_()
+    with MadeSquares(20) as forward:
+        values = krr_predict(support, labels, random(7, 6, seed=2), 1e-2).values
+    with MadeSquares(20) as backward:
+        values.sum().backward()
+    assert (forward.made, backward.made) == (2, 0)
 
 
 def test_half_squared_error_sums_over_classes_and_means_over_rows():
