@@ -4,7 +4,8 @@
 
 From one base case one number is changed at a time; random images, networks of width 16, one thread, and CPU time, so
 that other processes on the machine matter little. Memory is the peak of a process over what its imports take. The
-ridge regression of FRePo is measured alone as well, forward and backward, by its rows.
+ridge regression of FRePo is measured alone as well, forward and backward, by its rows; and a step with 50 images of
+each of 200 classes by how many of them a network looks at together.
 """
 
 import argparse
@@ -30,8 +31,11 @@ AXES = {
     "real images": (64, 256, 1024),
 }
 """What is changed, and to what; DM takes a tenth of the real images of each class."""
-ROWS = (1000, 2000, 4000)
+ROWS = (1000, 2000, 4000, 10000)
 """Of the ridge regression."""
+LARGE = {"images per class": 50, "classes": 200, "side": 32, "real images": 256}
+SLICES = (500, 10000)
+"""Images of the large case that a network of FRePo looks at together."""
 METHODS = ("FRePo", "DM")
 
 
@@ -63,6 +67,8 @@ def method_steps(name: str, case: Mapping[str, int]) -> list[float]:
 
     frepo = name == "FRePo"
     settings: dict[str, Any] = {"real_batch_size": real} if frepo else {"real_per_class": real // 10}
+    if "slice" in case:
+        settings |= {"slice": case["slice"], "flip": False}
     architecture = "conv:width=16" if frepo else "convnet:width=16"
     distiller = getattr(distillers, name)(ipc=case["images per class"], architecture=architecture, **settings)
     quiet: dict[str, Any] = dict.fromkeys(
@@ -127,6 +133,10 @@ def main() -> None:
     named = {"work": "ridge regression", "by": "rows"}
     rows += [{**named, "size": count, **apart(regression_steps, count)} for count in ROWS]
     print(rows[-1], flush=True)
+    named = {"work": "FRePo, 200 x 50", "by": "images at a time"}
+    for count in SLICES:
+        rows.append({**named, "size": count, **apart(method_steps, "FRePo", {**LARGE, "slice": count})})
+        print(rows[-1], flush=True)
     write_record(options.output, scale=rows)
 
 

@@ -190,13 +190,7 @@ def scale(rows: list[dict[str, Any]]) -> str:
         told = [sizes, [f"{1000 * value:.0f}" for value in seconds], [f"{value:.0f}" for value in megabytes]]
         powers = [f"n^{np.polyfit(np.log(sizes), np.log(values), 1)[0]:.2f}" for values in (seconds, megabytes)]
         lines.append([work, by, *(", ".join(map(str, values)) for values in told), *powers])
-    last = max((row for row in rows if row["by"] == "rows"), key=lambda row: row["size"])
-    more = 10_000 / last["size"]
-    projected = (
-        f"By the square and the cube of the rows, the ridge regression of 10,000 rows (200 classes x 50, 1,000 x "
-        f"10) takes about {last['mb'] * more**2 / 1000:.0f} GB and {last['cpu_s'] * more**3:.0f} s of one core."
-    )
-    return f"{markdown_table(lines)}\n\n{projected}\n"
+    return f"{markdown_table(lines)}\n"
 
 
 def parity(rows: list[dict[str, Any]]) -> str:

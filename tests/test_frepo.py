@@ -28,6 +28,7 @@ OPTIONS = [
     {"outer": "cross_entropy"},
     {"kernels": 2},
     {"perturb": 0.1, "kernels": 2},
+    {"slice": 2, "kernels": 2},
     {"mixing_start": 5, "architecture": {"conv:width=4,depth=2": 0.5, "conv:width=4,depth=1": 0.5}, "lifetime": 1},
 ]
 
@@ -77,6 +78,8 @@ def test_a_resumed_run_equals_the_run_never_interrupted(options, tmp_path):
     ("settings", "message"),
     [
         ({"perturb": -0.1}, "perturb must be at least 0, got -0.1"),
+        ({"slice": 2, "perturb": 0.1}, "slice must be 0 with perturb, got 2"),
+        ({"slice": -1}, "slice must be at least 0, got -1"),
         ({"views": -1}, "views must be at least 0, got -1"),
         ({"kernels": 0}, "kernels must be at least 1, got 0"),
         ({"kernels": 4}, "kernels must be from 1 to pool_size, 3, got 4"),
@@ -185,6 +188,20 @@ def test_the_kernels_of_several_networks_are_averaged_before_the_solve():
     values = krr_predict(support, labels, query, 1e-3).values
     torch.testing.assert_close(both, half_squared_error(values, centred_one_hot(real.labels, 3)))
     assert abs(both - alone) > 1e-3 * alone
+
+
+def test_in_slices_a_network_looks_at_few_images_at_once_and_again_for_the_same_gradient():
+    def gradient(rows):
+        images, labels, real = problem()
+        model, seen = frepo(slice=rows, ridge=1e-3), []
+        model.features = lambda network, part: seen.append(len(part)) or network.features(part)
+        loss = model.outer_loss(linear(), images.requires_grad_(), labels, real)["krr"]
+        return torch.autograd.grad(loss, images)[0], seen
+
+    (whole, once), (sliced, twice) = gradient(0), gradient(2)
+    torch.testing.assert_close(sliced, whole)
+    assert once == [6, 6]
+    assert twice == [2, 2, 2, 6, 2, 2, 2]  # three images and their mirror images, the real batch, the images again
 
 
 def test_the_pool_lends_other_networks_each_once_and_unlike_ones_fit_together(tmp_path):

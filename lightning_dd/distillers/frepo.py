@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lightning_dd.augment.frepo import Augmentation, apply
 from lightning_dd.augment.siamese import siamese
@@ -43,6 +44,8 @@ class FRePo(PoolDistiller):
         scale_lr: learning rate (Adam) of the logarithm of that scale.
         kernels: networks of the pool that look in an outer step: the current one and others, drawn anew. Their kernels
             are averaged (:func:`~lightning_dd.losses.krr.averaged_kernel`), so unlike networks fit together.
+        slice: synthetic images, mirrored ones and views among them, that a network looks at together; it looks again
+            when the gradient comes back. Bounds the memory of large sets; 0 for all together.
         ridge: regulariser relative to the kernel's mean diagonal.
         lr: LAMB's learning rate, decayed by a cosine to 10 % over the run.
         compiled: ``torch.compile`` the features; worth half a minute of compiling for runs of many minutes.
@@ -60,13 +63,14 @@ class FRePo(PoolDistiller):
         outer: str = "mse",
         scale_lr: float = 0.01,
         kernels: int = 1,
+        slice: int = 0,
         ridge: float = krr.RIDGE,
         lr: float = 3e-4,
         compiled: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(lr=lr, **kwargs)
-        check_range("at least 0", views=views, scale_lr=scale_lr, ridge=ridge)
+        check_range("at least 0", views=views, scale_lr=scale_lr, ridge=ridge, slice=slice)
         check_range("at least 1", kernels=kernels, pool_size=self.pool_size)
         if kernels > self.pool_size:
             raise UserError(f"kernels must be from 1 to pool_size, {self.pool_size}, got {kernels}")
@@ -74,7 +78,9 @@ class FRePo(PoolDistiller):
             raise unknown_name("outer loss", outer, OUTER)
         self.flip, self.views, self.augment, self.ridge = flip, views, augment, ridge
         self.log_scale = nn.Parameter(torch.tensor(math.log(FIRST_SCALE))) if outer == "cross_entropy" else None
-        self.scale_lr, self.kernels = scale_lr, kernels
+        if slice and self.perturb:  # the noise is gone when the network looks again
+            raise UserError(f"slice must be 0 with perturb, got {slice}")
+        self.scale_lr, self.kernels, self.slice = scale_lr, kernels, slice
         self._make_augmentation()
         self.features: Features = torch.compile(network_features, dynamic=False) if compiled else network_features
 
@@ -106,7 +112,13 @@ class FRePo(PoolDistiller):
 
     def look(self, network: Network, support: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
         """Return a network's features of synthetic images, and without graph of real ones: ``(N, num_features)``."""
-        return self.features(network, support), features_in_slices(network, query, self.features)
+        parts = torch.split(support, self.slice or len(support))
+        if len(parts) == 1:
+            own = self.features(network, support)
+        else:
+            looks = [checkpoint(self.features, network, part, use_reentrant=False) for part in parts]
+            own = torch.cat(looks)
+        return own, features_in_slices(network, query, self.features)
 
     def prediction_error(self, prediction: Tensor, classes: Tensor) -> Tensor:
         """Return the outer loss of predictions ``(B, num_classes)`` of real images of these classes ``(B,)``."""
