@@ -30,6 +30,7 @@ from lightning_dd.utils.arguments import class_path, dotted, known_class, plain_
 from lightning_dd.utils.board import Board
 from lightning_dd.utils.errors import printable
 from lightning_dd.utils.machine import settle
+from lightning_dd.utils.precision import chosen_precision
 from lightning_dd.utils.silence import quieten
 from lightning_dd.utils.trainer import check_checkpoint, check_length, make_trainer, whole_checkpoints
 
@@ -90,7 +91,8 @@ def distil(
         output: folder of ``last.safetensors``, ``best.safetensors``, checkpoints, pictures and TensorBoard's logs.
         callbacks: what is added to :data:`CALLBACKS`, as :class:`~lightning_dd.callbacks.MetaDD`.
         ckpt_path: a checkpoint of an interrupted run, as ``output/checkpoints/last.ckpt``, that is to be continued.
-        trainer: further arguments of Lightning's Trainer, as ``accelerator="cpu"``.
+        trainer: further arguments of Lightning's Trainer, as ``accelerator="cpu"``; ``precision="auto"`` takes bf16
+            where some steps show it to be faster.
 
     Returns:
         The set after the last outer step, as it is in ``output/last.safetensors``.
@@ -120,6 +122,7 @@ def distil(
     if ModelCheckpoint not in left_out:
         always.append(Interruption(lambda checkpoint: f"continue with ckpt_path='{checkpoint}'"))
     settings["plugins"] = whole_checkpoints(settings.get("plugins"))
+    settings["precision"] = chosen_precision(settings, model, data, callbacks, ckpt_path)
     runner = make_trainer(max_steps=steps, callbacks=[*always, *callbacks], **settings)
     runner.fit(model, datamodule=data, ckpt_path=ckpt_path)
     return DistilledSet.load(Path(output) / "last.safetensors")

@@ -24,6 +24,7 @@ from lightning_dd.losses.metadd import MetaOptions
 from lightning_dd.parsing import OneLineErrors, explain, run_name, user_error_in, with_paths
 from lightning_dd.utils.arguments import class_path, find_class, subclasses
 from lightning_dd.utils.errors import SEED, UserError, check_range, first_line
+from lightning_dd.utils.precision import PreciseTrainer, chosen_precision
 from lightning_dd.utils.processes import error_of_process
 from lightning_dd.utils.silence import quieten
 from lightning_dd.utils.trainer import check_checkpoint, check_length, make_trainer, whole_checkpoints
@@ -100,6 +101,7 @@ class Cli(LightningCLI):
         super().__init__(
             LightningModule,
             LightningDataModule,
+            trainer_class=PreciseTrainer,
             subclass_mode_model=True,
             subclass_mode_data=True,
             seed_everything_default=0,
@@ -200,6 +202,11 @@ class Cli(LightningCLI):
         kept = config["callbacks"] if isinstance(config["callbacks"], list) else [config["callbacks"]]
         if self.config.subcommand == "fit" and any(isinstance(callback, ModelCheckpoint) for callback in kept):
             callbacks = [*callbacks, Interruption(self.how_to_go_on)]
+        settings = self.config[self.config.subcommand]
+        config["precision"] = chosen_precision(
+            config, self.model, self.datamodule, [*kept, *callbacks], settings.get("ckpt_path")
+        )
+        settings.trainer.precision = config["precision"]  # the saved configuration says what was chosen
         return make_trainer(super()._instantiate_trainer, config=config, callbacks=callbacks)
 
 
