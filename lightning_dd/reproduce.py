@@ -1,5 +1,6 @@
 """Running a distilled set's own run again, and comparing what comes out."""
 
+import itertools
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -14,6 +15,8 @@ from lightning_dd.utils.arguments import nothing_imported
 from lightning_dd.utils.errors import UserError
 from lightning_dd.utils.files import write_text
 
+_FOLDER = "runs/reproduced/version_"
+
 
 def run_of(distilled: DistilledSet) -> dict[str, Any]:
     """Return the configuration of a set's run, as ``lightning-dd fit --config`` takes it.
@@ -26,12 +29,14 @@ def run_of(distilled: DistilledSet) -> dict[str, Any]:
     return distilled.run
 
 
-def reproduce(file: str, output: str, root: str | None = None, accelerator: str = "auto", trust: bool = False) -> str:
+def reproduce(
+    file: str, output: str | None = None, root: str | None = None, accelerator: str = "auto", trust: bool = False
+) -> str:
     """Run a set's run again and say, in lines, how the new set differs.
 
     Args:
         file: a distilled-set file, or a run's folder.
-        output: a new folder for the new run.
+        output: a new folder for the new run; ``None`` takes the next ``version_N`` in ``runs/reproduced``.
         root: folder of the real data on this machine, where it is one's own.
         accelerator: Lightning's Trainer argument; equal bits are to be hoped for on the same kind of device.
         trust: let the file name classes that are not of this project, which are imported and run.
@@ -43,6 +48,7 @@ def reproduce(file: str, output: str, root: str | None = None, accelerator: str 
     run = run_of(distilled)
     if not trust and (foreign := next(_foreign(run), None)):
         raise UserError(f"the set's run names '{foreign}', which is none of this project's: --trust true runs it")
+    output = output or next(folder for count in itertools.count() if not Path(folder := f"{_FOLDER}{count}").exists())
     if (Path(output) / "last.safetensors").exists():
         raise UserError(f"output '{output}' holds a run already: name another folder")
     config = {**run, "trainer": {**run["trainer"], "accelerator": accelerator, "logger": _logger(output)}}

@@ -153,7 +153,7 @@ class Reproduce(Verb):
     """Run a distilled set's own run again and compare."""
 
     file: str = option("a distilled-set file, or a run's folder", positional=True)
-    output: str = option("a new folder for the run", "runs/reproduced")
+    output: str | None = option("a new folder for the run; the next version in runs/reproduced if not given", None)
     root: str | None = option("folder of the real data on this machine, where it is your own", None)
     accelerator: str = option("Lightning's Trainer argument", "auto")
     trust: bool = option("let the file name classes of other packages, which are imported and run", False)

@@ -38,11 +38,12 @@ def test_the_file_alone_makes_the_run_again_with_metadd(capsys, tmp_path, monkey
     assert f"{file.stat().st_size:,}" in said
     assert main(["info", str(file), "--config"]) == 0
     assert yaml.safe_load(capsys.readouterr().out) == run
-    assert main(["reproduce", str(file), "--output=again", "--accelerator=cpu"]) == 0
+    (tmp_path / "runs" / "reproduced" / "version_0").mkdir(parents=True)  # of an earlier one
+    assert main(["reproduce", str(file), "--accelerator=cpu"]) == 0
     said = capsys.readouterr().out
     assert "images: equal, bit for bit" in said
     assert "labels: equal, bit for bit" in said
-    assert main(["reproduce", str(file), "--output=again"]) == 2
+    assert main(["reproduce", str(file), "--output=runs/reproduced/version_1"]) == 2
     assert "holds a run already" in only_line(capsys)
 
 
