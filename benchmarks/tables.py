@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from transfer_figures import figure as transfer_figure
 from transfer_tables import rendered as transfer
 
 from lightning_dd.applications import continual_report as continual
@@ -254,8 +255,11 @@ def membership_rows(record: dict[str, Any]) -> list[membership.Row]:
     return [membership.Row(**row) for row in record["membership"]]
 
 
-def figure_of(record: dict[str, Any]) -> Figure:
-    """Draw the rows of an application."""
+def figure_of(path: Path) -> Figure:
+    """Draw the rows of an application, or of a plan of trials."""
+    record = json.loads(path.read_text(encoding="utf-8"))
+    if "transfer" in record:
+        return transfer_figure(path)
     if "continual" in record:
         return continual.curve_figure(continual.curves(continual_rows(record)))
     return membership.privacy_figure(membership_rows(record))
@@ -279,7 +283,7 @@ def main() -> int:
         else:
             write_text(page, filled(text))
             for name in _FIGURE.findall(text):
-                figure = figure_of(json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8")))
+                figure = figure_of(RESULTS / f"{name}.json")
                 figure.savefig(page.parent / "figures" / f"{name}.png", dpi=110, metadata={"Software": None})
     return int(stale > 0)
 

@@ -11,6 +11,8 @@ from scipy.stats import t as student_t
 from lightning_dd.report import markdown_table
 
 Row = dict[str, Any]
+_ENOUGH = 3
+"""Pairs that give an interval."""
 
 
 def rendered(path: Path) -> str:
@@ -114,8 +116,13 @@ def change(pairs: list[tuple[dict[str, float], dict[str, float]]], names: list[s
     if not names:
         return "-"
     differences = [statistics.fmean(new[name] - old[name] for name in names) for new, old in pairs]
-    mean, count = statistics.fmean(differences), len(differences)
-    if count < 3:
-        return f"{mean:+.1f}"
-    half = student_t.ppf(0.975, count - 1) * statistics.stdev(differences) / count**0.5
-    return f"{mean:+.1f} ± {half:.1f}"
+    spread = f" ± {half_interval(differences):.1f}" if len(differences) >= _ENOUGH else ""
+    return f"{statistics.fmean(differences):+.1f}{spread}"
+
+
+def half_interval(differences: list[float]) -> float:
+    """Return half of a 95 % interval (Student's t) of a mean; 0 for fewer than three numbers."""
+    count = len(differences)
+    if count < _ENOUGH:
+        return 0.0
+    return float(student_t.ppf(0.975, count - 1) * statistics.stdev(differences) / count**0.5)

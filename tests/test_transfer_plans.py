@@ -16,6 +16,7 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 import transfer  # noqa: E402
 from plans import read_plan  # noqa: E402
+from transfer_figures import by_budget, changes  # noqa: E402
 from transfer_tables import change, level, table  # noqa: E402
 
 PLANS = sorted((BENCHMARKS / "transfer").glob("*.yaml"))
@@ -107,3 +108,27 @@ def test_the_reviewed_form_is_what_the_reviews_state():
     assert min(options.variance, options.cross_entropy, options.kl, options.positivity) > 0
     assert (settings.every, settings.rows, settings.per_step, settings.scale) == (1, None, None, "absolute")
     assert options.threshold == 0.5
+
+
+def test_a_figure_has_the_settings_of_its_table_with_their_means():
+    def row(setting, seed, architecture, accuracy, steps=250):
+        named = {"base": "dm", "setting": setting, "seed": seed, "architecture": architecture}
+        return named | {"accuracy": accuracy, "steps": steps}
+
+    scored = [
+        row(setting, seed, architecture, 0.3 + 0.01 * seed + gain)
+        for setting, gain in (("base", 0.0), ("better", 0.05))
+        for seed in range(3)
+        for architecture in ("own", "vgg", "swin")
+    ]
+    scored.append(row("alone", 7, "vgg", 0.9))  # not a pair
+    axes = changes(scored, {"dm": "own"}).axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["dm better"]
+    marks = [line.get_xdata()[0] for line in axes.lines if line.get_marker() in ("o", "D")]
+    assert marks == pytest.approx([5.0, 5.0])
+
+    plan = {"settings": {"base": {}, "soft": {"labels": {}}}}
+    scored = [row(setting, 0, "vgg", 0.3, steps) for setting in plan["settings"] for steps in (250, 1000)]
+    lines = by_budget(scored, plan, {"own"}).axes[0].lines
+    assert [(line.get_label(), line.get_linestyle()) for line in lines] == [("dm, hard", "-"), ("dm, soft", "--")]
+    assert [list(line.get_xdata()) for line in lines] == [[250, 1000]] * 2
