@@ -498,8 +498,10 @@ def test_a_file_stands_for_its_own_members_only(tiny, config, tmp_path):
     }
     rows = run_membership(experiment(config, tmp_path / "a", **ready))
     assert "mine" in {row.source for row in rows}
+    late = ready | {"members": 15, "methods": {"first": [str(config)], "mine": file}}
     with pytest.raises(UserError, match="was not distilled from these members"):
-        run_membership(experiment(config, tmp_path / "b", **ready, members=15))
+        run_membership(experiment(config, tmp_path / "b", **late))
+    assert not list((tmp_path / "b").rglob("*.safetensors"))  # before another method is distilled
 
 
 @pytest.mark.parametrize("mirror", [True, False])

@@ -178,9 +178,10 @@ def _check(experiment: Membership) -> None:
 
 def _distil_all(experiment: Membership) -> list[str]:
     """Distil every method for every seed and shadow model; return the sources of victims."""
+    files_first = sorted(experiment.distillers, key=lambda name: not experiment.distillers[name].files)
     sizes = dict.fromkeys(
         distil_members(experiment, method, seed, half).ipc
-        for method in experiment.distillers
+        for method in files_first  # a wrong one is refused before anything is distilled
         for seed in range(experiment.seeds)
         for half in (None, *range(_shadows_of(experiment, method)))
     )
@@ -219,8 +220,8 @@ def _notes(rows: Sequence[Row], experiment: Membership) -> list[str]:
     notes = []
     if "lira" in experiment.attacks and without:
         notes.append(
-            f"No LiRA for {', '.join(without)}: every shadow model needs a distillation of its own half of the pool "
-            "(`distil_shadows`), which a finished file cannot give."
+            f"No LiRA for {', '.join(without)}: every shadow model needs a distillation of its own half of the pool, "
+            "which `distil_shadows` asks for, and which a finished file cannot give."
         )
     if any(row.source.endswith(OWN) for row in rows):
         notes.append(f"`{OWN.strip()}`: members are the few images the victim was trained on, not all they stand for.")
