@@ -73,6 +73,27 @@ def test_a_run_told_to_stop_continues_bit_for_bit(tmp_path, capsys, number, code
     resumed = run(tmp_path / "told", ckpt_path=str(last))
     assert torch.equal(straight.images, resumed.images)
     assert torch.equal(straight.labels, resumed.labels)
+    assert straight.training == resumed.training
+
+
+@pytest.mark.parametrize("step", [4, 8])
+def test_a_run_stopped_before_a_validation_has_the_best_set_of_the_run_never_stopped(tmp_path, step):
+    class RightOnce(Callback):
+        """All validation images are right at the step that the run is stopped at, and wrong at others."""
+
+        def on_validation_batch_end(self, trainer, model, *args):
+            classes = torch.arange(3)
+            model.accuracy.reset()
+            model.accuracy.update(classes.roll(int(trainer.global_step != step)), classes)
+
+    straight, told = tmp_path / "straight", tmp_path / "told"
+    run(straight, RightOnce())
+    assert stopped(told, Send(step=step), RightOnce()) == 143
+    assert not (told / "best.safetensors").exists() or step == 8
+    run(told, RightOnce(), ckpt_path=str(told / "checkpoints" / "last.ckpt"))
+    sets = [DistilledSet.load(folder / "best.safetensors") for folder in (straight, told)]
+    assert torch.equal(sets[0].images, sets[1].images)
+    assert [each.training["outer_step"] for each in sets] == [step] * 2
 
 
 def test_a_second_signal_ends_the_run_at_once(tmp_path, capsys):

@@ -51,6 +51,7 @@ class ExportDistilledSet(RunFiles):
         self._held: list[BaseFileLock] = []
         self.monitor = monitor
         self.best: float | None = None
+        self._validated = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find out now, not after hours, that the folder cannot be written or is another run's."""
@@ -69,10 +70,17 @@ class ExportDistilledSet(RunFiles):
         """Let others write there."""
         self.teardown(trainer, pl_module, "fit")
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Validate what the run that this one continues did not come to."""
+        self._catch_up(trainer)
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write ``best.safetensors`` if the score improved."""
+        if trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        self._validated = trainer.global_step
         score = trainer.callback_metrics.get(self.monitor)
-        if score is None or trainer.sanity_checking or trainer.state.fn != "fit":
+        if score is None:
             return
         if self.best is None or float(score) > self.best:
             self.best = float(score)
@@ -80,15 +88,28 @@ class ExportDistilledSet(RunFiles):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write ``last.safetensors``."""
+        self._catch_up(trainer)  # a run continued after its last step takes none
         self._write(trainer, pl_module, "last")
 
     def state_dict(self) -> dict[str, Any]:
-        """Remember the best score, so that a resumed run does not overwrite a better set."""
-        return {"best": self.best}
+        """Remember the best score, so that a resumed run does not overwrite a better set, and what was validated."""
+        return {"best": self.best, "validated": self._validated}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the best score back."""
+        """Take it back."""
         self.best = state_dict["best"]
+        self._validated = state_dict.get("validated", 0)  # checkpoints of before lack it
+
+    def _catch_up(self, trainer: Trainer) -> None:
+        """Validate the step that the run stands at if that was due and has not been done.
+
+        A checkpoint is written before the validation of its step, and Lightning takes that validation for done.
+        """
+        loop, every = trainer.fit_loop.epoch_loop, trainer.val_check_batch
+        if every and (loop.total_batch_idx + 1) % every == 0 and self._validated < trainer.global_step:
+            trainer.validating = True
+            loop.val_loop.run()
+            trainer.training = True
 
     def _write(self, trainer: Trainer, pl_module: LightningModule, name: str) -> None:
         if isinstance(pl_module, Distiller):
