@@ -218,6 +218,7 @@ def refused(words, part, files, capsys):
     assert part in line
     assert not line.rstrip().endswith("known:")
     assert not [path for path in Path().rglob("*") if path.suffix in RESULTS]
+    assert not Path("runs").exists()
 
 
 def run_of(config, *words):

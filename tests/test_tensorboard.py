@@ -103,3 +103,20 @@ def test_students_have_curves_named_by_set_architecture_source_and_seed(tmp_path
     assert runs == ["conv-width=4-depth=2-distilled-0", "conv-width=4-depth=2-random-real-0"]
     curves = read(tmp_path / "report" / "tensorboard" / "mine" / runs[0])
     assert {"student/loss", "val/accuracy", "test/accuracy"} <= set(curves.Tags()["scalars"])
+
+
+def test_a_failed_run_takes_away_only_what_it_made_and_only_without_a_curve(tmp_path):
+    def failed(name, *curves):
+        logger = Board(tmp_path / "runs", name=name, version="v", default_hp_metric=False)
+        logger.log_hyperparams({"lr": 1})
+        for curve in curves:
+            logger.log_metrics(curve, 1)
+        logger.finalize("failed")
+
+    failed("refused")
+    assert not (tmp_path / "runs").exists()
+    failed("curves", {"loss": 1.0})
+    failed("refused")
+    (tmp_path / "runs" / "older" / "v").mkdir(parents=True)
+    failed("older")
+    assert {path.name for path in (tmp_path / "runs").iterdir()} == {"curves", "older"}
