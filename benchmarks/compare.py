@@ -37,7 +37,7 @@ def distil_one(experiment: dict[str, Any], method: str, seed: int, output: Path)
     if record.is_file():
         found: dict[str, Any] = json.loads(record.read_text(encoding="utf-8"))
         return found
-    config = ROOT / experiment["configs"] / f"{method}.yaml"
+    config = ROOT / experiment["configs"] / f"{method.partition('.')[0]}.yaml"
     options = [*experiment.get("options", []), *(experiment["methods"][method] or [])]
     overrides = [f"--seed_everything={seed}", f"--model.init_args.ipc={experiment['ipc']}", *options]
     quiet = ["--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu"]
