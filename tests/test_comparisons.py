@@ -24,7 +24,7 @@ def test_a_recorded_command_can_be_run_again(name, method, tmp_path, monkeypatch
     monkeypatch.setattr(Trainer, "fit", lambda self, model, **kwargs: started.append(model))
     experiment = yaml.safe_load((ROOT / "benchmarks" / "comparisons" / f"{name}.yaml").read_text(encoding="utf-8"))
     options = [*experiment.get("options", []), *(experiment["methods"][method] or [])]
-    config = ROOT / experiment["configs"] / f"{method}.yaml"
+    config = ROOT / experiment["configs"] / f"{method.partition('.')[0]}.yaml"
     run_lightning(["fit", f"--config={config}", f"--model.init_args.ipc={experiment['ipc']}", *options])
     (model,) = started
     assert isinstance(model, Distiller)
