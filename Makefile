@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/
 
-.PHONY: demo test test-slow docs lint types install benchmark clean
+.PHONY: demo test test-slow coverage docs lint types install benchmark clean
 
 install: $(VENV)/.installed ## make the environment
 
@@ -26,6 +26,11 @@ test: install lint types ## what CI runs
 
 test-slow: install ## minutes rather than seconds: real CIFAR-10, subprocesses
 	$(RUN)python -m pytest -m slow
+
+coverage: install ## which lines of the package no test runs
+	$(RUN)python -m pytest -n 2 --dist worksteal --cov=lightning_dd --cov-report=json:runs/coverage.json
+	$(RUN)python benchmarks/line_coverage.py runs/coverage.json
+	$(RUN)python benchmarks/tables.py
 
 lint: install
 	$(RUN)ruff check .

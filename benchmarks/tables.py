@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from line_coverage import spans
 from matplotlib.figure import Figure
 from transfer_figures import figure as transfer_figure
 from transfer_tables import rendered as transfer
@@ -71,6 +72,7 @@ def rendered(name: str) -> str:
         "fuzz": plain,
         "kills": plain,
         "mutations": mutations,
+        "coverage": coverage,
     }
     for kind in measured.keys() & record.keys():
         return measured[kind](record[kind]) + made_with(record["made_with"])
@@ -226,6 +228,18 @@ def mutations(rows: list[dict[str, Any]]) -> str:
         lines.append([formula, str(len(own)), str(len(tests)), str(len(set(tests)))])
     noticed = sum(row["caught by"] is not None for row in rows)
     return f"{markdown_table([*lines, ['all', str(len(rows)), str(noticed), '']])}\n"
+
+
+def coverage(rows: list[dict[str, Any]]) -> str:
+    """Return the share of statements that tests run, and the table of modules that have others."""
+    whole, missed = sum(row["statements"] for row in rows), sum(len(row["missing"]) for row in rows)
+    lines = [["module", "statements", "run", "lines not run"]]
+    for row in sorted(rows, key=lambda row: -len(row["missing"])):
+        if row["missing"]:
+            share = 1 - len(row["missing"]) / row["statements"]
+            lines.append([f"`{row['module']}`", str(row["statements"]), f"{100 * share:.0f} %", spans(row["missing"])])
+    share = 100 * (1 - missed / whole)
+    return f"{share:.1f} % of {whole:,} statements in {len(rows)} modules are run.\n\n{markdown_table(lines)}\n"
 
 
 def vectorised(rows: list[dict[str, Any]]) -> str:
