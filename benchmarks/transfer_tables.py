@@ -62,8 +62,9 @@ def budgets(rows: list[Row], plan: dict[str, Any]) -> str:
             )
             seeds.append(str(len(scores)))
             pairs = [(scores[seed], reference[seed]) for seed in scores if seed in reference]
-            difference = "" if base == plan["against"] and setting == plain[kind] else f" ({change(pairs, names)})"
-            cells.append(level([*scores.values()], names) + (difference if pairs else "") if scores else "-")
+            itself = base == plan["against"] and setting == plain[kind]
+            difference = "" if itself or not pairs else f" ({change(pairs, names)})"
+            cells.append(level([*scores.values()], names) + difference if scores else "-")
         stored = next(row for row in rows if (row["base"], row["setting"]) == (base, setting) and "image_bytes" in row)
         sizes = [f"{stored[name] / 1000:.0f}" for name in ("image_bytes", "label_bytes")]
         called = " + ".join([base, *(part for part in setting.split("_") if part not in ("base", "soft"))])
