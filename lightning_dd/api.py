@@ -241,8 +241,7 @@ def evaluate(
         names: what the sets are called in the report, in place of their files' names.
         labels: further rows of each set, by kind (:class:`~lightning_dd.evaluators.label_rows.LabelRows`).
         teacher: whose labels those are.
-        probe: students are linear layers on the frozen features of these weights
-            (:func:`~lightning_dd.evaluators.probe.linear_probe`).
+        probe: weights under a linear layer, which is all that is trained then.
 
     Returns:
         One row per student, with accuracies in [0, 1].
@@ -254,11 +253,9 @@ def evaluate(
     files = [_file_of(item, f"{output}/sets", place) for place, item in enumerate(listed)]
     changes = {"steps": steps, "lr": lr, "batch_size": batch_size, "augment": augment, "ema": ema}
     recipes = {name: published(name, **changes) for name in ([protocol] if isinstance(protocol, str) else protocol)}
-    choice, hardware = DataChoice(data, data_args or {}, root), Hardware(accelerator, devices, strategy)
-    others = LabelRows(tuple(labels), teacher)
-    return evaluate_files(
-        files, architectures, str(output), seeds, recipes, choice, hardware, workers, names, others, probe
-    )
+    where = DataChoice(data, data_args or {}, root), Hardware(accelerator, devices, strategy), workers
+    rows = names, LabelRows(tuple(labels), teacher), probe
+    return evaluate_files(files, architectures, str(output), seeds, recipes, *where, *rows)
 
 
 def _file_of(item: str | Path | DistilledSet, folder: str, place: int) -> str:
