@@ -41,8 +41,8 @@ TRAINER: dict[str, Any] = {
 }
 """Arguments of the Trainer that every distillation has unless it is told otherwise."""
 CALLBACKS: dict[type[Callback], dict[str, Any]] = {
-    ExportDistilledSet: {},
     SyntheticImages: {},
+    ExportDistilledSet: {},  # after the pictures: who finds last.safetensors takes the run for whole
     DistillationProgress: {},
     LearningRateMonitor: {},
     ModelCheckpoint: {"save_last": True},

@@ -94,6 +94,7 @@ def test_a_run_stopped_before_a_validation_has_the_best_set_of_the_run_never_sto
     sets = [DistilledSet.load(folder / "best.safetensors") for folder in (straight, told)]
     assert torch.equal(sets[0].images, sets[1].images)
     assert [each.training["outer_step"] for each in sets] == [step] * 2
+    assert {path.name for path in told.glob("*.png")} == {"initial.png", "final.png", "labels.png"}
 
 
 def test_a_second_signal_ends_the_run_at_once(tmp_path, capsys):

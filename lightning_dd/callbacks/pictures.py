@@ -44,8 +44,8 @@ class Pictures(RunFiles):
         if trainer.global_step == 0:
             self._show(trainer, pl_module, "initial")
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Show the result."""
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Show the result, also of a run that was stopped after its last step: continued, it takes none."""
         self._show(trainer, pl_module, "final")
 
     def _show(self, trainer: Trainer, pl_module: LightningModule, name: str | None) -> None:
