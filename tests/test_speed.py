@@ -54,4 +54,3 @@ def test_a_step_is_measured_by_size_and_its_powers_are_fitted():
     ]
     table = tables.scale(rows)
     assert "| DM | side | 100, 200, 500 | 1, 8, 125 | 1, 4, 25 | n^3.00 | n^2.00 |" in table
-    assert "takes about 10 GB and 1000 s" in table
