@@ -211,7 +211,7 @@ def read_set(path: Path) -> Any:
 
 
 def result(folder: Path) -> Any:
-    """Return what a finished command has made: sets, what a checkpoint needs to go on, and a report's rows."""
+    """Return what a finished command has made: sets, what a run's checkpoint needs to go on, and a report's rows."""
     made: dict[str, Any] = {}
     # In order, for what a continued run does not write again, its best set, is that of the run before.
     runs = sorted(folder.glob("runs/*/*"), key=lambda path: int(path.name.rpartition("_")[2]))
@@ -223,7 +223,7 @@ def result(folder: Path) -> Any:
             continue
         if path.suffix == ".safetensors":
             made[name] = read_set(path)
-        elif path.name == "last.ckpt":
+        elif path.name == "last.ckpt" and base != folder:  # of a stage that is whole, nobody goes on
             made[name] = plain({key: value for key, value in load_torch(path, "").items() if key not in _COUNTERS})
         elif path.name == "results.json":
             rows = json.loads(path.read_text(encoding="utf-8"))
