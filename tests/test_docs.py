@@ -86,7 +86,11 @@ SHORT = {
 @pytest.mark.parametrize(
     ("page", "command"),
     # folders of photos and weights of a library have tests of their own, and CIFAR-10 is not there for all
-    [pair for pair in COMMANDS if pair[1].split()[0] in SHORT and not re.search("images-folder|--probe|CIFAR10", pair[1])],
+    [
+        pair
+        for pair in COMMANDS
+        if pair[1].split()[0] in SHORT and not re.search("images-folder|--probe|CIFAR10", pair[1])
+    ],
 )
 def test_students_commands_run_on_a_small_network(page, command, tmp_path):
     for name, address in (("a", "dm"), ("b", "mtt"), ("runs/demo/distil/best", "frepo")):
