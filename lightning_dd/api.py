@@ -254,8 +254,8 @@ def evaluate(
     changes = {"steps": steps, "lr": lr, "batch_size": batch_size, "augment": augment, "ema": ema}
     recipes = {name: published(name, **changes) for name in ([protocol] if isinstance(protocol, str) else protocol)}
     where = DataChoice(data, data_args or {}, root), Hardware(accelerator, devices, strategy), workers
-    rows = names, LabelRows(tuple(labels), teacher), probe
-    return evaluate_files(files, architectures, str(output), seeds, recipes, *where, *rows)
+    shown = names, LabelRows(tuple(labels), teacher), probe
+    return evaluate_files(files, architectures, str(output), seeds, recipes, *where, *shown)
 
 
 def _file_of(item: str | Path | DistilledSet, folder: str, place: int) -> str:

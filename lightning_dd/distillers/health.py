@@ -17,7 +17,7 @@ from lightning_dd.utils.errors import UserError
 from lightning_dd.utils.finite import all_finite
 from lightning_dd.utils.trainer import steps_to_log
 
-_FARTHEST_PIXEL = 1e6  # a run may pass through what a finished set may not hold, but not come back from there
+_NO_WAY_BACK = 1e6  # a run may pass through what a finished set may not hold, but not come back from there
 _MOST_NOTED = 1000
 """Notes kept at most between two looks."""
 
@@ -100,7 +100,7 @@ class Healthy(LightningModule, ABC):
                 f"images have pixels beyond {FARTHEST_PIXEL:g}, where [0, 1] is meant: nothing reads a set of them; "
                 f"lower model.lr ({self.lr:g})"
             )
-        return None if farthest <= _FARTHEST_PIXEL else f"images have pixels of {farthest:.3g}, far beyond [0, 1]"
+        return None if farthest <= _NO_WAY_BACK else f"images have pixels of {farthest:.3g}, far beyond [0, 1]"
 
     def _cause(self) -> str:
         """Return what most likely made it so, and what to do, in words."""
